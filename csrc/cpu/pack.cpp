@@ -1,0 +1,264 @@
+// Packed codes on the CPU.
+//
+// quantize_pack / unpack_dequantize: two 4-bit codes a byte along the channels, which become the innermost
+// dimension: [N, C, *spatial] <-> [N, *spatial, ceil(C / 2)].
+// pack_codes / unpack_codes: row r holds codes of bits[r] bits, lowest bit first, and starts at byte
+// offsets[r].
+#include <cstring>
+
+#include "../entry.h"
+#include "rows.h"
+
+namespace ptq4cuda {
+namespace {
+
+constexpr int64_t kTile = 64;         // pixels of a transposed tile
+constexpr int64_t kBuffer = 1 << 13;  // codes held in the first-level cache between two steps
+
+struct PackNibbles {  // n code pairs
+    static PTQ_INLINE void run(const uint8_t* __restrict codes, uint8_t* __restrict packed, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) packed[i] = pack_nibbles(codes[2 * i], codes[2 * i + 1]);
+    }
+};
+struct JoinNibbles {  // n low and n high codes
+    static PTQ_INLINE void run(const uint8_t* __restrict low, const uint8_t* __restrict high,
+                               uint8_t* __restrict packed, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) packed[i] = pack_nibbles(low[i], high[i]);
+    }
+};
+struct UnpackNibbles {  // n code pairs
+    static PTQ_INLINE void run(const uint8_t* __restrict packed, uint8_t* __restrict codes, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) {
+            codes[2 * i] = low_nibble(packed[i]);
+            codes[2 * i + 1] = high_nibble(packed[i]);
+        }
+    }
+};
+template <bool high>
+struct HalfNibbles {  // one code of each of n bytes
+    static PTQ_INLINE void run(const uint8_t* __restrict packed, uint8_t* __restrict codes, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) codes[i] = high ? high_nibble(packed[i]) : low_nibble(packed[i]);
+    }
+};
+
+// Rows of `channels` codes to rows of ceil(channels / 2) bytes; an odd row ends with the code pad.
+void pack_rows(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t channels, const uint8_t* pad) {
+    if (channels % 2 == 0) return simd::run<PackNibbles>(codes, packed, rows * channels / 2);
+    for (int64_t r = 0; r < rows; ++r) {
+        simd::run<PackNibbles>(codes, packed, channels / 2);
+        packed[channels / 2] = pack_nibbles(codes[channels - 1], pad[r]);
+        codes += channels;
+        packed += channels / 2 + 1;
+    }
+}
+
+void unpack_rows(const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t channels) {
+    if (channels % 2 == 0) return simd::run<UnpackNibbles>(packed, codes, rows * channels / 2);
+    for (int64_t r = 0; r < rows; ++r) {
+        simd::run<UnpackNibbles>(packed, codes, channels / 2);
+        codes[channels - 1] = low_nibble(packed[channels / 2]);
+        codes += channels;
+        packed += channels / 2 + 1;
+    }
+}
+
+template <class T>
+void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, const QuantizerTable& table,
+                       int64_t axis) {
+    const auto [batch, channels, spatial, channels_last] = layout;
+    const int64_t bytes = layout.packed_channels();
+    const Rows<Quantize, T, uint8_t> rows(layout.rows(axis), table);
+    // An odd row is padded with the zero point of its last channel.
+    const auto pad_of = [&](int64_t n) {
+        return static_cast<uint8_t>(zero_code(table[axis == 0 ? n : channels - 1]));
+    };
+    if (channels_last) {
+        const int64_t step = std::max<int64_t>(1, kBuffer / channels);
+        torch::stable::parallel_for(
+            0, batch * spatial, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
+                std::vector<uint8_t> codes(step * channels), pad(step);
+                for (int64_t row = begin; row < end; row += step) {
+                    const int64_t count = std::min(step, end - row);
+                    rows(x + row * channels, codes.data(), row * channels, (row + count) * channels);
+                    if (channels % 2)
+                        for (int64_t r = 0; r < count; ++r) pad[r] = pad_of((row + r) / spatial);
+                    pack_rows(codes.data(), packed + row * bytes, count, channels, pad.data());
+                }
+            });
+    } else {
+        const int64_t tiles = (spatial + kTile - 1) / kTile;
+        torch::stable::parallel_for(
+            0, batch * tiles, std::max<int64_t>(1, kGrain / (kTile * channels)), [&](int64_t begin, int64_t end) {
+                std::vector<uint8_t> tile(bytes * kTile);
+                uint8_t low[kTile], high[kTile];
+                for (int64_t t = begin; t < end; ++t) {
+                    const int64_t n = t / tiles, s = t % tiles * kTile, count = std::min(kTile, spatial - s);
+                    for (int64_t b = 0; b < bytes; ++b) {
+                        const int64_t first = (n * channels + 2 * b) * spatial + s;
+                        rows(x + first, low, first, first + count);
+                        if (2 * b + 1 < channels) {
+                            rows(x + first + spatial, high, first + spatial, first + spatial + count);
+                        } else {
+                            std::memset(high, pad_of(n), count);
+                        }
+                        simd::run<JoinNibbles>(low, high, tile.data() + b * kTile, count);
+                    }
+                    uint8_t* to = packed + (n * spatial + s) * bytes;
+                    for (int64_t p = 0; p < count; ++p)
+                        for (int64_t b = 0; b < bytes; ++b) *to++ = tile[b * kTile + p];
+                }
+            });
+    }
+}
+
+template <class T>
+void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout, const QuantizerTable& table,
+                           int64_t axis) {
+    const auto [batch, channels, spatial, channels_last] = layout;
+    const int64_t bytes = layout.packed_channels();
+    const Rows<Dequantize, uint8_t, T> rows(layout.rows(axis), table);
+    if (channels_last) {
+        const int64_t step = std::max<int64_t>(1, kBuffer / channels);
+        torch::stable::parallel_for(
+            0, batch * spatial, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
+                std::vector<uint8_t> codes(step * channels);
+                for (int64_t row = begin; row < end; row += step) {
+                    const int64_t count = std::min(step, end - row);
+                    unpack_rows(packed + row * bytes, codes.data(), count, channels);
+                    rows(codes.data(), x + row * channels, row * channels, (row + count) * channels);
+                }
+            });
+    } else {
+        const int64_t tiles = (spatial + kTile - 1) / kTile;
+        torch::stable::parallel_for(
+            0, batch * tiles, std::max<int64_t>(1, kGrain / (kTile * channels)), [&](int64_t begin, int64_t end) {
+                std::vector<uint8_t> tile(bytes * kTile);
+                uint8_t codes[kTile];
+                for (int64_t t = begin; t < end; ++t) {
+                    const int64_t n = t / tiles, s = t % tiles * kTile, count = std::min(kTile, spatial - s);
+                    const uint8_t* from = packed + (n * spatial + s) * bytes;
+                    for (int64_t p = 0; p < count; ++p)
+                        for (int64_t b = 0; b < bytes; ++b) tile[b * kTile + p] = *from++;
+                    for (int64_t c = 0; c < channels; ++c) {
+                        const uint8_t* both = tile.data() + c / 2 * kTile;
+                        if (c % 2) {
+                            simd::run<HalfNibbles<true>>(both, codes, count);
+                        } else {
+                            simd::run<HalfNibbles<false>>(both, codes, count);
+                        }
+                        const int64_t first = (n * channels + c) * spatial + s;
+                        rows(codes, x + first, first, first + count);
+                    }
+                }
+            });
+    }
+}
+
+// --- rows of any bit-width
+// -----------------------------------------------------------------------------------
+
+void pack_row(const uint8_t* codes, uint8_t* packed, int64_t length, int bits) {
+    if (bits == 8) {
+        std::memcpy(packed, codes, length);
+        return;
+    }
+    uint32_t pending = 0;  // bits not yet written, lowest first
+    int count = 0;
+    const uint32_t mask = (1u << bits) - 1;
+    for (int64_t i = 0; i < length; ++i) {
+        pending |= (codes[i] & mask) << count;
+        for (count += bits; count >= 8; count -= 8) {
+            *packed++ = static_cast<uint8_t>(pending);
+            pending >>= 8;
+        }
+    }
+    if (count > 0) *packed = static_cast<uint8_t>(pending);
+}
+
+void unpack_row(const uint8_t* packed, uint8_t* codes, int64_t length, int bits) {
+    if (bits == 8) {
+        std::memcpy(codes, packed, length);
+    } else if (bits == 4) {
+        simd::run<UnpackNibbles>(packed, codes, length / 2);
+        if (length % 2) codes[length - 1] = low_nibble(packed[length / 2]);
+    } else {
+        uint32_t pending = 0;
+        int count = 0;
+        const uint32_t mask = (1u << bits) - 1;
+        for (int64_t i = 0; i < length; ++i) {
+            if (count < bits) {
+                pending |= static_cast<uint32_t>(*packed++) << count;
+                count += 8;
+            }
+            codes[i] = static_cast<uint8_t>(pending & mask);
+            pending >>= bits;
+            count -= bits;
+        }
+    }
+}
+
+// Raises if a row leaves the packed buffer.
+void check_rows(const char* op, const RowTable& table) {
+    for (int64_t r = 0; r < table.rows; ++r) {
+        STD_TORCH_CHECK(table.bits[r] <= 8, op, ": bits[", r, "] is ", static_cast<int>(table.bits[r]),
+                        ", expected 0 to 8");
+        STD_TORCH_CHECK(table.holds(r), op, ": row ", r, " of ", table.length, " codes at byte ", table.offsets[r],
+                        " does not fit into ", table.packed_bytes, " bytes");
+    }
+}
+
+struct Cpu {
+    template <class T>
+    static void pack(const Tensor& x, const Tensor& packed, const PackLayout& layout, const QuantizerTable& table,
+                     int64_t axis) {
+        quantize_pack_all(static_cast<const T*>(x.data_ptr()), static_cast<uint8_t*>(packed.data_ptr()), layout,
+                          table, axis);
+    }
+
+    template <class T>
+    static void unpack(const Tensor& packed, const Tensor& x, const PackLayout& layout, const QuantizerTable& table,
+                       int64_t axis) {
+        unpack_dequantize_all(static_cast<const uint8_t*>(packed.data_ptr()), static_cast<T*>(x.data_ptr()), layout,
+                              table, axis);
+    }
+
+    static void pack_rows(const Tensor& codes, const Tensor& packed, const RowTable& table) {
+        check_rows("pack_codes", table);
+        const uint8_t* from = codes.const_data_ptr<uint8_t>();
+        uint8_t* to = packed.mutable_data_ptr<uint8_t>();
+        if (table.packed_bytes) std::memset(to, 0, table.packed_bytes);
+        for_each_row(table, [&](int64_t r) {
+            pack_row(from + r * table.length, to + table.offsets[r], table.length, table.bits[r]);
+        });
+    }
+
+    static void unpack_rows(const Tensor& packed, const Tensor& codes, const RowTable& table) {
+        check_rows("unpack_codes", table);
+        const uint8_t* from = packed.const_data_ptr<uint8_t>();
+        uint8_t* to = codes.mutable_data_ptr<uint8_t>();
+        for_each_row(table, [&](int64_t r) {
+            unpack_row(from + table.offsets[r], to + r * table.length, table.length, table.bits[r]);
+        });
+    }
+
+private:
+    static void for_each_row(const RowTable& table, const auto& f) {
+        const int64_t grain = kGrain / std::max<int64_t>(table.length, 1) + 1;
+        torch::stable::parallel_for(0, table.rows, grain, [&](int64_t r, int64_t end) {
+            for (; r < end; ++r) f(r);
+        });
+    }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) {
+    m.impl("quantize_pack", TORCH_BOX(&PackOps<Cpu>::quantize_pack));
+    m.impl("quantize_pack.out", TORCH_BOX(&PackOps<Cpu>::quantize_pack_out));
+    m.impl("unpack_dequantize", TORCH_BOX(&PackOps<Cpu>::unpack_dequantize));
+    m.impl("unpack_dequantize.out", TORCH_BOX(&PackOps<Cpu>::unpack_dequantize_out));
+    m.impl("pack_codes", TORCH_BOX(&RowOps<Cpu>::pack_codes));
+    m.impl("unpack_codes", TORCH_BOX(&RowOps<Cpu>::unpack_codes));
+}
+
+}  // namespace ptq4cuda

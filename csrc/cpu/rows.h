@@ -1,0 +1,79 @@
+// Elementwise work with a quantizer per channel, on any stretch of a tensor seen as [outer, channels, inner].
+//
+// Long rows take one quantizer a row. Short rows (channels_last: inner is 1) would not fill vector registers; there
+// the quantizers of consecutive elements are laid out as arrays, which repeat with a period, and are read in step.
+#pragma once
+
+#include <array>
+
+#include "../ops.h"
+#include "simd.h"
+
+namespace ptq4cuda {
+
+constexpr int64_t kGrain = 1 << 15;  // elements worth a thread
+
+template <class Op, class In, class Out>
+class Rows {
+public:
+    Rows(const ChannelLayout& layout, const QuantizerTable& table) : layout_(layout), table_(table) {
+        if (table.per_tensor()) layout_ = {1, 1, layout.numel()};
+        const int64_t base = layout_.channels * layout_.inner;
+        if (layout_.inner >= kShortRow || base > kMaximumPeriod || base == 0) return;
+        const int64_t repeats = std::max<int64_t>(1, kMinimumPeriod / base);
+        period_ = base * repeats;
+        for (auto& field : fields_) field.reserve(period_);
+        for (int64_t i = 0; i < repeats * layout_.channels; ++i) {
+            const Quantizer q = table_[i % layout_.channels];
+            const float values[] = {q.inv_scale, q.scale, q.zero_point, q.qmax};
+            for (int f = 0; f < 4; ++f) fields_[f].insert(fields_[f].end(), layout_.inner, values[f]);
+        }
+    }
+
+    // Elements begin to end of the flattened layout; x and y point at element `begin`.
+    void operator()(const In* x, Out* y, int64_t begin, int64_t end) const {
+        while (begin < end) {
+            int64_t count = end - begin;
+            if (period_) {
+                const int64_t p = begin % period_;
+                count = std::min(count, period_ - p);
+                simd::run<PeriodicRow>(x, y, count, fields_[0].data() + p, fields_[1].data() + p,
+                                       fields_[2].data() + p, fields_[3].data() + p);
+            } else {
+                const int64_t row = begin / layout_.inner;
+                count = std::min(count, (row + 1) * layout_.inner - begin);
+                simd::run<Row>(x, y, count, table_[row % layout_.channels]);
+            }
+            x += count;
+            y += count;
+            begin += count;
+        }
+    }
+
+private:
+    static constexpr int64_t kShortRow = 32;
+    static constexpr int64_t kMinimumPeriod = 1024;
+    static constexpr int64_t kMaximumPeriod = 1 << 16;
+
+    struct Row {
+        static PTQ_INLINE void run(const In* __restrict x, Out* __restrict y, int64_t n, Quantizer q) {
+            for (int64_t i = 0; i < n; ++i) y[i] = Op::template apply<Out>(static_cast<float>(x[i]), q);
+        }
+    };
+    struct PeriodicRow {
+        static PTQ_INLINE void run(const In* __restrict x, Out* __restrict y, int64_t n,
+                                   const float* __restrict inv_scale, const float* __restrict scale,
+                                   const float* __restrict zero_point, const float* __restrict qmax) {
+            for (int64_t i = 0; i < n; ++i)
+                y[i] = Op::template apply<Out>(static_cast<float>(x[i]),
+                                               Quantizer{inv_scale[i], scale[i], zero_point[i], qmax[i]});
+        }
+    };
+
+    ChannelLayout layout_;
+    QuantizerTable table_;
+    int64_t period_ = 0;                        // 0: long rows
+    std::array<std::vector<float>, 4> fields_;  // inv_scale, scale, zero_point, qmax of one period
+};
+
+}  // namespace ptq4cuda

@@ -1,0 +1,42 @@
+// The pybind11 module _C: build facts. Importing it also registers the CPU kernels of the other files.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/simd.h"
+
+#ifndef PTQ4CUDA_TORCH_VERSION
+#define PTQ4CUDA_TORCH_VERSION ""
+#endif
+#ifndef PTQ4CUDA_CUDA_ARCHITECTURES
+#define PTQ4CUDA_CUDA_ARCHITECTURES ""
+#endif
+#ifndef PTQ4CUDA_CUDA_MISSING
+#define PTQ4CUDA_CUDA_MISSING ""
+#endif
+
+PYBIND11_MODULE(_C, m) {
+    namespace py = pybind11;
+    namespace simd = ptq4cuda::simd;
+    m.doc() = "CPU kernels of ptq4cuda and facts about this build.";
+    m.def("build_info", [] {
+        py::dict info;
+#if defined(__clang__)
+        info["compiler"] = "clang " __clang_version__;
+#else
+        info["compiler"] = "gcc " __VERSION__;
+#endif
+        info["torch"] = PTQ4CUDA_TORCH_VERSION;
+        std::vector<std::string> levels = {"baseline"};
+#if defined(__x86_64__)
+        levels = {"baseline", "avx2", "avx512"};
+#endif
+        info["simd_levels"] = levels;
+        info["simd_level"] = simd::name(simd::level());
+        info["cuda_architectures"] = PTQ4CUDA_CUDA_ARCHITECTURES;
+        info["cuda_missing"] = PTQ4CUDA_CUDA_MISSING;
+        return info;
+    });
+}

@@ -1,0 +1,21 @@
+"""4-bit post-training quantization of convolutional networks."""
+
+from ptq4cuda import ops
+from ptq4cuda.config import QuantConfig
+from ptq4cuda.nn import QuantConv2d, QuantLinear
+from ptq4cuda.quantize import quantize
+from ptq4cuda.quantizer import QuantParams
+from ptq4cuda.report import report
+from ptq4cuda.serialization import load, save
+
+__all__ = [
+    "QuantConfig",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantParams",
+    "load",
+    "ops",
+    "quantize",
+    "report",
+    "save",
+]

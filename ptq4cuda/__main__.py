@@ -1,0 +1,5 @@
+"""`python -m ptq4cuda`."""
+
+from ptq4cuda.cli import main
+
+main()

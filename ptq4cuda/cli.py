@@ -1,0 +1,51 @@
+"""The command line: `ptq4cuda` or `python -m ptq4cuda`."""
+
+# No postponed annotations here: typer reads them, and is imported only inside main().
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from ptq4cuda.info import info
+
+
+def main() -> None:
+    """Run the command line. `info` works without the packages of the extra "cli"."""
+    try:
+        import typer
+    except ModuleNotFoundError:
+        if sys.argv[1:] == ["info"]:
+            print(info())
+            return
+        raise SystemExit("the ptq4cuda command needs typer: run `pip install 'ptq4cuda[cli]'`") from None
+
+    app = typer.Typer(
+        help="Turns a trained PyTorch CNN into a 4-bit one in seconds, without training.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    @app.command("info")
+    def info_command() -> None:
+        """Show versions, the native libraries in use, and why something is missing."""
+        print(info())
+
+    @app.command("demo")
+    def demo_command(
+        file: Annotated[Path | None, typer.Option(help="Keep the 4-bit network in this file.")] = None,
+        plot: Annotated[Path | None, typer.Option(help="Draw the comparison into this image file.")] = None,
+    ) -> None:
+        """Train a small network on handwritten digits, quantize it, and show what 4 bits cost and bought."""
+        try:
+            import sklearn  # noqa: F401
+
+            if plot is not None:
+                import matplotlib  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise SystemExit(f"the demo needs {error.name}: run `pip install 'ptq4cuda[demo]'`") from None
+        from ptq4cuda import demo
+
+        demo.run(file, plot)
+
+    app()

@@ -1,0 +1,119 @@
+"""QuantConv2d: torch.nn.Conv2d with packed integer weights and a quantized input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ptq4cuda.correction import BiasCorrection
+from ptq4cuda.nn.quant_module import QuantModule
+from ptq4cuda.quantizer import QuantParams
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class QuantConv2d(QuantModule):
+    """A 2-d convolution, drop-in for torch.nn.Conv2d: stride, padding of every mode, dilation, groups, bias.
+
+    The constructor takes nn.Conv2d's arguments and makes a layer whose weights are zero, to load a state_dict into;
+    from_float quantizes a trained layer. Input [N, C, H, W] (or [C, H, W]) float32, float16 or bfloat16; the output
+    has the input's dtype. Padding of mode "zeros" pads with the value zero, which every quantizer represents.
+    """
+
+    kind = "Conv2d"
+    activation_axis = -3
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        *,
+        quantized_input: bool = True,
+        folded: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        # A float layer without memory checks the arguments and brings them into the form that _conv_forward reads.
+        geometry = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=False,
+            padding_mode=padding_mode,
+            device="meta",
+        )
+        super().__init__(tuple(geometry.weight.shape), groups, bias, quantized_input, folded, device)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride = geometry.kernel_size, geometry.stride
+        self.padding, self.dilation = geometry.padding, geometry.dilation
+        self.padding_mode = geometry.padding_mode
+        self._reversed_padding_repeated_twice = geometry._reversed_padding_repeated_twice
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, *, quantized_input: bool = True, folded: bool = True) -> QuantConv2d:
+        """Return a layer of the same geometry, on the same device, with weights zero."""
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            quantized_input=quantized_input,
+            folded=folded,
+            device=conv.weight.device,
+        )
+
+    @classmethod
+    def from_float(
+        cls,
+        conv: nn.Conv2d,
+        activation: QuantParams | None = None,
+        *,
+        weight_bits: int | Tensor = 4,
+        bias_correction: BiasCorrection = "mean",
+        folded: bool = True,
+    ) -> QuantConv2d:
+        """Quantize a trained convolution.
+
+        Args:
+            conv: the float layer; it is not changed.
+            activation: quantizer of the input, per tensor or per channel; None leaves the input in float.
+            weight_bits: 0 to 8, one number or uint8 [O].
+            bias_correction: "none", "mean" or "mean+variance" (eq. 12-13).
+            folded: fold the activation's scale into the weights before they are quantized.
+        """
+        layer = cls.like(conv, quantized_input=activation is not None, folded=folded)
+        layer._quantize_from(conv, activation, weight_bits, bias_correction)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of the quantized input with the quantized weights."""
+        x, weight, bias = self._operands(x)
+        if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+            weight = weight.contiguous()  # weights in channels_last order would turn the output to channels_last
+        return nn.Conv2d._conv_forward(self, x, weight, bias)  # type: ignore[arg-type, no-any-return]
+
+    def extra_repr(self) -> str:
+        """Describe geometry and bits, as `print(module)` shows them."""
+        return f"{nn.Conv2d.extra_repr(self)}, {super().extra_repr()}"  # type: ignore[arg-type]
+
+    @property
+    def output_padding(self) -> tuple[int, int]:
+        """Zero; nn.Conv2d.extra_repr reads it."""
+        return (0, 0)

@@ -1,0 +1,251 @@
+"""What QuantConv2d and QuantLinear share: packed weights, the quantizer of the input, state.
+
+A module computes, for every output channel o (design: executable form),
+
+    y_o = scale_o * Σ (code + offset_o) · (q - z) + bias_o
+
+over codes q of its input with zero point z. The scale s_c of an input channel cannot leave the sum over channels; it
+is folded into the weights before they are quantized, so `scale` and `offset` describe weights w·s_c. A layer with
+folded=False quantizes the weights as they are, as the paper does; with a scale per channel it can only be simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ptq4cuda import ops
+from ptq4cuda.correction import BiasCorrection, correct_bias
+from ptq4cuda.quantizer import QuantizedWeight, QuantParams
+from ptq4cuda.rounding import round_to_nearest
+
+_WEIGHT = ("weight_packed", "weight_bits", "weight_scale", "weight_offset")
+_ACTIVATION = ("activation_bits", "activation_scale", "activation_zero_point")
+
+
+def input_scale_of_weights(scale: Tensor, weight_shape: torch.Size, groups: int) -> Tensor:
+    """View the scale of each input channel ([C] or [1]) so that it broadcasts over weights [O, C / groups, ...]."""
+    out_channels, per_group = weight_shape[0], weight_shape[1]
+    if scale.numel() > 1 and groups > 1:
+        scale = scale.view(groups, 1, per_group).expand(groups, out_channels // groups, per_group)
+        scale = scale.reshape(out_channels, per_group)
+    else:
+        scale = scale.view(1, -1)
+    return scale.reshape(*scale.shape, *(1,) * (len(weight_shape) - 2))
+
+
+class QuantModule(nn.Module):
+    """A layer with packed integer weights and, unless it quantizes weights only, a quantizer for its input.
+
+    Buffers:
+        weight_packed: uint8, rows of codes [O, *kernel, C / groups] packed by ops.pack_codes.
+        weight_bits: uint8 [O].
+        weight_scale: float32 [O].
+        weight_offset: float32 [O].
+        bias: float32 [O] or None.
+        activation_bits, activation_scale, activation_zero_point: QuantParams of the input, or None.
+    """
+
+    kind: ClassVar[str]  # the class of torch.nn that it takes the place of
+    activation_axis: ClassVar[int]  # the channel axis of the input
+
+    weight_packed: Tensor
+    weight_bits: Tensor
+    weight_scale: Tensor
+    weight_offset: Tensor
+    bias: Tensor | None
+    activation_bits: Tensor | None
+    activation_scale: Tensor | None
+    activation_zero_point: Tensor | None
+    _row_offsets: Tensor
+
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        groups: int,
+        bias: bool,
+        quantized_input: bool,
+        folded: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        self.folded = folded
+        self.weight_shape = torch.Size(weight_shape)
+        self.groups = groups
+        out_channels = weight_shape[0]
+        with torch.device(device if device is not None else torch.get_default_device()):
+            self._set_buffers(
+                weight_packed=torch.zeros(0, dtype=torch.uint8),
+                weight_bits=torch.zeros(out_channels, dtype=torch.uint8),
+                weight_scale=torch.ones(out_channels),
+                weight_offset=torch.zeros(out_channels),
+                bias=torch.zeros(out_channels) if bias else None,
+                activation_bits=torch.full((1,), 8, dtype=torch.uint8) if quantized_input else None,
+                activation_scale=torch.ones(1) if quantized_input else None,
+                activation_zero_point=torch.zeros(1, dtype=torch.int32) if quantized_input else None,
+            )
+        self._locate_rows()
+
+    def _set_buffers(self, **tensors: Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def _locate_rows(self) -> None:
+        offsets, total = ops.row_offsets(self.weight_bits, self._row_length)
+        if total != self.weight_packed.numel():
+            raise ValueError(f"weight_packed has {self.weight_packed.numel()} bytes, weight_bits ask for {total}")
+        self.register_buffer("_row_offsets", offsets, persistent=False)
+
+    @property
+    def _row_length(self) -> int:
+        return self.weight_shape[1:].numel()
+
+    # --- from float ---------------------------------------------------------------------------------------
+
+    def _quantize_from(
+        self,
+        layer: nn.Conv2d | nn.Linear,
+        activation: QuantParams | None,
+        weight_bits: int | Tensor,
+        bias_correction: BiasCorrection,
+    ) -> None:
+        """Take over a float layer's weights, rounded to the nearest code, its bias and a quantizer of its input."""
+        if isinstance(weight_bits, int):
+            weight_bits = torch.full((self.weight_shape[0],), weight_bits, dtype=torch.uint8)
+        if activation is not None:
+            self.set_activation(activation)
+        weight = self.weight_to_quantize(layer.weight.detach())
+        quantized = round_to_nearest(weight, weight_bits.to(weight.device))
+        self.set_weight(correct_bias(quantized, weight, bias_correction), layer.bias)
+
+    def weight_to_quantize(self, weight: Tensor) -> Tensor:
+        """Return float32 weights in the order of the codes, times the scale of the input channels if it is folded.
+
+        Args:
+            weight: [O, C / groups, *kernel].
+
+        Returns:
+            [O, *kernel, C / groups].
+        """
+        if tuple(weight.shape) != tuple(self.weight_shape):
+            raise ValueError(f"weight has shape {list(weight.shape)}, expected {list(self.weight_shape)}")
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError("weight contains NaN or Inf")
+        weight = weight.float()
+        if self.folded and self.activation_scale is not None:
+            weight = weight * input_scale_of_weights(self.activation_scale, weight.shape, self.groups)
+        return weight.movedim(1, -1).contiguous()
+
+    def set_activation(self, activation: QuantParams) -> None:
+        """Quantize the input with these parameters (before set_weight: their scale is folded into the weights)."""
+        channels = self.weight_shape[1] * self.groups
+        for name in ("bits", "scale", "zero_point"):
+            length = getattr(activation, name).numel()
+            if length not in (1, channels):
+                raise ValueError(f"activation {name} has {length} channels, the layer has {channels}")
+        self._set_buffers(
+            activation_bits=activation.bits,
+            activation_scale=activation.scale,
+            activation_zero_point=activation.zero_point,
+        )
+
+    def set_weight(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        """Store quantized weights [O, *kernel, C / groups] packed, and the bias."""
+        self._set_buffers(
+            weight_packed=ops.pack_codes(weight.codes.flatten(1), weight.bits),
+            weight_bits=weight.bits,
+            weight_scale=weight.scale,
+            weight_offset=weight.offset,
+            bias=None if bias is None else bias.detach().float().clone(),
+        )
+        self._locate_rows()
+
+    # --- in use -------------------------------------------------------------------------------------------
+
+    @property
+    def activation(self) -> QuantParams | None:
+        """The quantizer of the input."""
+        if self.activation_bits is None or self.activation_scale is None or self.activation_zero_point is None:
+            return None
+        return QuantParams(
+            self.activation_bits, self.activation_scale, self.activation_zero_point, self.activation_axis
+        )
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Return the unpacked weights, codes [O, *kernel, C / groups]."""
+        codes = ops.unpack_codes(self.weight_packed, self.weight_bits, self._row_length, self._row_offsets)
+        shape = (self.weight_shape[0], *self.weight_shape[2:], self.weight_shape[1])
+        return QuantizedWeight(codes.view(shape), self.weight_bits, self.weight_scale, self.weight_offset)
+
+    def dequantized_weight(self) -> Tensor:
+        """Return the float32 weights [O, C / groups, *kernel] that the quantized layer computes with."""
+        weight = self.quantized_weight().values().movedim(-1, 1)
+        if self.folded and self.activation_scale is not None:
+            weight = weight / input_scale_of_weights(self.activation_scale, self.weight_shape, self.groups)
+        return weight
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the quantized input, weights and bias in the input's dtype."""
+        if self.activation_bits is not None:
+            assert self.activation_scale is not None and self.activation_zero_point is not None
+            x = ops.fake_quantize(
+                x,
+                self.activation_scale,
+                self.activation_zero_point,
+                self.activation_bits,
+                self.activation_axis,
+            )
+        weight = self.dequantized_weight().to(x.dtype)
+        return x, weight, None if self.bias is None else self.bias.to(x.dtype)
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        """Follow .to(device) but keep dtypes: .half() must not round scales and biases."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accept buffers of other lengths: they depend on the bits that were allocated."""
+        errors: list[str] = args[-1]
+        before = len(errors)
+        for name in (*_WEIGHT, *_ACTIVATION):
+            current, loaded = getattr(self, name), state_dict.get(prefix + name)
+            if current is None or loaded is None:
+                continue
+            if loaded.dtype != current.dtype or loaded.dim() != 1:
+                errors.append(f"{prefix}{name} is {loaded.dtype} {list(loaded.shape)}, expected {current.dtype} [n]")
+            elif name == "weight_packed" or (name in _ACTIVATION and loaded.shape != current.shape):
+                setattr(self, name, torch.empty_like(loaded, device=current.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if len(errors) > before:
+            return
+        try:
+            self._locate_rows()
+            activation = self.activation
+            if activation is not None:
+                self.set_activation(activation)
+        except (TypeError, ValueError) as error:
+            errors.append(f"{prefix.rstrip('.')}: {error}")
+
+    def extra_repr(self) -> str:
+        """Describe bits and execution, as `print(module)` shows them."""
+        weight = f"weight_bits={_mean_bits(self.weight_bits)}"
+        if self.activation_bits is None:
+            return weight
+        return f"{weight}, activation_bits={_mean_bits(self.activation_bits)}"
+
+
+def _mean_bits(bits: Tensor) -> str:
+    if bits.is_meta or bits.numel() == 0:
+        return "?"
+    mean = bits.float().mean().item()
+    return f"{mean:g}" if int(bits.min()) == int(bits.max()) else f"{mean:.2f} (mean)"

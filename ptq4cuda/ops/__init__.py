@@ -1,0 +1,329 @@
+"""The operators of ptq4cuda as typed functions.
+
+Each is a torch custom op (namespace ptq4cuda) with a CPU and a CUDA kernel and a pure-PyTorch reference, which
+agree code for code. A quantizer is unsigned b-bit codes with a scale and a zero point:
+
+    code(x)  = clamp(rint(x / scale) + zero_point, 0, 2^bits - 1)
+    value(q) = (q - zero_point) * scale
+
+Quantizer arguments are vectors of length C, the size of x along `axis`, or 1, or plain numbers: scale float32 > 0,
+zero_point int32, bits uint8 from 0 to 8. They live on x's device. The functions here check every argument and raise
+TypeError or ValueError; values of parameters that live on a GPU are not read back to be checked (QuantParams does
+that once, when it is made).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ptq4cuda.ops import registration as _registration
+
+__all__ = [
+    "channel_statistics",
+    "fake_quantize",
+    "pack_codes",
+    "quantize",
+    "quantize_pack",
+    "row_offsets",
+    "unpack_codes",
+    "unpack_dequantize",
+]
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+MAX_ZERO_POINT = 1 << 22  # codes and zero points are held in float32, exactly
+_ops = getattr(torch.ops, _registration.NAMESPACE)
+
+
+def channel_statistics(x: Tensor, axis: int = 1, centre: Tensor | None = None) -> Tensor:
+    """Return statistics of each channel in one deterministic reduction.
+
+    Args:
+        x: float32, float16 or bfloat16, any shape.
+        axis: the channel axis; C is its size.
+        centre: float64 [C]; the mean absolute deviation is taken about it. Default: about the channel's mean.
+
+    Returns:
+        float64 [C, 7]: count, min, max, mean, m2 (sum of squared deviations from the mean), absdev (mean absolute
+        deviation), positive (fraction of values > 0). An empty channel has count 0, min inf, max -inf. NaN or Inf
+        in a channel leave its mean, m2 and absdev not finite.
+    """
+    channels = _check_input(x, axis)
+    if centre is not None:
+        check_vector("centre", centre, torch.float64, (channels,), x)
+    return _ops.channel_statistics(x, axis, centre)  # type: ignore[no-any-return]
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    bits: Tensor | int,
+    axis: int = 1,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Quantize and dequantize: value(code(x)), with x's shape, dtype and strides.
+
+    NaN stays NaN, ±Inf saturates. Differentiable in x: the straight-through gradient, 1 where x is not clipped.
+    `out`, if given, has x's shape, dtype and strides and is returned.
+    """
+    parameters = _quantizer(x, scale, zero_point, bits, axis)
+    if out is None:
+        return _ops.fake_quantize(x, *parameters, axis)  # type: ignore[no-any-return]
+    _check_out(out, x, x.dtype)
+    _ops.fake_quantize.out(x, *parameters, axis, out=out)
+    return out
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    bits: Tensor | int,
+    axis: int = 1,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return code(x) as uint8 with x's shape and strides. NaN gets the zero point's code, ±Inf saturates."""
+    parameters = _quantizer(x, scale, zero_point, bits, axis)
+    if out is None:
+        return _ops.quantize(x, *parameters, axis)  # type: ignore[no-any-return]
+    _check_out(out, x, torch.uint8)
+    _ops.quantize.out(x, *parameters, axis, out=out)
+    return out
+
+
+def quantize_pack(
+    x: Tensor, scale: Tensor | float, zero_point: Tensor | int, axis: int = 1, *, out: Tensor | None = None
+) -> Tensor:
+    """Quantize to 4 bits and pack two channels a byte, low nibble first.
+
+    Args:
+        x: [N, C, *spatial], float32, float16 or bfloat16; contiguous and channels_last are read without a copy.
+        scale: of each channel (or a number).
+        zero_point: of each channel (or a number).
+        axis: 1 for quantizers along C (activations), 0 along N (weights [O, C, R, S]).
+        out: receives the result, if given.
+
+    Returns:
+        uint8 [N, *spatial, ceil(C / 2)]. An odd C is padded with the zero point of the last channel.
+    """
+    axis = _check_pack_axis(x, axis)
+    scale, zero_point, _ = _quantizer(x, scale, zero_point, 4, axis)
+    if out is None:
+        return _ops.quantize_pack(x, scale, zero_point, axis)  # type: ignore[no-any-return]
+    expected = (x.shape[0], *x.shape[2:], (x.shape[1] + 1) // 2)
+    if out.dtype != torch.uint8 or tuple(out.shape) != expected or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous uint8 {list(expected)}, got {out.dtype} {list(out.shape)}")
+    _ops.quantize_pack.out(x, scale, zero_point, axis, out=out)
+    return out
+
+
+def unpack_dequantize(
+    packed: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    channels: int,
+    axis: int = 1,
+    dtype: torch.dtype = torch.float32,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the values of packed 4-bit codes.
+
+    Args:
+        packed: uint8 [N, *spatial, ceil(C / 2)] as quantize_pack makes it.
+        scale: as given to quantize_pack.
+        zero_point: as given to quantize_pack.
+        channels: C.
+        axis: 1 or 0, as given to quantize_pack.
+        dtype: of the result: float32, float16 or bfloat16.
+        out: [N, C, *spatial], contiguous or channels_last; receives the result, if given, in its own dtype.
+
+    Returns:
+        [N, C, *spatial], channels innermost in memory (channels_last).
+    """
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() < 2:
+        raise TypeError(f"packed must be a uint8 tensor [N, *spatial, ceil(C / 2)], got {_describe(packed)}")
+    if channels < 0 or (channels + 1) // 2 != packed.shape[-1]:
+        raise ValueError(f"channels is {channels}, which does not fit the packed shape {list(packed.shape)}")
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 or 1, got {axis}")
+    count = packed.shape[0] if axis == 0 else channels
+    scale, zero_point, _ = _parameters(packed, count, scale, zero_point, 4)
+    if out is None:
+        return _ops.unpack_dequantize(packed, scale, zero_point, axis, channels, dtype)  # type: ignore[no-any-return]
+    expected = (packed.shape[0], channels, *packed.shape[1:-1])
+    if out.dtype not in FLOATING or tuple(out.shape) != expected:
+        raise ValueError(f"out must be floating point {list(expected)}, got {out.dtype} {list(out.shape)}")
+    if not out.is_contiguous() and not out.movedim(1, -1).is_contiguous():
+        raise ValueError(f"out must be contiguous or channels_last, its strides are {list(out.stride())}")
+    _ops.unpack_dequantize.out(packed, scale, zero_point, axis, out=out)
+    return out
+
+
+def row_offsets(bits: Tensor, length: int) -> tuple[Tensor, int]:
+    """Return where each row of `length` codes begins when packed with its bits, and the bytes of all rows.
+
+    Args:
+        bits: uint8 [rows].
+        length: codes in a row.
+
+    Returns:
+        int64 [rows] byte offsets on bits' device, and the total. Every row begins at a whole byte.
+    """
+    sizes = (bits.to(torch.int64) * length + 7) // 8
+    ends = sizes.cumsum(0)
+    return ends - sizes, int(ends[-1]) if len(ends) else 0
+
+
+def pack_codes(codes: Tensor, bits: Tensor) -> Tensor:
+    """Pack rows of codes, each with its own bit-width, lowest bit first, every row from a whole byte on.
+
+    Args:
+        codes: uint8 [rows, length]; codes of row r are below 2^bits[r].
+        bits: uint8 [rows], 0 to 8.
+
+    Returns:
+        uint8 [bytes]; row_offsets(bits, length) tells where the rows begin.
+    """
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise TypeError(f"codes must be a uint8 tensor [rows, length], got {_describe(codes)}")
+    check_vector("bits", bits, torch.uint8, (codes.shape[0],), codes)
+    check_bits(bits)
+    if codes.numel():
+        wide = (codes.amax(1).to(torch.int32) >> bits.to(torch.int32)).nonzero().flatten().tolist()
+        if wide:
+            row = wide[0]
+            raise ValueError(f"codes has {int(codes[row].amax())} in row {row}, which has {int(bits[row])} bits")
+    offsets, total = row_offsets(bits, codes.shape[1])
+    return _ops.pack_codes(codes, bits, offsets, total)  # type: ignore[no-any-return]
+
+
+def unpack_codes(packed: Tensor, bits: Tensor, length: int, offsets: Tensor | None = None) -> Tensor:
+    """Return the uint8 codes [rows, length] that pack_codes packed.
+
+    Args:
+        packed: uint8 [bytes].
+        bits: uint8 [rows], 0 to 8.
+        length: codes in a row.
+        offsets: row_offsets(bits, length)[0], for callers that keep it.
+    """
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise TypeError(f"packed must be a uint8 tensor [bytes], got {_describe(packed)}")
+    if offsets is None:
+        check_vector("bits", bits, torch.uint8, (bits.numel(),), packed)
+        check_bits(bits)
+        offsets, total = row_offsets(bits, length)
+        if total != packed.numel():
+            raise ValueError(f"packed has {packed.numel()} bytes; {len(bits)} rows of {length} codes take {total}")
+    return _ops.unpack_codes(packed, bits, offsets, length)  # type: ignore[no-any-return]
+
+
+# --- argument checks ------------------------------------------------------------------------------------------
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _check_input(x: Tensor, axis: int) -> int:
+    """Return the number of channels."""
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING:
+        raise TypeError(f"x must be a float32, float16 or bfloat16 tensor, got {_describe(x)}")
+    if not isinstance(axis, int):
+        raise TypeError(f"axis must be an int, got {type(axis).__name__}")
+    dims = max(x.dim(), 1)
+    if not -dims <= axis < dims:
+        raise ValueError(f"axis {axis} is out of range for x of shape {list(x.shape)}")
+    return x.shape[axis] if x.dim() else 1
+
+
+def _check_pack_axis(x: Tensor, axis: int) -> int:
+    _check_input(x, axis)
+    if x.dim() < 2:
+        raise ValueError(f"x must have the shape [N, C, *spatial], got {list(x.shape)}")
+    if axis % x.dim() not in (0, 1):
+        raise ValueError(f"axis must be 0 or 1, got {axis}")
+    return axis % x.dim()
+
+
+def check_vector(name: str, p: Tensor, dtype: torch.dtype, lengths: tuple[int, ...], x: Tensor) -> None:
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
+    if p.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {p.dtype}")
+    if p.dim() != 1 or p.shape[0] not in lengths:
+        expected = " or ".join(f"[{n}]" for n in dict.fromkeys(lengths))
+        raise ValueError(f"{name} must have the shape {expected}, got {list(p.shape)}")
+    if p.device != x.device:
+        raise ValueError(f"{name} is on {p.device}, the tensor it belongs to on {x.device}")
+
+
+def _readable(p: Tensor) -> bool:
+    """True if looking at values costs no synchronisation and breaks no graph."""
+    return p.device.type == "cpu" and not torch.compiler.is_compiling() and type(p) is Tensor
+
+
+def check_bits(bits: Tensor) -> None:
+    if _readable(bits) and bits.numel() and int(bits.max()) > 8:
+        raise ValueError(f"bits must be 0 to 8, got {int(bits.max())}")
+
+
+def check_scale(scale: Tensor) -> None:
+    """Raise ValueError unless every scale is a positive, finite number whose inverse is finite, too."""
+    smallest = torch.finfo(torch.float32).tiny
+    bad = ~((scale >= smallest) & (scale < torch.inf))
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"scale must be positive and finite (at least {smallest:.3g}), scale[{index}] is {scale[index]}"
+        )
+
+
+def check_zero_point(zero_point: Tensor) -> None:
+    """Raise ValueError unless float32 holds every zero point and its differences to codes exactly."""
+    bad = (zero_point < -MAX_ZERO_POINT) | (zero_point > MAX_ZERO_POINT)
+    if bool(bad.any()):
+        value = int(zero_point[bad][0])
+        raise ValueError(f"zero_point must be from -{MAX_ZERO_POINT} to {MAX_ZERO_POINT}, got {value}")
+
+
+def _quantizer(
+    x: Tensor, scale: Tensor | float, zero_point: Tensor | int, bits: Tensor | int, axis: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _parameters(x, _check_input(x, axis), scale, zero_point, bits)
+
+
+def _parameters(
+    x: Tensor, channels: int, scale: Tensor | float, zero_point: Tensor | int, bits: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the parameters of a quantizer and make vectors of plain numbers."""
+    if isinstance(scale, (int, float)):
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"scale must be positive and finite, got {scale}")
+        scale = torch.full((1,), scale, dtype=torch.float32, device=x.device)
+    if isinstance(zero_point, int):
+        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    if isinstance(bits, int):
+        if not 0 <= bits <= 8:
+            raise ValueError(f"bits must be 0 to 8, got {bits}")
+        bits = torch.full((1,), bits, dtype=torch.uint8, device=x.device)
+    check_vector("scale", scale, torch.float32, (channels, 1), x)
+    check_vector("zero_point", zero_point, torch.int32, (channels, 1), x)
+    check_vector("bits", bits, torch.uint8, (channels, 1), x)
+    if _readable(scale):
+        check_scale(scale)
+        check_zero_point(zero_point)
+        check_bits(bits)
+    return scale, zero_point, bits
+
+
+def _check_out(out: Tensor, x: Tensor, dtype: torch.dtype) -> None:
+    if out.dtype != dtype or out.shape != x.shape or out.device != x.device:
+        raise ValueError(f"out must be {dtype} {list(x.shape)} on {x.device}, got {_describe(out)} on {out.device}")

@@ -1,0 +1,131 @@
+"""Every operator once more in plain PyTorch: the specification that the CPU and CUDA kernels are tested against.
+
+It runs on any device and also serves where no kernel is built. Signatures are those of the operators; arguments
+have been checked by ptq4cuda.ops.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Columns of channel_statistics.
+STATISTICS = ("count", "min", "max", "mean", "m2", "absdev", "positive")
+
+
+def _along(parameter: Tensor, x: Tensor, axis: int) -> Tensor:
+    """View a vector of length C or 1 so that it broadcasts along `axis` of x."""
+    if x.dim() == 0 or parameter.numel() == 1:
+        return parameter.reshape(())
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return parameter.view(shape)
+
+
+def _qmax(bits: Tensor) -> Tensor:
+    return (torch.ones_like(bits, dtype=torch.int32) << bits.to(torch.int32)).float() - 1.0
+
+
+def _unclamped_codes(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """Return rint(x / scale) + zero_point as float32."""
+    return torch.round(x.float() * _along(1.0 / scale, x, axis)) + _along(zero_point, x, axis).float()
+
+
+def _float_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, axis: int) -> Tensor:
+    """Return clamp(rint(x / scale) + zero_point, 0, 2^bits - 1) as float32, NaN for NaN."""
+    codes = _unclamped_codes(x, scale, zero_point, axis)
+    return torch.minimum(codes.clamp_min(0.0), _along(_qmax(bits), x, axis))
+
+
+def inside_clip_range(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, axis: int) -> Tensor:
+    """Return where x is rounded but not clipped, bool, x's shape: where the straight-through gradient is one."""
+    codes = _unclamped_codes(x, scale, zero_point, axis)
+    return (codes >= 0) & (codes <= _along(_qmax(bits), x, axis))
+
+
+def _zero_codes(zero_point: Tensor, bits: Tensor) -> Tensor:
+    """Return the codes whose values are nearest to zero, float32 [C] or [1]."""
+    return torch.minimum(zero_point.float().clamp_min(0.0), _qmax(bits))
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, axis: int) -> Tensor:
+    """Quantize and dequantize; NaN stays NaN."""
+    codes = _float_codes(x, scale, zero_point, bits, axis)
+    values = (codes - _along(zero_point, x, axis).float()) * _along(scale, x, axis)
+    return torch.empty_like(x).copy_(values)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, axis: int) -> Tensor:
+    """Return uint8 codes; NaN becomes the zero point."""
+    codes = _float_codes(x, scale, zero_point, bits, axis)
+    codes = torch.where(codes.isnan(), _along(_zero_codes(zero_point, bits), x, axis), codes)
+    return torch.empty_like(x, dtype=torch.uint8).copy_(codes)
+
+
+def quantize_pack(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """[N, C, *spatial] to packed 4-bit codes, uint8 [N, *spatial, ceil(C / 2)]."""
+    four = torch.full_like(zero_point, 4, dtype=torch.uint8)
+    axis = axis % x.dim()
+    codes = quantize(x, scale, zero_point, four, axis)
+    if x.shape[1] % 2:
+        pad = _zero_codes(zero_point, four).to(torch.uint8)
+        # The pad code of the last channel, or of each sample where the quantizers lie along dimension 0.
+        pad = _along(pad if axis == 0 else pad[-1:], x, 0).expand_as(codes[:, :1])
+        codes = torch.cat([codes, pad], dim=1)
+    return (codes[:, 0::2] | (codes[:, 1::2] << 4)).movedim(1, -1).contiguous()
+
+
+def unpack_dequantize(
+    packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, channels: int, dtype: torch.dtype
+) -> Tensor:
+    """Packed 4-bit codes, uint8 [N, *spatial, ceil(C / 2)], to values [N, C, *spatial], channels innermost."""
+    codes = torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2)[..., :channels].movedim(-1, 1)
+    axis = axis % codes.dim()
+    values = (codes.float() - _along(zero_point, codes, axis).float()) * _along(scale, codes, axis)
+    out = packed.new_empty((*packed.shape[:-1], channels), dtype=dtype).movedim(-1, 1)
+    return out.copy_(values)
+
+
+def channel_statistics(x: Tensor, axis: int, centre: Tensor | None = None) -> Tensor:
+    """Return float64 [C, 7]: count, min, max, mean, m2, absdev, positive of each channel."""
+    rows = x.unsqueeze(0) if x.dim() == 0 else x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    rows = rows.double()
+    channels, count = rows.shape
+    out = rows.new_zeros((channels, len(STATISTICS)))
+    if count == 0:
+        out[:, 1], out[:, 2] = torch.inf, -torch.inf
+        return out
+    mean = rows.mean(1)
+    about = mean if centre is None else centre
+    columns = [
+        torch.full_like(mean, count),
+        rows.amin(1),
+        rows.amax(1),
+        mean,
+        (rows - mean[:, None]).square().sum(1),
+        (rows - about[:, None]).abs().mean(1),
+        (rows > 0).double().mean(1),
+    ]
+    return torch.stack(columns, dim=1, out=out)
+
+
+def pack_codes(codes: Tensor, bits: Tensor, offsets: Tensor, packed_bytes: int) -> Tensor:
+    """Pack row r of uint8 codes [rows, length] with bits[r] bits a code, lowest bit first, at byte offsets[r]."""
+    packed = codes.new_zeros(packed_bytes)
+    place = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    for row, width, offset in zip(codes, bits.tolist(), offsets.tolist(), strict=True):
+        stream = (row[:, None] >> place[:width]) & 1
+        stream = torch.nn.functional.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
+        packed[offset : offset + len(stream)] = (stream << place).sum(1).to(torch.uint8)
+    return packed
+
+
+def unpack_codes(packed: Tensor, bits: Tensor, offsets: Tensor, length: int) -> Tensor:
+    """Return the uint8 codes [rows, length] that pack_codes packed."""
+    codes = packed.new_zeros((bits.numel(), length))
+    place = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    for row, width, offset in zip(codes, bits.tolist(), offsets.tolist(), strict=True):
+        stream = packed[offset : offset + (length * width + 7) // 8]
+        stream = ((stream[:, None] >> place) & 1).flatten()[: length * width].view(length, width)
+        row.copy_((stream << place[:width]).sum(1))
+    return codes

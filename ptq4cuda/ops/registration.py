@@ -1,0 +1,138 @@
+"""Schemas of the operators, their fake kernels and gradients; loads the native kernels behind them.
+
+The CPU and CUDA libraries register kernels against these schemas. The reference is registered below both, for
+devices and builds that have no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ptq4cuda.ops import reference
+
+NAMESPACE = "ptq4cuda"
+
+_QUANTIZER = "Tensor scale, Tensor zero_point"
+SCHEMAS = (
+    "channel_statistics(Tensor x, int axis, Tensor? centre=None) -> Tensor",
+    f"fake_quantize(Tensor x, {_QUANTIZER}, Tensor bits, int axis) -> Tensor",
+    f"fake_quantize.out(Tensor x, {_QUANTIZER}, Tensor bits, int axis, *, Tensor(a!) out) -> ()",
+    f"quantize(Tensor x, {_QUANTIZER}, Tensor bits, int axis) -> Tensor",
+    f"quantize.out(Tensor x, {_QUANTIZER}, Tensor bits, int axis, *, Tensor(a!) out) -> ()",
+    f"quantize_pack(Tensor x, {_QUANTIZER}, int axis) -> Tensor",
+    f"quantize_pack.out(Tensor x, {_QUANTIZER}, int axis, *, Tensor(a!) out) -> ()",
+    f"unpack_dequantize(Tensor packed, {_QUANTIZER}, int axis, int channels, ScalarType dtype) -> Tensor",
+    f"unpack_dequantize.out(Tensor packed, {_QUANTIZER}, int axis, *, Tensor(a!) out) -> ()",
+    "pack_codes(Tensor codes, Tensor bits, Tensor offsets, int packed_bytes) -> Tensor",
+    "unpack_codes(Tensor packed, Tensor bits, Tensor offsets, int length) -> Tensor",
+)
+
+
+def define(namespace: str) -> torch.library.Library:
+    """Define the operators in a namespace. The tests define them once more for the CUDA sources on the CPU."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema in SCHEMAS:
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    return library
+
+
+# --- fake kernels: shapes, dtypes and strides without data --------------------------------------------------
+
+
+def _fake_channel_statistics(x: Tensor, axis: int, centre: Tensor | None = None) -> Tensor:
+    channels = x.shape[axis] if x.dim() else 1
+    return x.new_empty((channels, len(reference.STATISTICS)), dtype=torch.float64)
+
+
+def _fake_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+def _fake_quantize_pack(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return x.new_empty((x.shape[0], *x.shape[2:], (x.shape[1] + 1) // 2), dtype=torch.uint8)
+
+
+def _fake_unpack_dequantize(
+    packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, channels: int, dtype: torch.dtype
+) -> Tensor:
+    return packed.new_empty((*packed.shape[:-1], channels), dtype=dtype).movedim(-1, 1)
+
+
+def _fake_pack_codes(codes: Tensor, bits: Tensor, offsets: Tensor, packed_bytes: int) -> Tensor:
+    return codes.new_empty(packed_bytes)
+
+
+def _fake_unpack_codes(packed: Tensor, bits: Tensor, offsets: Tensor, length: int) -> Tensor:
+    return packed.new_empty((bits.shape[0], length))
+
+
+def _fake_out(*args: object, out: Tensor) -> None:
+    return None
+
+
+# --- the straight-through gradient of fake_quantize: one inside the clip range, zero outside ------------------
+
+
+def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x, scale, zero_point, bits, axis = inputs
+    ctx.save_for_backward(x, scale, zero_point, bits)
+    ctx.axis = axis  # type: ignore[attr-defined]
+
+
+def _straight_through(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+) -> tuple[Tensor, None, None, None, None]:
+    x, scale, zero_point, bits = ctx.saved_tensors  # type: ignore[attr-defined]
+    inside = reference.inside_clip_range(x, scale, zero_point, bits, ctx.axis)  # type: ignore[attr-defined]
+    return grad * inside, None, None, None, None
+
+
+def _out_of(function: Callable[..., Tensor]) -> Callable[..., None]:
+    """Make an out= kernel of a reference function."""
+
+    def kernel(*args: object, out: Tensor) -> None:
+        out.copy_(function(*args))
+
+    return kernel
+
+
+def _unpack_dequantize_out(packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *, out: Tensor) -> None:
+    out.copy_(reference.unpack_dequantize(packed, scale, zero_point, axis, out.shape[1], out.dtype))
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "channel_statistics": _fake_channel_statistics,
+    "fake_quantize": _fake_fake_quantize,
+    "quantize": _fake_quantize,
+    "quantize_pack": _fake_quantize_pack,
+    "unpack_dequantize": _fake_unpack_dequantize,
+    "pack_codes": _fake_pack_codes,
+    "unpack_codes": _fake_unpack_codes,
+}
+
+
+def implement(library: torch.library.Library, namespace: str) -> None:
+    """Register the fake kernels, the gradient and the reference in a namespace."""
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    for name in ("fake_quantize", "quantize", "quantize_pack", "unpack_dequantize"):
+        torch.library.register_fake(f"{namespace}::{name}.out", _fake_out, lib=library)
+        kernel = _unpack_dequantize_out if name == "unpack_dequantize" else _out_of(getattr(reference, name))
+        library.impl(f"{name}.out", kernel, "CompositeExplicitAutograd")
+    torch.library.register_autograd(
+        f"{namespace}::fake_quantize", _straight_through, setup_context=_save_for_backward, lib=library
+    )
+
+
+_library = define(NAMESPACE)
+implement(_library, NAMESPACE)
+
+from ptq4cuda import _native  # noqa: E402, F401  # registers the native kernels, now that the schemas exist

@@ -1,0 +1,104 @@
+"""QuantParams and QuantizedWeight: the vocabulary of everything above the operators.
+
+A quantizer has unsigned b-bit codes, a scale and a zero point: value(q) = (q - zero_point) * scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq4cuda import ops
+
+
+@dataclass(frozen=True, eq=False)
+class QuantParams:
+    """The quantizer of a tensor, or one for each of its channels.
+
+    Attributes:
+        bits: uint8 [C] or [1], 0 to 8.
+        scale: float32 [C] or [1], > 0.
+        zero_point: int32 [C] or [1].
+        axis: the channel axis of the tensor, counted from the front or the back.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong dtype, shape, device or value.
+    """
+
+    bits: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    axis: int = 1
+
+    def __post_init__(self) -> None:
+        channels = max(self.bits.numel(), self.scale.numel(), self.zero_point.numel())
+        for name, dtype in (("bits", torch.uint8), ("scale", torch.float32), ("zero_point", torch.int32)):
+            ops.check_vector(name, getattr(self, name), dtype, (channels, 1), self.scale)
+        ops.check_bits(self.bits)
+        ops.check_scale(self.scale)
+        ops.check_zero_point(self.zero_point)
+
+    @classmethod
+    def from_range(
+        cls, low: Tensor, high: Tensor, bits: Tensor, axis: int = 1, constant: Tensor | None = None
+    ) -> QuantParams:
+        """Spread the codes over [low, high], widened to contain zero, which gets a code of its own.
+
+        Args:
+            low: [C] or [1], finite.
+            high: [C] or [1], finite, >= low.
+            bits: uint8 [C] or [1], 0 to 8.
+            axis: the channel axis.
+            constant: [C] or [1], the value of channels with 0 bits. Default: zero.
+        """
+        low, high = low.double().clamp_max(0.0), high.double().clamp_min(0.0)
+        qmax = torch.exp2(bits.double()) - 1.0
+        scale = (high - low) / qmax
+        scale = torch.where(scale > 0, scale, 1.0).float()  # an all-zero channel has any scale
+        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+        zero_point = torch.minimum(torch.round(-low / scale), qmax)
+        # Zero bits leave the code 0, whose value is -zero_point * scale.
+        constant = torch.zeros_like(low) if constant is None else constant.double()
+        empty = bits == 0
+        scale = torch.where(empty & (constant != 0), constant.abs().float(), torch.where(empty, 1.0, scale))
+        zero_point = torch.where(empty, -constant.sign(), zero_point)
+        return cls(bits.to(torch.uint8), scale, zero_point.to(torch.int32), axis)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Return value(code(x)) with x's shape, dtype and strides."""
+        return ops.fake_quantize(x, self.scale, self.zero_point, self.bits, self.axis)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return code(x), uint8 with x's shape and strides."""
+        return ops.quantize(x, self.scale, self.zero_point, self.bits, self.axis)
+
+    def to(self, device: torch.device) -> QuantParams:
+        """Return the same quantizer on a device."""
+        return QuantParams(self.bits.to(device), self.scale.to(device), self.zero_point.to(device), self.axis)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """Weights as integer codes: row o has the values scale[o] * (codes[o] + offset[o]).
+
+    The form holds every correction that is linear in a row (design: executable form), so that an integer kernel
+    needs the codes alone and applies scale and offset to its sums.
+
+    Attributes:
+        codes: uint8 [O, ...], below 2^bits[o].
+        bits: uint8 [O].
+        scale: float32 [O].
+        offset: float32 [O].
+    """
+
+    codes: Tensor
+    bits: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def values(self) -> Tensor:
+        """Return the weights, float32, codes' shape."""
+        shape = (-1,) + (1,) * (self.codes.dim() - 1)
+        return (self.codes.float() + self.offset.view(shape)) * self.scale.view(shape)

@@ -1,0 +1,107 @@
+"""What was done to a network, layer by layer: it travels with the network and its file, and report() prints it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ptq4cuda.config import QuantConfig
+
+
+@dataclass
+class LayerRecord:
+    """One layer with weights.
+
+    Attributes:
+        name: of the module, or of the graph node of a functional call.
+        kind: class of the float layer.
+        weight_bits: mean over output channels, None where the layer stayed in float.
+        activation_bits: mean over input channels, None where the layer stayed in float.
+        clip: the clip rule of the input.
+        sqnr: of the output on the calibration data, in dB, with all layers before it quantized.
+        float_bytes: weights and bias in float32.
+        bytes: all stored tensors of the layer.
+        execution: "simulate" or "float".
+        reason: why it stayed in float.
+    """
+
+    name: str
+    kind: str
+    weight_bits: float | None = None
+    activation_bits: float | None = None
+    clip: str = ""
+    sqnr: float | None = None
+    float_bytes: int = 0
+    bytes: int = 0
+    execution: str = "float"
+    reason: str = ""
+
+
+@dataclass
+class QuantRecord:
+    """A quantized network.
+
+    Attributes:
+        config: how it was quantized.
+        layers: in order of execution.
+        images: calibration samples.
+        seconds: that quantization took.
+        walked_by: "graph", or "modules" where torch.fx could not trace the model.
+        reason: why it was walked by its modules.
+        sqnr: of the network's output on the calibration data, in dB.
+        folded: number of BatchNorms folded.
+        float_bytes: of all parameters and buffers of the float model.
+    """
+
+    config: QuantConfig
+    layers: list[LayerRecord] = field(default_factory=list)
+    images: int = 0
+    seconds: float = 0.0
+    walked_by: str = "graph"
+    reason: str = ""
+    sqnr: float | None = None
+    folded: int = 0
+    float_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a file's header."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> QuantRecord:
+        """Return the record that to_dict described."""
+        fields = dict(fields)
+        fields["config"] = QuantConfig(**fields["config"])
+        fields["layers"] = [LayerRecord(**layer) for layer in fields["layers"]]
+        return cls(**fields)
+
+
+# torch.fx keeps `meta` when a GraphModule is copied; other modules keep every attribute.
+_KEY = "ptq4cuda"
+
+
+def attach_record(network: nn.Module, record: QuantRecord) -> None:
+    """Let a record travel with a network."""
+    if not isinstance(getattr(network, "meta", None), dict):
+        network.meta = {}  # type: ignore[assignment]
+    network.meta[_KEY] = record  # type: ignore[index, operator, assignment]
+
+
+def record_of(network: nn.Module) -> QuantRecord:
+    """Return the record of a network.
+
+    Raises:
+        TypeError: the network was not made by ptq4cuda.quantize or ptq4cuda.load.
+    """
+    meta = getattr(network, "meta", None)
+    record = meta.get(_KEY) if isinstance(meta, dict) else None
+    if not isinstance(record, QuantRecord):
+        raise TypeError(f"{type(network).__name__} was not made by ptq4cuda.quantize or ptq4cuda.load")
+    return record
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers that a state_dict holds."""
+    return sum(t.numel() * t.element_size() for t in module.state_dict().values())

@@ -1,0 +1,78 @@
+"""report(): what quantization did to each layer, as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from ptq4cuda.record import LayerRecord, record_of, tensor_bytes
+
+DASH = "–"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Align rows under a header: the first column to the left, numbers to the right."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    numeric = [
+        column > 0 and any(row[column][:1].isdigit() or row[column][:1] == "-" for row in cells[1:])
+        for column in range(len(header))
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(cells[0]), "  ".join("─" * w for w in widths), *map(line, cells[1:])])
+
+
+def report(network: nn.Module) -> str:
+    """Describe a quantized network layer by layer.
+
+    Columns: mean bits of weights and input (W, A), clip rule of the input, SQNR of the output on the calibration data
+    with all layers before it quantized, bytes before and after, execution, and why a layer stayed in float.
+
+    Raises:
+        TypeError: the network was not made by quantize() or load().
+    """
+    record = record_of(network)
+    header = ["layer", "kind", "W", "A", "clip", "SQNR dB", "bytes fp32", "bytes", "ratio", "runs as", "reason"]
+    columns = len(header) - (not any(layer.reason for layer in record.layers))
+    quantized = sum(layer.execution != "float" for layer in record.layers)
+    size = tensor_bytes(network)
+    total = (
+        f"total: {quantized} of {len(record.layers)} layers quantized, {record.float_bytes:,} bytes in float32, "
+        f"{size:,} now ({size / max(record.float_bytes, 1):.3f}), output SQNR {_number(record.sqnr, 1)} dB on "
+        f"{record.images} calibration samples"
+    )
+    if record.seconds:
+        total += f", {record.seconds:.1f} s"
+    lines = [table(header[:columns], [_row(layer)[:columns] for layer in record.layers]), "", total]
+    if record.walked_by == "graph":
+        lines.append(f"BatchNorm: {record.folded} folded.")
+    else:
+        lines.append(f"Walked by its modules, BatchNorm not folded: {record.reason}.")
+    return "\n".join(lines)
+
+
+def _row(layer: LayerRecord) -> tuple[str, ...]:
+    return (
+        layer.name,
+        layer.kind,
+        _number(layer.weight_bits),
+        _number(layer.activation_bits),
+        layer.clip or DASH,
+        _number(layer.sqnr, 1),
+        f"{layer.float_bytes:,}",
+        f"{layer.bytes:,}",
+        f"{layer.bytes / layer.float_bytes:.3f}" if layer.float_bytes else DASH,
+        layer.execution,
+        layer.reason,
+    )
+
+
+def _number(value: float | None, digits: int | None = None) -> str:
+    if value is None:
+        return DASH
+    return f"{value:.{digits}f}" if digits is not None else f"{round(value, 2):g}"

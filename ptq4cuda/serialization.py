@@ -1,0 +1,149 @@
+"""Files of quantized networks: safetensors, with a header that says what is inside.
+
+A file holds every tensor of the network, so it is complete but for the architecture, which load() takes from a float
+model of the same structure. Two runs that make the same network write the same bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+
+from ptq4cuda import graph
+from ptq4cuda.nn import QuantModule, quant_module_for
+from ptq4cuda.record import QuantRecord, attach_record, record_of
+
+FORMAT = 1
+_KEY = "ptq4cuda"  # one key only: safetensors writes several in no fixed order
+
+
+def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a quantized network to a file, whole or not at all.
+
+    Args:
+        network: made by quantize() or load().
+        path: of the file; ".ptq4" is customary.
+
+    Raises:
+        TypeError: the network was not made by quantize() or load().
+    """
+    record = record_of(network)
+    modules = {
+        name: {
+            "kind": module.kind,
+            "quantized_input": module.activation_bits is not None,
+            "folded": module.folded,
+        }
+        for name, module in network.named_modules()
+        if isinstance(module, QuantModule)
+    }
+    header = {
+        "format": FORMAT,
+        "version": version("ptq4cuda"),
+        "record": {k: v for k, v in record.to_dict().items() if k != "seconds"},
+        "modules": modules,
+        "structure": _structure(network),
+    }
+    # Each tensor gets storage of its own: safetensors refuses shared storage, as of tied weights.
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={_KEY: json.dumps(header, separators=(",", ":"))})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Read a quantized network.
+
+    Args:
+        path: of a file that save() wrote.
+        model: a float network of the architecture that was quantized; its weights do not matter and it is not
+            changed. The result is on its device.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, is not one of ptq4cuda, or belongs to another architecture.
+    """
+    header, tensors = _read(path)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    record = QuantRecord.from_dict(header["record"])
+    model = copy.deepcopy(model).eval()
+    network = graph.without_inplace(model)
+    if record.walked_by == "graph":
+        traced, reason = graph.trace(model)
+        if traced is None:
+            raise ValueError(f"{path} does not fit the model {type(model).__name__}: {reason}")
+        graph.fold_batch_norm(traced)
+        network = traced
+    _check_structure(header["structure"], _structure(network), path)
+    for name, entry in header["modules"].items():
+        cls = quant_module_for(entry["kind"])
+        layer: Any = network.get_submodule(name)
+        network.set_submodule(name, cls.like(layer, quantized_input=entry["quantized_input"], folded=entry["folded"]))
+    try:
+        network.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model {type(model).__name__}: {error}") from error
+    attach_record(network, record)
+    return network
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is truncated or not a safetensors file ({error})") from error
+    if _KEY not in metadata:
+        raise ValueError(f"{os.fspath(path)!r} is a safetensors file, but was not written by ptq4cuda")
+    header = json.loads(metadata[_KEY])
+    if header["format"] > FORMAT:
+        raise ValueError(
+            f"{os.fspath(path)!r} has format {header['format']}, written by ptq4cuda {header['version']}; this "
+            f"version reads formats up to {FORMAT}: upgrade ptq4cuda"
+        )
+    return header, tensors
+
+
+def _structure(network: nn.Module) -> list[str]:
+    """Describe what a network computes, one line for each step, the same for its float and its quantized form."""
+    modules = dict(network.named_modules())
+    if not isinstance(network, fx.GraphModule):
+        return [
+            f"{name} {_class(m)}"
+            for name, m in modules.items()
+            if isinstance(m, QuantModule) or not any(m.children())
+        ]
+    lines = []
+    for node in network.graph.nodes:
+        if node.op == "call_module":
+            lines.append(f"{node.target} {_class(modules[str(node.target)])}")
+        else:
+            lines.append(f"{node.op} {getattr(node.target, '__name__', node.target)}")
+    return lines
+
+
+def _class(module: nn.Module) -> str:
+    return module.kind if isinstance(module, QuantModule) else type(module).__name__
+
+
+def _check_structure(expected: list[str], found: list[str], path: object) -> None:
+    for index in range(max(len(expected), len(found))):
+        e, f = (lines[index] if index < len(lines) else "nothing" for lines in (expected, found))
+        if e != f:
+            raise ValueError(f"{path} belongs to another model: where the file has {e!r}, the model has {f!r}")

@@ -1,0 +1,493 @@
+"""One pass over a network in execution order, with two streams: in float, and as quantized so far.
+
+At every layer to quantize the walk hands a LayerCall to a solver, puts the module that the solver returns in the
+layer's place, runs the layer both ways and goes on. Closed-form solvers look at one stream only; error-compensating
+ones compare the two. The tensors that are still needed (the frontier) are held for all calibration samples, chunk by
+chunk, on the host, so that device memory is bounded by one chunk.
+
+A model that torch.fx cannot trace is walked by its modules: one forward with both streams side by side along the
+batch, each layer solved when it is first called.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
+
+from ptq4cuda import graph
+from ptq4cuda.clipping import IDENTITY, Activation
+from ptq4cuda.nn import QuantModule
+from ptq4cuda.quantizer import QuantParams
+from ptq4cuda.record import LayerRecord, tensor_bytes
+from ptq4cuda.statistics import ChannelStatistics
+
+FRONTIER_LIMIT = 8 << 30  # bytes of the frontier in host memory; beyond it tensors go to memory-mapped files
+
+
+@dataclass(eq=False)
+class Signal:
+    """A value of the network over all calibration samples.
+
+    Attributes:
+        streams: for each chunk, the value in float and as quantized so far: one object where they are the same.
+        before: for each chunk, the float tensor before `activation`, where the value is activation(before).
+        activation: the activation that made the value.
+        quantizers: fitted to this tensor and shared by all layers that read it, by (bits, channel axis).
+    """
+
+    streams: list[tuple[Any, Any]]
+    before: list[Tensor] | None = None
+    activation: Activation = IDENTITY
+    quantizers: dict[tuple[int, int], tuple[QuantParams, str]] = field(default_factory=dict)
+
+    def statistics(self, axis: int | None) -> ChannelStatistics:
+        """Measure the float tensor along a channel axis, before its activation where it has one."""
+        chunks = self.before if self.before is not None else [value for value, _ in self.streams]
+        return ChannelStatistics.over(lambda: chunks, axis)
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """What a solver sees of a layer.
+
+    Attributes:
+        name: of the module.
+        layer: the float layer.
+        kind: "Conv2d" or "Linear".
+        signal: its input.
+        first_or_last: True for the first convolution and the last layer.
+    """
+
+    name: str
+    layer: nn.Conv2d | nn.Linear
+    kind: str
+    signal: Signal
+    first_or_last: bool
+
+
+@dataclass(eq=False)
+class Solution:
+    """What a solver returns: the quantized module and the clip rule of its input."""
+
+    module: QuantModule
+    clip: str
+
+
+Solver = Callable[[LayerCall], Solution]
+Inputs = Sequence[tuple[tuple[Any, ...], dict[str, Any]]]  # args and kwargs of each calibration batch
+
+
+class Noise:
+    """Signal and noise energy of a tensor, summed over chunks."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = 0.0
+
+    def add(self, expected: Any, found: Any) -> None:
+        """Add a chunk; what is not a floating tensor is passed over."""
+        if isinstance(expected, Tensor) and expected.is_floating_point():
+            self.signal += float(expected.double().square().sum())
+            self.noise += float((expected.double() - found.double()).square().sum())
+        elif isinstance(expected, (tuple, list)):
+            for e, f in zip(expected, found, strict=True):
+                self.add(e, f)
+        elif isinstance(expected, dict):
+            for key in expected:
+                self.add(expected[key], found[key])
+
+    @property
+    def sqnr(self) -> float | None:
+        """Signal to quantization noise ratio in dB; None without noise or signal."""
+        if self.noise == 0.0 or self.signal == 0.0:
+            return None
+        return float(10.0 * torch.log10(torch.tensor(self.signal / self.noise, dtype=torch.float64)))
+
+
+def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerRecord:
+    """Describe a quantized layer."""
+    module = solution.module
+    layer = call.layer
+    activation_bits = module.activation_bits
+    return LayerRecord(
+        name=call.name,
+        kind=call.kind,
+        weight_bits=float(module.weight_bits.float().mean()),
+        activation_bits=None if activation_bits is None else float(activation_bits.float().mean()),
+        clip=solution.clip,
+        sqnr=noise.sqnr,
+        float_bytes=4 * sum(p.numel() for p in (layer.weight, layer.bias) if p is not None),
+        bytes=tensor_bytes(module),
+        execution="simulate",
+    )
+
+
+def record_float(name: str, module: nn.Module | None, kind: str, reason: str) -> LayerRecord:
+    """Describe a layer that stays in float."""
+    size = tensor_bytes(module) if module is not None else 0
+    return LayerRecord(name=name, kind=kind, float_bytes=size, bytes=size, reason=reason)
+
+
+class Frontier:
+    """Keeps tensors on the host, in memory up to a limit and in unlinked memory-mapped files beyond it."""
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.device, self.limit = device, limit
+        self.bytes = self.peak = 0
+
+    def hold(self, value: Any) -> Any:
+        """Return a value whose tensors live on the host."""
+        return tree_map_only(Tensor, self._hold, value)
+
+    def fetch(self, value: Any) -> Any:
+        """Return a held value on the device."""
+        return tree_map_only(Tensor, lambda t: t.to(self.device), value)
+
+    def _hold(self, tensor: Tensor) -> Tensor:
+        size = tensor.numel() * tensor.element_size()
+        tensor = tensor.detach()
+        if self.bytes + size > self.limit and size:
+            return self._spill(tensor)
+        held = tensor.cpu()
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(held, self._release, size)
+        return held
+
+    def _release(self, size: int) -> None:
+        self.bytes -= size
+
+    @staticmethod
+    def _spill(tensor: Tensor) -> Tensor:
+        handle, path = tempfile.mkstemp(prefix="ptq4cuda-")
+        os.close(handle)
+        try:
+            flat = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        finally:
+            os.unlink(path)  # the mapping keeps the file until the tensor is gone
+        held = flat.view(tensor.shape)
+        if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            n, c, h, w = tensor.shape
+            held = flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return held.copy_(tensor)
+
+
+def _progress(total: int, show: bool) -> Any:
+    """Return a progress bar that appears once the work takes longer than a moment."""
+    return tqdm(total=total, desc="quantize", unit="layer", disable=not show, delay=1.0)
+
+
+# --- by the graph -------------------------------------------------------------------------------------------
+
+
+def walk_graph(
+    network: fx.GraphModule,
+    inputs: Inputs,
+    solve: Solver,
+    progress: bool,
+    frontier_limit: int = FRONTIER_LIMIT,
+) -> tuple[list[LayerRecord], Noise]:
+    """Quantize the layers of a traced network in place.
+
+    Returns:
+        The records of its layers in execution order and the noise of its output.
+    """
+    walk = _GraphWalk(network, inputs, solve, frontier_limit)
+    with torch.no_grad(), _progress(len(walk.layers), progress) as bar:
+        for node in network.graph.nodes:
+            walk.visit(node)
+            bar.update(node in walk.layers)
+    network.recompile()
+    return walk.records, walk.noise
+
+
+class _GraphWalk:
+    def __init__(self, network: fx.GraphModule, inputs: Inputs, solve: Solver, frontier_limit: int) -> None:
+        self.network, self.inputs, self.solve = network, inputs, solve
+        self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
+        self.frontier = Frontier(device_of(network), frontier_limit)
+        self.signals: dict[fx.Node, Signal] = {}
+        self.records: list[LayerRecord] = []
+        self.noise = Noise()
+
+        calls: dict[str, int] = {}
+        for node in network.graph.nodes:
+            if node.op == "call_module":
+                calls[node.target] = calls.get(node.target, 0) + 1
+        self.calls = calls
+        self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
+        convolutions = [node for node in self.layers if isinstance(self._module(node), nn.Conv2d)]
+        self.ends = {*convolutions[:1], *self.layers[-1:]}
+        # The values that are not needed any more once a node has run.
+        self.last_uses: dict[fx.Node, list[fx.Node]] = {}
+        seen: set[fx.Node] = set()
+        for node in reversed(network.graph.nodes):
+            for used in node.all_input_nodes:
+                if used not in seen:
+                    seen.add(used)
+                    self.last_uses.setdefault(node, []).append(used)
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        return self.network.get_submodule(str(node.target))
+
+    def _why_float(self, node: fx.Node) -> str | None:
+        """Return "" for a layer to quantize, a reason for one that stays in float, None for all other nodes."""
+        functional = graph.functional_kind(node)
+        if functional is not None:
+            return f"a call of {functional}; only modules are quantized"
+        if node.op != "call_module":
+            return None
+        module = self._module(node)
+        reason = graph.why_float(module)
+        if reason is not None or graph.layer_kind(module) is None:
+            return reason
+        if self.calls[str(node.target)] > 1:
+            return f"called {self.calls[str(node.target)]} times; shared layers are not supported"
+        return ""
+
+    def visit(self, node: fx.Node) -> None:
+        """Run one node on all chunks of both streams."""
+        reason = self._why_float(node)
+        if node.op == "placeholder":
+            signal = self._placeholder(node)
+        elif node.op == "output":
+            for i in range(len(self.inputs)):
+                self.noise.add(self._arguments(node, i, 0)[0][0], self._arguments(node, i, 1)[0][0])
+            return
+        elif reason == "":
+            signal = self._solve(node)
+        else:
+            if reason:
+                module = self._module(node) if node.op == "call_module" else None
+                kind = type(module).__name__ if module is not None else str(graph.functional_kind(node))
+                name = str(node.target) if module is not None else node.name
+                self.records.append(record_float(name, module, kind, reason))
+            signal = Signal([self._both(node, i) for i in range(len(self.inputs))])
+        self._set_activation(node, signal)
+        self.signals[node] = signal
+        for used in self.last_uses.get(node, []):
+            del self.signals[used]
+        if not node.users:
+            del self.signals[node]
+
+    def _placeholder(self, node: fx.Node) -> Signal:
+        position = [n for n in self.network.graph.nodes if n.op == "placeholder"].index(node)
+        streams = []
+        for args, kwargs in self.inputs:
+            if position < len(args):
+                value = args[position]
+            elif node.target in kwargs:
+                value = kwargs[str(node.target)]
+            elif node.args:
+                value = node.args[0]
+            else:
+                raise ValueError(f"the calibration batches have no value for the model's argument {node.target!r}")
+            held = self.frontier.hold(value)
+            streams.append((held, held))
+        return Signal(streams)
+
+    def _arguments(self, node: fx.Node, chunk: int, stream: int) -> tuple[Any, Any]:
+        def value(used: fx.Node) -> Any:
+            return self.frontier.fetch(self.signals[used].streams[chunk][stream])
+
+        return map_arg(node.args, value), map_arg(node.kwargs, value)
+
+    def _run(self, node: fx.Node, arguments: tuple[Any, Any]) -> Any:
+        return getattr(self.interpreter, node.op)(node.target, *arguments)
+
+    def _both(self, node: fx.Node, chunk: int) -> tuple[Any, Any]:
+        """Run a node on both streams of a chunk, once where they are the same."""
+        result = self.frontier.hold(self._run(node, self._arguments(node, chunk, 0)))
+        pairs = [self.signals[used].streams[chunk] for used in node.all_input_nodes]
+        if all(a is b for a, b in pairs):
+            return result, result
+        return result, self.frontier.hold(self._run(node, self._arguments(node, chunk, 1)))
+
+    def _solve(self, node: fx.Node) -> Signal:
+        layer, source = self._module(node), node.args[0] if node.args else node.kwargs["input"]
+        assert isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(source, fx.Node)
+        kind = graph.layer_kind(layer)
+        assert kind is not None
+        call = LayerCall(str(node.target), layer, kind, self.signals[source], node in self.ends)
+        solution = self.solve(call)
+        streams, noise = [], Noise()
+        for x, quantized in call.signal.streams:
+            y = layer(self.frontier.fetch(x))
+            y_quantized = solution.module(self.frontier.fetch(quantized))
+            noise.add(y, y_quantized)
+            streams.append((self.frontier.hold(y), self.frontier.hold(y_quantized)))
+        self.network.set_submodule(call.name, solution.module)
+        self.records.append(record_solution(call, solution, noise))
+        return Signal(streams)
+
+    def _set_activation(self, node: fx.Node, signal: Signal) -> None:
+        """Remember what the value was before its activation, also through nodes that only move values."""
+        used = [self.signals[n] for n in node.all_input_nodes]
+        activation = graph.activation_of(node, self.network)
+        if activation is not None and len(used) == 1:
+            signal.before = [value for value, _ in used[0].streams]
+            signal.activation = activation
+        elif graph.is_transparent(node, self.network) and used:
+            if any(s.before is None or s.activation != used[0].activation for s in used):
+                return
+
+            def run_before(chunk: int) -> Tensor:
+                def before(n: fx.Node) -> Any:
+                    held = self.signals[n].before
+                    assert held is not None
+                    return self.frontier.fetch(held[chunk])
+
+                held: Tensor = self.frontier.hold(
+                    self._run(node, (map_arg(node.args, before), map_arg(node.kwargs, before)))
+                )
+                return held
+
+            signal.before = [run_before(i) for i in range(len(self.inputs))]
+            signal.activation = used[0].activation
+
+
+# --- by the modules -----------------------------------------------------------------------------------------
+
+
+def walk_modules(
+    network: nn.Module, inputs: Inputs, solve: Solver, progress: bool
+) -> tuple[list[LayerRecord], Noise]:
+    """Quantize the layers of any network in place, in one forward of all calibration samples.
+
+    BatchNorm is not folded, and an activation before a layer is known only where it is a module.
+
+    Returns:
+        The records of its layers in the order of their first call and the noise of its output.
+    """
+    names = {module: name for name, module in network.named_modules() if graph.layer_kind(module) is not None}
+    order = _calling_order(network, names, inputs[0])
+    walk = _ModuleWalk(names, order, solve)
+    hooks = [module.register_forward_hook(walk.on_layer) for module in order]
+    hooks += [
+        module.register_forward_hook(walk.on_activation)
+        for module in network.modules()
+        if graph.module_activation(module) is not None
+    ]
+    try:
+        args, kwargs = _side_by_side(inputs)
+        with torch.no_grad(), _progress(len(order), progress) as walk.bar:
+            output = network(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, solution in walk.solved.items():
+        network.set_submodule(names[module], solution.module)
+    records = walk.records()
+    for name, module in network.named_modules():
+        reason = graph.why_float(module)
+        if module in names and module not in walk.solved:
+            reason = walk.left.get(module, "never called as a module")
+        if reason:
+            records.append(record_float(name, module, type(module).__name__, reason))
+    noise = Noise()
+    noise.add(*_split(output))
+    return records, noise
+
+
+def _calling_order(network: nn.Module, names: Iterable[nn.Module], example: Any) -> list[nn.Module]:
+    """Return the layers in the order of their first call."""
+    order: dict[nn.Module, None] = {}
+    hooks = [module.register_forward_pre_hook(lambda module, _: order.setdefault(module)) for module in names]
+    try:
+        args, kwargs = tree_map_only(Tensor, lambda t: t[:1], example)
+        with torch.no_grad():
+            network(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(order)
+
+
+def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:
+    """Concatenate all batches along the batch, twice: the float stream, then the quantized one."""
+
+    def join(values: Sequence[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Tensor):
+            return torch.cat([*values, *values])
+        if isinstance(first, (tuple, list)):
+            return type(first)(join(items) for items in zip(*values, strict=True))
+        if isinstance(first, dict):
+            return {key: join([v[key] for v in values]) for key in first}
+        return first
+
+    return join([args for args, _ in inputs]), join([kwargs for _, kwargs in inputs])
+
+
+def _split(value: Any) -> tuple[Any, Any]:
+    """Return the float stream and the quantized one of a value that holds both along the batch."""
+    return (
+        tree_map_only(Tensor, lambda t: t[: len(t) // 2], value),
+        tree_map_only(Tensor, lambda t: t[len(t) // 2 :], value),
+    )
+
+
+class _ModuleWalk:
+    def __init__(self, names: dict[nn.Module, str], order: list[nn.Module], solve: Solver) -> None:
+        self.names, self.order, self.solve = names, order, solve
+        convolutions = [module for module in order if isinstance(module, nn.Conv2d)]
+        self.ends = {*convolutions[:1], *order[-1:]}
+        self.calls: dict[nn.Module, LayerCall] = {}
+        self.solved: dict[nn.Module, Solution] = {}
+        self.noise: dict[nn.Module, Noise] = {}
+        self.left: dict[nn.Module, str] = {}
+        self.before: dict[int, tuple[Tensor, Tensor, Activation]] = {}  # by the id of the activation's output
+        self.bar: Any = None
+
+    def on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        activation = graph.module_activation(module)
+        assert activation is not None
+        self.before[id(output)] = (output, args[0], activation)  # holding the output keeps its id unique
+
+    def on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not args or args[0].dim() == 0 or len(args[0]) % 2:
+            self.left[module] = "its input does not keep the samples along dimension 0"
+            return None
+        x, quantized = _split(args[0])
+        if module not in self.solved:
+            signal = Signal([(x, quantized)])
+            _, before, activation = self.before.get(id(args[0]), (None, None, IDENTITY))
+            if before is not None:
+                signal.before, signal.activation = [_split(before)[0]], activation
+            assert isinstance(module, (nn.Conv2d, nn.Linear))
+            kind = graph.layer_kind(module)
+            assert kind is not None
+            self.calls[module] = LayerCall(self.names[module], module, kind, signal, module in self.ends)
+            self.solved[module] = self.solve(self.calls[module])
+            self.calls[module].signal = Signal([])  # let the tensors go
+            self.noise[module] = Noise()
+            self.bar.update()
+        y = _split(output)[0]
+        y_quantized = self.solved[module].module(quantized)
+        self.noise[module].add(y, y_quantized)
+        return torch.cat([y, y_quantized])
+
+    def records(self) -> list[LayerRecord]:
+        return [record_solution(self.calls[m], s, self.noise[m]) for m, s in self.solved.items()]
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Return the device of a network's parameters.
+
+    Raises:
+        ValueError: they are on several devices.
+    """
+    devices = {t.device for t in itertools.chain(network.parameters(), network.buffers())}
+    if len(devices) > 1:
+        raise ValueError(f"the model is on several devices: {', '.join(sorted(map(str, devices)))}")
+    return next(iter(devices), torch.device("cpu"))
