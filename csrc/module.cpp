@@ -1,4 +1,7 @@
 // The pybind11 module _C: build facts. Importing it also registers the CPU kernels of the other files.
+// torch 2.10's copy of pybind11 refuses to compile where the stable ABI is targeted; this file includes no other header
+// of torch's that the macro concerns.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,16 +9,6 @@
 #include <vector>
 
 #include "cpu/simd.h"
-
-#ifndef PTQ4CUDA_TORCH_VERSION
-#define PTQ4CUDA_TORCH_VERSION ""
-#endif
-#ifndef PTQ4CUDA_CUDA_ARCHITECTURES
-#define PTQ4CUDA_CUDA_ARCHITECTURES ""
-#endif
-#ifndef PTQ4CUDA_CUDA_MISSING
-#define PTQ4CUDA_CUDA_MISSING ""
-#endif
 
 PYBIND11_MODULE(_C, m) {
     namespace py = pybind11;
@@ -28,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
 #else
         info["compiler"] = "gcc " __VERSION__;
 #endif
+        info["version"] = PTQ4CUDA_VERSION;
         info["torch"] = PTQ4CUDA_TORCH_VERSION;
         std::vector<std::string> levels = {"baseline"};
 #if defined(__x86_64__)

@@ -58,9 +58,9 @@ inline Tensor dense(const Tensor& t) { return is_dense(t) ? t : torch::stable::c
 inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                             torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType dtype, const Tensor& like) {
     int32_t device_type = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
                                  like.get_device_index(), &handle));

@@ -55,7 +55,7 @@ def _load_cuda(missing: str) -> tuple[str, str]:
     if not path:
         return "", missing or cpu_reason or f"{_FOLDER} holds no CUDA library: reinstall ptq4cuda"
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)
     except OSError as error:
         return "", f"the library did not load ({error}): reinstall ptq4cuda beside torch {torch.__version__}"
     return path, ""

@@ -33,8 +33,9 @@ class QuantParams:
     axis: int = 1
 
     def __post_init__(self) -> None:
-        channels = max(self.bits.numel(), self.scale.numel(), self.zero_point.numel())
-        for name, dtype in (("bits", torch.uint8), ("scale", torch.float32), ("zero_point", torch.int32)):
+        fields = {"bits": torch.uint8, "scale": torch.float32, "zero_point": torch.int32}
+        channels = max(p.numel() for p in map(self.__getattribute__, fields) if isinstance(p, Tensor))
+        for name, dtype in fields.items():
             ops.check_vector(name, getattr(self, name), dtype, (channels, 1), self.scale)
         ops.check_bits(self.bits)
         ops.check_scale(self.scale)
@@ -55,16 +56,22 @@ class QuantParams:
         """
         low, high = low.double().clamp_max(0.0), high.double().clamp_min(0.0)
         qmax = torch.exp2(bits.double()) - 1.0
-        scale = (high - low) / qmax
-        scale = torch.where(scale > 0, scale, 1.0).float()  # an all-zero channel has any scale
-        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-        zero_point = torch.minimum(torch.round(-low / scale), qmax)
-        # Zero bits leave the code 0, whose value is -zero_point * scale.
         constant = torch.zeros_like(low) if constant is None else constant.double()
-        empty = bits == 0
-        scale = torch.where(empty & (constant != 0), constant.abs().float(), torch.where(empty, 1.0, scale))
-        zero_point = torch.where(empty, -constant.sign(), zero_point)
-        return cls(bits.to(torch.uint8), scale, zero_point.to(torch.int32), axis)
+        low, high, bits, constant = torch.broadcast_tensors(low, high, bits, constant)
+        step = ((high - low) / qmax).clamp_min(torch.finfo(torch.float32).tiny)
+        zero_point = torch.minimum(torch.round(-low / step), qmax)
+
+        # Channels of one value need no particular scale. They get one like the others have: where scales are folded
+        # into weights, a wide one would take the range of the weights for itself.
+        live = (bits > 0) & (high > low)
+        usual = step[live].median() if bool(live.any()) else constant.new_ones(())
+        step = torch.where(live, step, usual)
+        # Zero bits leave the code 0, whose value is -zero_point * scale: a whole number of steps of about that size.
+        empty = (bits == 0) & (constant != 0)
+        steps = (constant.abs() / usual).round().clamp(1, 255)
+        step = torch.where(empty, constant.abs() / steps, step).clamp_min(torch.finfo(torch.float32).tiny)
+        zero_point = torch.where(bits == 0, -constant.sign() * steps, zero_point)
+        return cls(bits.to(torch.uint8), step.float(), zero_point.to(torch.int32), axis)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return value(code(x)) with x's shape, dtype and strides."""

@@ -95,7 +95,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     try:
         network.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model {type(model).__name__}: {error}") from error
+        detail = " ".join(str(error).split()).partition(": ")[2]
+        raise ValueError(f"{path} does not fit the model {type(model).__name__}: {detail}") from error
     attach_record(network, record)
     return network
 

@@ -195,14 +195,13 @@ def walk_graph(
     inputs: Inputs,
     solve: Solver,
     progress: bool,
-    frontier_limit: int = FRONTIER_LIMIT,
 ) -> tuple[list[LayerRecord], Noise]:
     """Quantize the layers of a traced network in place.
 
     Returns:
         The records of its layers in execution order and the noise of its output.
     """
-    walk = _GraphWalk(network, inputs, solve, frontier_limit)
+    walk = _GraphWalk(network, inputs, solve)
     with torch.no_grad(), _progress(len(walk.layers), progress) as bar:
         for node in network.graph.nodes:
             walk.visit(node)
@@ -212,10 +211,10 @@ def walk_graph(
 
 
 class _GraphWalk:
-    def __init__(self, network: fx.GraphModule, inputs: Inputs, solve: Solver, frontier_limit: int) -> None:
+    def __init__(self, network: fx.GraphModule, inputs: Inputs, solve: Solver) -> None:
         self.network, self.inputs, self.solve = network, inputs, solve
         self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
-        self.frontier = Frontier(device_of(network), frontier_limit)
+        self.frontier = Frontier(device_of(network), FRONTIER_LIMIT)
         self.signals: dict[fx.Node, Signal] = {}
         self.records: list[LayerRecord] = []
         self.noise = Noise()

@@ -115,6 +115,10 @@ class QuantModule(nn.Module):
         """Take over a float layer's weights, rounded to the nearest code, its bias and a quantizer of its input."""
         if isinstance(weight_bits, int):
             weight_bits = torch.full((self.weight_shape[0],), weight_bits, dtype=torch.uint8)
+        if weight_bits.shape != self.weight_bits.shape:
+            raise ValueError(
+                f"weight_bits has shape {list(weight_bits.shape)}, expected {list(self.weight_bits.shape)}"
+            )
         if activation is not None:
             self.set_activation(activation)
         weight = self.weight_to_quantize(layer.weight.detach())
@@ -210,7 +214,7 @@ class QuantModule(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -258,7 +258,7 @@ def check_vector(name: str, p: Tensor, dtype: torch.dtype, lengths: tuple[int, .
         raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
     if p.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {p.dtype}")
-    if p.dim() != 1 or p.shape[0] not in lengths:
+    if p.dim() != 1 or all(p.shape[0] != n for n in lengths):  # not `in`: torch.compile has symbolic sizes
         expected = " or ".join(f"[{n}]" for n in dict.fromkeys(lengths))
         raise ValueError(f"{name} must have the shape {expected}, got {list(p.shape)}")
     if p.device != x.device:

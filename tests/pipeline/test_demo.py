@@ -1,0 +1,72 @@
+"""The demo and the command line, as a person runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptq4cuda import demo
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ptq4cuda", *arguments],
+        cwd=folder,  # not the repository, whose folder ptq4cuda has no libraries
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
+    )
+
+
+def test_demo(tmp_path: Path) -> None:
+    texts: list[str] = []
+    rows = demo.run(tmp_path / "digits.ptq4", tmp_path / "plot.png", echo=texts.append, progress=False)
+    by_name = {row.name: row for row in rows}
+    assert list(by_name) == list(demo.CONFIGS)
+    assert rows[0].result.float_top1 > 97
+    for setting in ("W4A8", "W4A4"):  # at W8A4 the two are equally good on digits
+        assert by_name[f"{setting} paper"].result.sqnr > by_name[f"{setting} naive"].result.sqnr
+    assert by_name["W4A4 paper"].result.agreement > 97
+    assert by_name["W4A4 paper"].bytes < by_name["W8A4 paper"].bytes
+    text = "\n".join(texts)
+    assert "same outputs, bit for bit" in text
+    assert "float32" in text
+    assert (tmp_path / "digits.ptq4").stat().st_size == by_name["W4A4 paper"].bytes
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_help_names_the_commands(tmp_path: Path) -> None:
+    result = run("--help", folder=tmp_path)
+    assert result.returncode == 0
+    for command in ("demo", "info"):
+        assert command in result.stdout
+    assert "--plot" in run("demo", "--help", folder=tmp_path).stdout
+
+
+def test_info(tmp_path: Path) -> None:
+    result = run("info", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for line in ("ptq4cuda", "torch", "CPU library", "SIMD level", "CUDA library", "CUDA architectures"):
+        assert any(text.startswith(line) for text in result.stdout.splitlines()), line
+    assert "RuntimeWarning" not in result.stderr
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [(["info"], 0, "torch"), (["demo"], 1, "ptq4cuda[cli]")])
+def test_without_the_extra_cli(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    script = "import sys; sys.modules['typer'] = None; from ptq4cuda.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == code
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_demo_without_scikit_learn(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['sklearn'] = None; from ptq4cuda.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", script, "demo"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "ptq4cuda[demo]" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,370 @@
+"""quantize() end to end, on a small network of every structure; real networks are in test_real_networks.py."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import ptq4cuda
+from ptq4cuda import QuantConfig, QuantConv2d, QuantLinear, quantize, walk
+from ptq4cuda.record import LayerRecord, record_of
+
+PRESETS = {
+    "default": QuantConfig(),
+    "paper": QuantConfig.paper(),
+    "paper w8a4": QuantConfig.w8a4(),
+    "paper w4a8": QuantConfig.w4a8(),
+    "naive": QuantConfig.naive(),
+    "naive w8a4": QuantConfig.naive(8, 4),
+    "naive w4a8": QuantConfig.naive(4, 8),
+    "gaussian": QuantConfig(clipping="gaussian"),
+    "per tensor": QuantConfig(activation_granularity="per_tensor"),
+}
+
+
+def sqnr(expected: Tensor, found: Tensor) -> float:
+    return 10 * math.log10(float(expected.double().square().sum() / (expected - found).double().square().sum()))
+
+
+def layers(network: nn.Module) -> dict[str, LayerRecord]:
+    return {layer.name: layer for layer in record_of(network).layers}
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+def test_every_preset_stays_close_to_float(model: nn.Module, images: Tensor, config: QuantConfig) -> None:
+    network = quantize(model, [images], config, progress=False)
+    with torch.no_grad():
+        assert sqnr(model(images), network(images)) > 8.0
+    bits = layers(network)
+    assert {bits["stem"].weight_bits, bits["stem"].activation_bits, bits["fc"].weight_bits} == {8.0}
+    for name in ("depthwise", "pointwise", "grouped"):
+        assert 0.8 * config.weight_bits <= bits[name].weight_bits <= config.weight_bits
+        assert 0.8 * config.activation_bits <= bits[name].activation_bits <= config.activation_bits
+
+
+def test_eight_bits_everywhere_are_nearly_exact(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model, [images], QuantConfig.naive(8, 8), progress=False)
+    with torch.no_grad():
+        assert sqnr(model(images), network(images)) > 30.0
+
+
+def test_the_model_is_left_as_it_was(model: nn.Module, images: Tensor) -> None:
+    before, expected = copy.deepcopy(model.state_dict()), model(images)
+    quantize(model, [images], progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(images), expected)
+
+
+def test_result_is_deterministic(model: nn.Module, images: Tensor) -> None:
+    a, b = (quantize(model, [images], progress=False).state_dict() for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_batches_may_be_cut_in_any_way(model: nn.Module, images: Tensor) -> None:
+    whole = quantize(model, [images], progress=False)
+    pieces = quantize(model, list(images.split((1, 17, 30))), progress=False)
+    pairs = [(b, torch.zeros(len(b))) for b in images.split(16)]
+    with_targets = quantize(model, pairs, progress=False)
+    for other in (pieces, with_targets):
+        torch.testing.assert_close(other(images), whole(images), rtol=1e-3, atol=1e-3)
+
+
+def test_batches_as_dicts(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model, [{"x": images, "label": torch.zeros(len(images))}], progress=False)
+    assert torch.equal(network(images), quantize(model, [images], progress=False)(images))
+
+
+def test_spilling_to_disk_changes_nothing(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = quantize(model, [images], progress=False)(images)
+    spilled = []
+    original = walk.Frontier._spill
+    monkeypatch.setattr(walk.Frontier, "_spill", staticmethod(lambda t: spilled.append(t.shape) or original(t)))
+    monkeypatch.setattr(walk, "FRONTIER_LIMIT", 10_000)
+    assert torch.equal(quantize(model, [images], progress=False)(images), expected)
+    assert spilled
+
+
+def test_frontier_counts_only_what_is_alive() -> None:
+    frontier = walk.Frontier(torch.device("cpu"), limit=10_000)
+    for _ in range(5):
+        held = frontier.hold((torch.zeros(1000), 3))
+        assert frontier.bytes == 4000
+        del held
+        assert frontier.bytes == 0
+    assert frontier.peak == 4000
+
+
+def test_one_quantizer_per_tensor() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a, self.b, self.last = (nn.Conv2d(4, 4, 1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            return self.last(self.a(x) + self.b(x))
+
+    torch.manual_seed(0)
+    network = quantize(Fork().eval(), [torch.randn(8, 4, 5, 5)], progress=False)
+    for name in ("activation_scale", "activation_zero_point", "activation_bits"):
+        assert torch.equal(getattr(network.a, name), getattr(network.b, name))
+
+
+def test_statistics_are_taken_before_a_fused_relu(model: nn.Module, images: Tensor) -> None:
+    """The clip of the depthwise layer, whose input is maxpool(relu(bn(stem))), from the tensor before the ReLU."""
+    config = QuantConfig(bit_allocation=False)
+    network = quantize(model, [images], config, progress=False)
+    with torch.no_grad():
+        before = F.max_pool2d(model.bn(model.stem(images)), 2).double().transpose(0, 1).flatten(1)
+    mean = before.mean(1)
+    absdev = (before - mean[:, None]).abs().mean(1)
+    high = torch.minimum(mean.clamp_min(0) + 6.2048 * absdev, before.amax(1).clamp_min(0))
+    found = network.depthwise.activation_scale.double() * 15
+    torch.testing.assert_close(found[high > 0], high[high > 0], rtol=2e-4, atol=1e-6)
+    assert not network.depthwise.activation_zero_point.any()
+
+
+def test_unclipped_tensors_without_a_known_distribution(model: nn.Module, images: Tensor) -> None:
+    records = layers(quantize(model, [images], progress=False))
+    assert records["stem"].clip == "minmax"  # 8 bits
+    assert records["depthwise"].clip == "laplace"
+    assert records["fc"].clip == "minmax"
+
+
+def test_sqnr_in_the_record_is_that_of_the_output(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model, [images], progress=False)
+    with torch.no_grad():
+        assert record_of(network).sqnr == pytest.approx(sqnr(model(images), network(images)), abs=0.01)
+    assert layers(network)["fc"].sqnr == pytest.approx(record_of(network).sqnr, abs=0.01)
+
+
+def test_result_is_a_good_citizen(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model, [images], progress=False)
+    expected = network(images)
+    copied = copy.deepcopy(network)
+    assert torch.equal(copied(images), expected)
+    assert ptq4cuda.report(copied) == ptq4cuda.report(network)
+    copied.load_state_dict(network.state_dict())
+    assert torch.equal(network(images[:3]), expected[:3]) or torch.allclose(
+        network(images[:3]), expected[:3], atol=1e-5
+    )
+    last = images.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(last), expected, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sqnr(expected, network(images).float()) > 15
+
+
+def test_compiled_network(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model, [images], progress=False)
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for batch in (images, images[:5]):
+            torch.testing.assert_close(compiled(batch), network(batch), rtol=1e-3, atol=1e-3)
+
+
+# --- models that are not plain --------------------------------------------------------------------------------
+
+
+class Untraceable(nn.Module):
+    """Control flow on tensor values; a shared layer; an activation before each convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True)
+        self.shared, self.unused = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(1, 1, 1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x))
+        for _ in range(2 if float(x.sum()) > 0 else 1):
+            x = self.relu(self.shared(x))
+        return self.fc(self.up(x).mean((2, 3)))
+
+
+def test_untraceable_model_is_walked_by_its_modules(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Untraceable().eval()
+    network = quantize(model, list(images.split(16)), QuantConfig.paper(), progress=False)
+    assert isinstance(network, Untraceable)
+    assert isinstance(network.shared, QuantConv2d)
+    assert isinstance(network.fc, QuantLinear)
+    records = layers(network)
+    assert records["shared"].clip == "laplace"  # the ReLU module before it was seen
+    assert records["unused"].reason == "never called as a module"
+    assert "ConvTranspose2d" in records["up"].reason
+    assert records["first"].weight_bits == records["fc"].weight_bits == 8.0
+    report = ptq4cuda.report(network)
+    assert "Walked by its modules, BatchNorm not folded: torch.fx cannot trace it" in report
+    with torch.no_grad():
+        assert sqnr(model(images), network(images)) > 8.0
+    assert not any(m._forward_hooks for m in network.modules())
+
+
+def test_modules_and_graph_agree(images: Tensor) -> None:
+    """Without BatchNorm both walks see the same statistics and make the same network."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.LeakyReLU(0.2), nn.Conv2d(8, 4, 3), nn.Flatten()
+    ).eval()
+    inputs = [((images,), {})]
+    by_graph = quantize(model, [images], progress=False)
+    by_modules = copy.deepcopy(model)
+
+    def solve(call: walk.LayerCall) -> walk.Solution:
+        return ptq4cuda.quantize.__globals__["solve_layer"](call, QuantConfig())
+
+    walk.walk_modules(by_modules, inputs, solve, progress=False)
+    for name, tensor in by_modules.state_dict().items():
+        torch.testing.assert_close(by_graph.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+class Odd(nn.Module):
+    """What stays in float, each with its reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.up = nn.ConvTranspose2d(4, 4, 2, 2)
+        self.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.first(x)))
+        return F.conv2d(self.up(x), self.weight)
+
+
+def test_layers_kept_in_float_are_reported(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = quantize(Odd().eval(), [images], progress=False)
+    reasons = {r.name: r.reason for r in record_of(network).layers if r.execution == "float"}
+    assert reasons["up"] == "ConvTranspose2d is not supported"
+    assert any("conv2d" in reason for reason in reasons.values())
+    assert "called 2 times" in str(reasons) or "twice" in reasons
+    for reason in set(reasons.values()):
+        assert reason in ptq4cuda.report(network)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, left: Tensor, right: Tensor, scale: float = 2.0) -> dict[str, Tensor]:
+        y = torch.cat([self.a(left), self.b(right)], 1)
+        return {"sum": y * scale, "list": y[:, :1]}
+
+
+def test_several_inputs_and_outputs(images: Tensor) -> None:
+    network = quantize(TwoInputs().eval(), [{"left": images, "right": images * 2}], progress=False)
+    out = network(images, images * 2)
+    assert set(out) == {"sum", "list"}
+    assert record_of(network).sqnr > 10
+
+
+def test_dead_and_constant_channels(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)).eval()
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0] = 0.0, -1.0  # always zero after the ReLU
+        model[0].weight[1], model[0].bias[1] = 0.0, 0.7  # always 0.7
+        model[2].weight[3] = 0.0  # an output channel without weights
+    for config in (QuantConfig(), QuantConfig.paper(), QuantConfig.naive()):
+        network = quantize(model, [images], config, progress=False)
+        with torch.no_grad():
+            assert sqnr(model(images), network(images)) > 10
+
+
+def test_half_precision_model(model: nn.Module, images: Tensor) -> None:
+    network = quantize(copy.deepcopy(model).bfloat16(), [images.bfloat16()], progress=False)
+    assert network(images.bfloat16()).dtype == torch.bfloat16
+    assert network.stem.weight_scale.dtype == torch.float32
+
+
+# --- bad input ------------------------------------------------------------------------------------------------
+
+
+def broken(model: nn.Module, name: str, value: float) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.get_parameter(name).data.flatten()[0] = value
+    return model
+
+
+BAD = {
+    "training mode": (lambda m, x: (m.train(), [x]), ValueError, "must be in evaluation mode, but it is in training"),
+    "part in training": (lambda m, x: ((m.bn.train(), m)[1], [x]), ValueError, "its module 'bn' is in training mode"),
+    "no module": (lambda m, x: (m.forward, [x]), TypeError, "must be a torch.nn.Module, got method"),
+    "no convolution": (lambda m, x: (nn.Linear(3, 3).eval(), [x]), ValueError, "no nn.Conv2d to quantize"),
+    "NaN weight": (
+        lambda m, x: (broken(m, "pointwise.weight", math.nan), [x]),
+        ValueError,
+        "'pointwise.weight' contains NaN or Inf",
+    ),
+    "Inf bias": (lambda m, x: (broken(m, "fc.bias", math.inf), [x]), ValueError, "'fc.bias' contains NaN or Inf"),
+    "no batches": (lambda m, x: (m, []), ValueError, "batches is empty"),
+    "one tensor": (lambda m, x: (m, x), TypeError, "got one Tensor: put it in a list"),
+    "one dict": (lambda m, x: (m, {"x": x}), TypeError, "got one dict"),
+    "a number": (lambda m, x: (m, 3), TypeError, "got one int"),
+    "batch of strings": (lambda m, x: (m, ["cat"]), TypeError, "batch 0 must be a tensor.*got str"),
+    "wrong keys": (lambda m, x: (m, [{"image": x}]), TypeError, r"keys \['image'\].*forward \(x\)"),
+    "empty batch": (lambda m, x: (m, [x, x[:0]]), ValueError, "batch 1 has the shape"),
+    "NaN batch": (lambda m, x: (m, [x, x * math.nan]), ValueError, "batch 1 contains NaN or Inf"),
+    "Inf batch": (lambda m, x: (m, [x / 0]), ValueError, "batch 0 contains NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize(("case", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_in_one_sentence(
+    model: nn.Module, images: Tensor, case: object, error: type[Exception], message: str
+) -> None:
+    bad_model, batches = case(copy.deepcopy(model), images)  # type: ignore[operator]
+    with pytest.raises(error, match=message):
+        quantize(bad_model, batches, progress=False)
+
+
+def test_overflow_inside_the_network_names_the_layer(images: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval()
+    model[0].weight.data.fill_(3e38)
+    with pytest.raises(ValueError, match="layer '1': its input contains NaN or Inf"):
+        quantize(model, [images], progress=False)
+
+
+def test_quantizing_twice(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model, [images], progress=False)
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize(network.eval(), [images], progress=False)
+
+
+def test_config_of_another_kind(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(TypeError, match="config must be a QuantConfig, got str"):
+        quantize(model, [images], "paper", progress=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("weight_bits", 0),
+        ("weight_bits", 9),
+        ("activation_bits", 4.5),
+        ("first_last_bits", True),
+        ("clipping", "best"),
+        ("bias_correction", True),
+        ("activation_granularity", "per_group"),
+        ("execution", "fast"),
+    ],
+)
+def test_config_refuses(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be .*{value}"):
+        replace(QuantConfig(), **{field: value})
+
+
+def test_result_of_tracing_is_a_graph(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model, [images], progress=False)
+    assert isinstance(network, fx.GraphModule)
+    assert sum(isinstance(m, (QuantConv2d, QuantLinear)) for m in network.modules()) == 5
+    assert record_of(network).folded == 2

@@ -1,0 +1,113 @@
+"""Real trained networks on real images: the paper's ladder must hold on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+
+import ptq4cuda
+from ptq4cuda import QuantConfig, quantize
+from ptq4cuda.metrics import Comparison, compare
+from ptq4cuda.record import tensor_bytes
+
+from .test_quantize import PRESETS
+
+
+def measure(subject: networks.Subject, config: QuantConfig) -> Comparison:
+    network = quantize(subject.model, subject.calibration.split(64), config, progress=False)
+    return compare(subject.model, network, subject.test)
+
+
+W8A4, W4A8, W4A4 = QuantConfig.naive(8, 4), QuantConfig.naive(4, 8), QuantConfig.naive()
+LADDER = {
+    "w8a4 naive": W8A4,
+    "w8a4 aciq": replace(W8A4, clipping="laplace"),
+    "w8a4 allocation": replace(W8A4, bit_allocation=True),
+    "w8a4 both": replace(W8A4, clipping="laplace", bit_allocation=True),
+    "w4a8 naive": W4A8,
+    "w4a8 correction": replace(W4A8, bias_correction="mean+variance"),
+    "w4a8 allocation": replace(W4A8, bit_allocation=True),
+    "w4a8 both": replace(W4A8, bias_correction="mean+variance", bit_allocation=True),
+    "w4a4 naive": W4A4,
+    "w4a4 all": QuantConfig.paper(),
+    "default": QuantConfig(),
+}
+
+
+@pytest.fixture(scope="module")
+def ladder(resnet20: networks.Subject) -> dict[str, Comparison]:
+    return {name: measure(resnet20, config) for name, config in LADDER.items()}
+
+
+def test_float_network_is_the_trained_one(ladder: dict[str, Comparison]) -> None:
+    assert ladder["default"].float_top1 == pytest.approx(80.85)
+    assert ladder["default"].images == 2000
+
+
+@pytest.mark.parametrize(
+    ("better", "naive"),
+    [
+        ("w8a4 aciq", "w8a4 naive"),
+        ("w8a4 allocation", "w8a4 naive"),
+        ("w8a4 both", "w8a4 naive"),
+        ("w4a8 correction", "w4a8 naive"),
+        ("w4a8 allocation", "w4a8 naive"),
+        ("w4a8 both", "w4a8 naive"),
+        ("w4a4 all", "w4a4 naive"),
+        ("default", "w4a4 naive"),
+    ],
+)
+def test_every_method_of_the_paper_improves_on_naive(ladder: dict[str, Comparison], better: str, naive: str) -> None:
+    assert ladder[better].agreement > ladder[naive].agreement
+    assert ladder[better].sqnr > ladder[naive].sqnr
+
+
+@pytest.mark.parametrize(("name", "agreement"), [("w8a4 both", 92.5), ("w4a8 both", 93.0), ("w4a4 all", 90.5)])
+def test_paper_reaches_its_level(ladder: dict[str, Comparison], name: str, agreement: float) -> None:
+    assert ladder[name].agreement >= agreement
+
+
+def test_naive_is_well_below(ladder: dict[str, Comparison]) -> None:
+    for setting, all_of_it, gap in (("w8a4", "both", 2.0), ("w4a8", "both", 2.0), ("w4a4", "all", 3.0)):
+        assert ladder[f"{setting} naive"].agreement < ladder[f"{setting} {all_of_it}"].agreement - gap
+
+
+def test_file_of_uniform_four_bits(resnet20: networks.Subject, tmp_path: Path) -> None:
+    config = QuantConfig(first_last_bits=4, bit_allocation=False)
+    network = quantize(resnet20.model, [resnet20.calibration[:32]], config, progress=False)
+    path = tmp_path / "resnet20.ptq4"
+    ptq4cuda.save(network, path)
+    float_bytes = sum(4 * p.numel() for p in resnet20.model.parameters())
+    weights = sum(b.numel() for name, b in network.named_buffers() if name.endswith("weight_packed"))
+    assert weights <= 0.1251 * float_bytes
+    # what is not weights is metadata: parameters of channels, names of tensors, the record
+    assert tensor_bytes(network) <= 0.14 * float_bytes
+    loaded = ptq4cuda.load(path, networks.resnet20().model)
+    with torch.no_grad():
+        x = resnet20.test[0][0]
+        assert torch.equal(loaded(x), network(x))
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+def test_mobilenet_with_every_preset(mobilenet: networks.Subject, config: QuantConfig) -> None:
+    """A depthwise LeakyReLU network: the closed forms cost it most of its accuracy, but it must run and be finite."""
+    network = quantize(mobilenet.model, [mobilenet.calibration[:16]], config, progress=False)
+    record = network.meta["ptq4cuda"]
+    assert len(record.layers) == 28
+    assert record.folded == 27
+    assert all(layer.execution == "simulate" for layer in record.layers)
+    with torch.no_grad():
+        assert bool(torch.isfinite(network(mobilenet.test[0][0][:8])).all())
+
+
+def test_mobilenet_at_eight_bits_is_the_network(mobilenet: networks.Subject) -> None:
+    assert measure(mobilenet, QuantConfig.naive(8, 8)).agreement > 80
+
+
+def test_bias_correction_rescues_mobilenet(mobilenet: networks.Subject) -> None:
+    corrected, naive = (measure(mobilenet, replace(W4A8, bias_correction=c)) for c in ("mean+variance", "none"))
+    assert corrected.agreement > naive.agreement + 15

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ptq4cuda
+from ptq4cuda import QuantConfig, quantize
+
+from .test_quantize import Untraceable
+
+
+@pytest.fixture
+def network(model: nn.Module, images: Tensor) -> nn.Module:
+    return quantize(model, [images], progress=False)
+
+
+@pytest.fixture
+def file(network: nn.Module, tmp_path: Path) -> Path:
+    path = tmp_path / "net.ptq4"
+    ptq4cuda.save(network, path)
+    return path
+
+
+@pytest.mark.parametrize("config", [QuantConfig(), QuantConfig.paper(), QuantConfig.naive()], ids=str)
+def test_round_trip_is_exact(model: nn.Module, images: Tensor, tmp_path: Path, config: QuantConfig) -> None:
+    network = quantize(model, [images], config, progress=False)
+    ptq4cuda.save(network, tmp_path / "net.ptq4")
+    other = type(model)()  # other weights, in training mode
+    loaded = ptq4cuda.load(tmp_path / "net.ptq4", other)
+    assert torch.equal(loaded(images), network(images))
+    assert other.training
+    # the report survives, but for the seconds
+    assert ptq4cuda.report(loaded) in ptq4cuda.report(network).replace(
+        f", {network.meta['ptq4cuda'].seconds:.1f} s\n", "\n"
+    )
+
+
+def test_round_trip_by_modules(images: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = quantize(Untraceable().eval(), [images], progress=False)
+    ptq4cuda.save(network, tmp_path / "net.ptq4")
+    loaded = ptq4cuda.load(tmp_path / "net.ptq4", Untraceable())
+    assert torch.equal(loaded(images), network(images))
+
+
+def test_same_network_same_bytes(model: nn.Module, images: Tensor, file: Path, tmp_path: Path) -> None:
+    ptq4cuda.save(quantize(model, [images], progress=False), tmp_path / "again.ptq4")
+    assert (tmp_path / "again.ptq4").read_bytes() == file.read_bytes()
+
+
+def test_saving_again_what_was_loaded(model: nn.Module, file: Path, tmp_path: Path) -> None:
+    ptq4cuda.save(ptq4cuda.load(file, model), tmp_path / "again.ptq4")
+    assert (tmp_path / "again.ptq4").read_bytes() == file.read_bytes()
+
+
+def test_only_plain_dtypes_are_stored(file: Path) -> None:
+    assert {t.dtype for t in load_file(file).values()} <= {torch.uint8, torch.int32, torch.float32}
+
+
+@pytest.mark.parametrize("keep", [0, 4, 7, 100, 2000, -1])
+def test_truncated_file(model: nn.Module, file: Path, keep: int) -> None:
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        ptq4cuda.load(file, model)
+
+
+def test_foreign_files(model: nn.Module, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(model.state_dict(), foreign)
+    with pytest.raises(ValueError, match="was not written by ptq4cuda"):
+        ptq4cuda.load(foreign, model)
+    foreign.write_text("not at all")
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        ptq4cuda.load(foreign, model)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ptq4cuda.load(tmp_path / "nowhere", model)
+
+
+def test_newer_format(model: nn.Module, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq4cuda.serialization.FORMAT", 99)
+        ptq4cuda.save(network, tmp_path / "new.ptq4")
+    with pytest.raises(ValueError, match=r"format 99.*upgrade"):
+        ptq4cuda.load(tmp_path / "new.ptq4", model)
+
+
+def test_other_architecture(model: nn.Module, file: Path) -> None:
+    with pytest.raises(ValueError, match="belongs to another model: where the file has"):
+        ptq4cuda.load(file, nn.Sequential(nn.Conv2d(3, 8, 3)))
+    model.relu = nn.LeakyReLU()
+    with pytest.raises(ValueError, match="'relu ReLU', the model has 'relu LeakyReLU'"):
+        ptq4cuda.load(file, model)
+
+
+def test_other_sizes(model: nn.Module, file: Path) -> None:
+    model.fc = nn.Linear(16, 7)
+    with pytest.raises(ValueError, match=r"does not fit the model.*fc"):
+        ptq4cuda.load(file, model)
+    model.fc = nn.Linear(16, 5)
+    model.pointwise = nn.Conv2d(8, 8, 3)
+    with pytest.raises(ValueError, match=r"does not fit the model.*pointwise"):
+        ptq4cuda.load(file, model)
+
+
+def test_saving_what_is_not_quantized(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not made by ptq4cuda"):
+        ptq4cuda.save(model, tmp_path / "net.ptq4")
+    with pytest.raises(TypeError, match="not made by ptq4cuda"):
+        ptq4cuda.report(model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_old_file(network: nn.Module, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = file.read_bytes()
+
+    def fail(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("ptq4cuda.serialization.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ptq4cuda.save(network, file)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
