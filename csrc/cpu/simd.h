@@ -5,6 +5,7 @@
 // `run` calls must be always-inlined too (PTQ_INLINE), or it stays scalar.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
@@ -68,6 +69,61 @@ void run(Args... args) {
     }
 #endif
     Kernel::run(args...);
+}
+
+// --- eight values at once ------------------------------------------------------------------------------------
+//
+// Vectors of the compiler, for reductions: accumulators that are values stay in registers, where arrays would not.
+// Every instruction set does the same arithmetic in the same eight lanes. None is wider than 32 bytes: the compiler
+// takes wider ones through memory where AVX-512 is off.
+
+constexpr int kLanes = 8;
+using Float8 = float __attribute__((vector_size(4 * kLanes)));
+using Double4 = double __attribute__((vector_size(32)));
+using Int8 = int32_t __attribute__((vector_size(4 * kLanes)));
+using UInt8 = uint32_t __attribute__((vector_size(4 * kLanes)));
+using UShort8 = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+// Results go out by reference: returning a vector by value has no settled ABI where its instruction set is off.
+PTQ_INLINE void load_floats(const float* x, Float8& v) { std::memcpy(&v, x, sizeof v); }
+
+PTQ_INLINE void load_bits(const void* x, UInt8& bits) {
+    UShort8 h;
+    std::memcpy(&h, x, sizeof h);
+    bits = __builtin_convertvector(h, UInt8);
+}
+
+PTQ_INLINE void load_floats(const torch::headeronly::BFloat16* x, Float8& v) {
+    UInt8 bits;
+    load_bits(x, bits);
+    v = (Float8)(bits << 16);
+}
+
+// Exact for all values. A subnormal half is a normal float; it is made without passing through subnormal floats,
+// which the processor may flush to zero.
+PTQ_INLINE void load_floats(const torch::headeronly::Half* x, Float8& v) {
+    UInt8 h;
+    load_bits(x, h);
+    const UInt8 magnitude = h & 0x7fff;
+    const UInt8 normal = (magnitude << 13) + (112u << 23);
+    const UInt8 special = magnitude << 13 | 0x7f800000u;
+    const UInt8 subnormal = (UInt8)((Float8)(magnitude | 126u << 23) - 0.5f);  // magnitude * 2^-24
+    UInt8 bits = magnitude < 0x0400 ? subnormal : normal;
+    bits = magnitude >= 0x7c00 ? special : bits;
+    v = (Float8)(bits | (h & 0x8000) << 16);
+}
+
+struct Double8 {
+    Double4 half[2] = {};
+};
+
+PTQ_INLINE void to_double(const Float8& v, Double8& d) {
+    using Float4 = float __attribute__((vector_size(16)));
+    Float4 low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    d.half[0] = __builtin_convertvector(low, Double4);
+    d.half[1] = __builtin_convertvector(high, Double4);
 }
 
 }  // namespace ptq4cuda::simd

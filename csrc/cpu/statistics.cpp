@@ -1,242 +1,318 @@
 // channel_statistics on the CPU.
 //
-// The work is cut into units whose bounds depend on the shape alone. A unit is summed in kLanes lanes, each lane
-// belongs to one channel, and the lanes are merged in a fixed order: the result depends neither on the number of
-// threads nor on the instruction set. Sums are float64 about a value of the unit itself (the shift), so that a
-// large mean costs no precision.
+// The work is cut into units whose bounds depend on the shape alone. A unit is summed in lanes, each of which belongs
+// to one channel, and the lanes are merged in a fixed order: the result depends neither on the number of threads nor
+// on the instruction set. Sums are float64 about a value of the unit itself (the shift), so that a large mean costs
+// no precision.
 //
-//   long rows (NCHW):           a unit is a stretch of one channel, its elements dealt to the lanes in turn
-//   short rows (channels_last): a unit is kLanes neighbouring columns over a stretch of pixels
-#include "../entry.h"
+//   long rows (NCHW):           a unit is a stretch of one channel, its elements dealt to eight lanes in turn
+//   short rows (channels_last): a unit is a stretch of pixels, with a lane for each column
+#include "../ops.h"
 #include "simd.h"
 
 namespace ptq4cuda {
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int64_t kUnit = 1 << 14;        // elements of a unit, about
-constexpr int64_t kColumnTile = 1 << 15;  // elements that neighbouring column units share, to stay in cache
+using simd::Double8;
+using simd::Float8;
+using simd::Int8;
+using simd::kLanes;
 
-struct Lanes {
-    double shift[kLanes] = {}, count[kLanes] = {}, sum[kLanes] = {}, squares[kLanes] = {};
-    float positive[kLanes] = {}, min[kLanes], max[kLanes];
+constexpr int64_t kUnit = 1 << 14;  // elements of a unit of long rows, about, and of short rows at least
+constexpr int64_t kRowGroup = 8;    // short rows that are summed before their lanes go back to memory
 
-    Lanes() {
-        std::fill_n(min, kLanes, INFINITY);
-        std::fill_n(max, kLanes, -INFINITY);
-    }
+// The alignment is spelt out: the compiler's own depends on the instruction set that a function is compiled for.
+struct alignas(64) MomentLanes {
+    double shift[kLanes] = {}, sum[kLanes] = {}, squares[kLanes] = {};
+    Int8 positive{};
+    Float8 min = Float8{} + INFINITY, max = Float8{} - INFINITY;
+    int64_t count[kLanes] = {};
+
     Moments moments(int j) const {
-        return from_shifted_sums(count[j], shift[j], sum[j], squares[j], positive[j], min[j], max[j]);
+        return from_shifted_sums(static_cast<double>(count[j]), shift[j], sum[j], squares[j], positive[j], min[j],
+                                 max[j]);
     }
 };
 
-// `steps` times `width` values, one for each lane, `stride` elements apart; then `tail` values more.
+struct alignas(64) DeviationLanes {
+    double centre[kLanes] = {}, sum[kLanes] = {};
+};
+
+// Part of a unit: `rows` rows, `stride` apart, each of `blocks` times eight values for the lanes from block `first`
+// on; or, where rows is 0, `tail` < 8 values for the lanes of block `first`.
 template <class T>
-struct Piece {
+struct Stretch {
     const T* x;
-    int64_t steps, stride;
-    int width, tail;
+    int64_t first, rows, stride, blocks;
+    int tail;
 
-    template <class Add>
-    PTQ_INLINE void for_each(const Add& add) const {
-        const T* row = x;
-        if (width == kLanes) {
-            for (int64_t i = 0; i < steps; ++i, row += stride)
-                for (int j = 0; j < kLanes; ++j) add(j, static_cast<float>(row[j]));
-        } else {
-            for (int64_t i = 0; i < steps; ++i, row += stride)
-                for (int j = 0; j < width; ++j) add(j, static_cast<float>(row[j]));
-        }
-        for (int j = 0; j < tail; ++j) add(j, static_cast<float>(row[j]));
+    template <class F>  // f(value, block, lane)
+    void for_each(const F& f) const {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t k = 0; k < blocks * kLanes; ++k)
+                f(static_cast<float>(x[i * stride + k]), first + k / kLanes, static_cast<int>(k % kLanes));
+        for (int j = 0; j < tail; ++j) f(static_cast<float>(x[j]), first, j);
     }
 };
+
+PTQ_INLINE void load(const double* from, Double8& v) { std::memcpy(&v, from, sizeof v); }
+PTQ_INLINE void store(const Double8& v, double* to) { std::memcpy(to, &v, sizeof v); }
 
 template <class T>
 struct AddMoments {
-    static PTQ_INLINE void run(Piece<T> piece, Lanes* state) {
-        Lanes s = *state;
-        piece.for_each([&](int j, float v) __attribute__((always_inline)) {
+    static PTQ_INLINE void run(Stretch<T> part, MomentLanes* lanes) {
+        const int64_t step = part.blocks > 1 ? kRowGroup : part.rows;
+        for (int64_t row = 0; row < part.rows; row += step) {
+            const int64_t rows = std::min(step, part.rows - row);
+            for (int64_t b = 0; b < part.blocks; ++b) {
+                MomentLanes& state = lanes[part.first + b];
+                Double8 shift, sum, squares;
+                load(state.shift, shift);
+                load(state.sum, sum);
+                load(state.squares, squares);
+                Int8 positive = state.positive;
+                Float8 min = state.min, max = state.max;
+                const T* x = part.x + row * part.stride + b * kLanes;
+                for (int64_t i = 0; i < rows; ++i, x += part.stride) {
+                    Float8 v;
+                    Double8 d;
+                    simd::load_floats(x, v);
+                    simd::to_double(v, d);
+                    for (int h = 0; h < 2; ++h) {
+                        d.half[h] -= shift.half[h];
+                        sum.half[h] += d.half[h];
+                        squares.half[h] += d.half[h] * d.half[h];
+                    }
+                    positive -= v > 0.0f;  // true is -1
+                    min = v < min ? v : min;
+                    max = v > max ? v : max;
+                }
+                store(sum, state.sum);
+                store(squares, state.squares);
+                state.positive = positive;
+                state.min = min;
+                state.max = max;
+                for (int64_t& count : state.count) count += rows;
+            }
+        }
+        MomentLanes& s = lanes[part.first];
+        for (int j = 0; j < part.tail; ++j) {
+            const float v = static_cast<float>(part.x[j]);
             const double d = static_cast<double>(v) - s.shift[j];
             s.sum[j] += d;
             s.squares[j] += d * d;
-            s.positive[j] += v > 0.0f ? 1.0f : 0.0f;
+            s.positive[j] += v > 0.0f;
             s.min[j] = v < s.min[j] ? v : s.min[j];
             s.max[j] = v > s.max[j] ? v : s.max[j];
-        });
-        for (int j = 0; j < piece.width; ++j) s.count[j] += static_cast<double>(piece.steps + (j < piece.tail));
-        *state = s;
+            s.count[j] += 1;
+        }
     }
-};
-
-// The comparisons above skip NaN. A lane whose sum is NaN met one, or infinities of both signs: look again.
-template <class T>
-struct MarkNaN {
-    static PTQ_INLINE void run(Piece<T> piece, Lanes* state) {
-        piece.for_each([&](int j, float v) {
-            if (v != v) state->min[j] = state->max[j] = v;
-        });
-    }
-};
-
-struct Deviations {
-    double centre[kLanes] = {}, sum[kLanes] = {};
 };
 
 template <class T>
 struct AddDeviations {
-    static PTQ_INLINE void run(Piece<T> piece, Deviations* state) {
-        Deviations s = *state;
-        piece.for_each([&](int j, float v) __attribute__((always_inline)) {
-            s.sum[j] += std::fabs(static_cast<double>(v) - s.centre[j]);
-        });
-        *state = s;
+    static PTQ_INLINE void run(Stretch<T> part, DeviationLanes* lanes) {
+        const int64_t step = part.blocks > 1 ? kRowGroup : part.rows;
+        for (int64_t row = 0; row < part.rows; row += step) {
+            const int64_t rows = std::min(step, part.rows - row);
+            for (int64_t b = 0; b < part.blocks; ++b) {
+                DeviationLanes& state = lanes[part.first + b];
+                Double8 centre, sum;
+                load(state.centre, centre);
+                load(state.sum, sum);
+                const T* x = part.x + row * part.stride + b * kLanes;
+                for (int64_t i = 0; i < rows; ++i, x += part.stride) {
+                    Float8 v;
+                    Double8 d;
+                    simd::load_floats(x, v);
+                    simd::to_double(v, d);
+                    for (int h = 0; h < 2; ++h) {
+                        const simd::Double4 difference = d.half[h] - centre.half[h];
+                        sum.half[h] += difference < 0.0 ? -difference : difference;
+                    }
+                }
+                store(sum, state.sum);
+            }
+        }
+        DeviationLanes& s = lanes[part.first];
+        for (int j = 0; j < part.tail; ++j)
+            s.sum[j] += std::fabs(static_cast<double>(static_cast<float>(part.x[j])) - s.centre[j]);
     }
 };
 
-// Units of a tensor. Groups share no channel; all units of a group are needed to finish its channels.
+// How a tensor is cut. Groups share no channel; all units of a group are needed to finish its channels.
 template <class T>
 class Units {
 public:
-    Units(const T* x, const ChannelLayout& layout)
-        : x_(x), layout_(layout), columns_(layout.inner < kLanes && layout.channels > 1 && layout.numel() > 0) {
+    Units(const T* x, const ChannelLayout& layout) : x_(x), layout_(layout) {
+        columns_ = layout.inner < 2 * kLanes && layout.channels > 1 && layout.numel() > 0;
         if (columns_) {
+            // Short periods are repeated until eight lanes divide them.
             const int64_t base = layout.channels * layout.inner;
-            width_ = base * ((kLanes + base - 1) / base);  // short periods are repeated to fill the lanes
-            rows_ = (layout.numel() + width_ - 1) / width_;
-            blocks_ = (width_ + kLanes - 1) / kLanes;
-            rows_per_unit_ = std::clamp<int64_t>(kColumnTile / width_, 64, kUnit / kLanes);
+            width_ = base * (kLanes / std::gcd(base, int64_t{kLanes}));
+            rows_per_unit_ = std::max(4 * kRowGroup, kUnit / width_ / kRowGroup * kRowGroup);
+            blocks = width_ / kLanes;
             groups = 1;
-            units = blocks_ * ((rows_ + rows_per_unit_ - 1) / rows_per_unit_);
+            units = (layout.numel() + rows_per_unit_ * width_ - 1) / (rows_per_unit_ * width_);
         } else {
             groups = layout.channels;
             units = (layout.per_channel() + kUnit - 1) / kUnit;
         }
     }
 
-    int64_t groups = 0, units = 0;  // units of one group
+    int64_t groups = 0, units = 0, blocks = 1;  // units of a group, blocks of eight lanes of a unit
 
-    int64_t channel(int64_t group, int64_t unit, int lane) const {
-        if (!columns_) return group;
-        return (unit % blocks_ * kLanes + lane) / layout_.inner % layout_.channels;
+    int64_t channel(int64_t group, int64_t block, int lane) const {
+        return columns_ ? (block * kLanes + lane) / layout_.inner % layout_.channels : group;
     }
 
     template <class F>
-    void for_each_piece(int64_t group, int64_t unit, const F& f) const {
+    void for_each_stretch(int64_t group, int64_t unit, const F& f) const {
         if (columns_) {
-            const int64_t first = unit % blocks_ * kLanes;
-            const int64_t row = unit / blocks_ * rows_per_unit_;
-            const int64_t steps = std::min(rows_per_unit_, rows_ - row);
-            const int width = static_cast<int>(std::min<int64_t>(kLanes, width_ - first));
-            // The last row of the tensor may be shorter than the others.
-            const int64_t last = layout_.numel() - (row + steps - 1) * width_ - first;
-            const bool whole = last >= width;
-            const int tail = whole ? 0 : static_cast<int>(std::max<int64_t>(last, 0));
-            f(Piece<T>{x_ + row * width_ + first, whole ? steps : steps - 1, width_, width, tail});
+            const int64_t begin = unit * rows_per_unit_ * width_;
+            const int64_t count = std::min(rows_per_unit_ * width_, layout_.numel() - begin);
+            const int64_t rows = count / width_, rest = count % width_;
+            const T* last = x_ + begin + rows * width_;
+            if (rows) f(Stretch<T>{x_ + begin, 0, rows, width_, blocks, 0});
+            if (rest >= kLanes) f(Stretch<T>{last, 0, 1, width_, rest / kLanes, 0});
+            const int tail = static_cast<int>(rest % kLanes);
+            if (tail) f(Stretch<T>{last + rest - tail, rest / kLanes, 0, 0, 0, tail});
             return;
         }
         const int64_t end = std::min((unit + 1) * kUnit, layout_.per_channel());
         for (int64_t i = unit * kUnit; i < end;) {
             const int64_t offset = i % layout_.inner;
             const int64_t n = std::min(end - i, layout_.inner - offset);
+            const int tail = static_cast<int>(n % kLanes);
             const T* row = x_ + (i / layout_.inner * layout_.channels + group) * layout_.inner + offset;
-            f(Piece<T>{row, n / kLanes, kLanes, kLanes, static_cast<int>(n % kLanes)});
+            if (n >= kLanes) f(Stretch<T>{row, 0, n / kLanes, kLanes, 1, 0});
+            if (tail) f(Stretch<T>{row + n - tail, 0, 0, 0, 0, tail});
             i += n;
         }
     }
 
-    Lanes moments(int64_t group, int64_t unit) const {
-        Lanes lanes;
-        bool first = true;
-        for_each_piece(group, unit, [&](const Piece<T>& piece) {
-            if (first) {
-                const int present = piece.steps > 0 ? piece.width : piece.tail;
-                for (int j = 0; j < (columns_ ? present : kLanes); ++j)
-                    lanes.shift[j] = static_cast<float>(piece.x[columns_ ? j : 0]);
-                first = false;
-            }
-            simd::run<AddMoments<T>>(piece, &lanes);
+    void moments(int64_t group, int64_t unit, MomentLanes* lanes) const {
+        for_each_stretch(group, unit, [&](const Stretch<T>& part) {
+            set_shifts(part, lanes);
+            simd::run<AddMoments<T>>(part, lanes);
         });
-        if (std::any_of(lanes.sum, lanes.sum + kLanes, [](double s) { return s != s; }))
-            for_each_piece(group, unit, [&](const Piece<T>& piece) { MarkNaN<T>::run(piece, &lanes); });
-        return lanes;
+        // Comparisons skip NaN. Lanes whose sum is NaN met one, or infinities of both signs: look again.
+        bool nan = false;
+        for (int64_t b = 0; b < blocks; ++b)
+            for (int j = 0; j < kLanes; ++j) nan |= lanes[b].sum[j] != lanes[b].sum[j];
+        if (!nan) return;
+        for_each_stretch(group, unit, [&](const Stretch<T>& part) {
+            part.for_each([&](float v, int64_t b, int j) {
+                if (v != v) lanes[b].min[j] = lanes[b].max[j] = v;
+            });
+        });
     }
 
 private:
+    // A lane is shifted by the first value that it sees.
+    void set_shifts(const Stretch<T>& part, MomentLanes* lanes) const {
+        const Stretch<T> row{part.x, part.first, part.rows ? 1 : 0, part.stride, part.blocks, part.tail};
+        row.for_each([&](float v, int64_t b, int j) {
+            if (lanes[b].count[j] == 0) lanes[b].shift[j] = v;
+        });
+    }
+
     const T* x_;
     ChannelLayout layout_;
     bool columns_;
-    int64_t width_ = 0, rows_ = 0, blocks_ = 1, rows_per_unit_ = 0;
+    int64_t width_ = 0, rows_per_unit_ = 0;
 };
 
-void for_range(bool parallel, int64_t n, int64_t grain, const auto& f) {
-    if (!parallel) return f(0, n);
-    torch::stable::parallel_for(0, n, grain, f);
+template <class F>
+void for_range(bool parallel, int64_t n, const F& f) {
+    if (!parallel) return f(int64_t{0}, n);
+    torch::stable::parallel_for(0, n, 1, f);
 }
+
+// Columns of the result.
+enum { kCount, kMin, kMax, kMean, kM2, kAbsDev, kPositive, kFields };
 
 template <class T>
 void reduce(const T* x, const ChannelLayout& layout, const double* centre, double* out) {
     const Units<T> units(x, layout);
-    const int64_t grain = std::max<int64_t>(1, 2 * kUnit * units.groups / std::max<int64_t>(layout.numel(), 1));
+    const bool large = layout.numel() > 4 * kUnit;
     const bool by_group = units.groups >= static_cast<int64_t>(torch::stable::get_num_threads());
 
-    // Both passes over one group before the next group begins: the second read comes from cache.
-    for_range(by_group, units.groups, grain, [&](int64_t group, int64_t end) {
-        std::vector<Lanes> lanes(units.units);
-        std::vector<Deviations> deviations(units.units);
+    // Both passes over a group before the next group begins: the second read comes from cache.
+    for_range(large && by_group, units.groups, [&](int64_t group, int64_t end) {
+        std::vector<MomentLanes> moments;
+        std::vector<DeviationLanes> deviations;
+        std::vector<Moments> totals;
         for (; group < end; ++group) {
-            for_range(!by_group, units.units, 1, [&](int64_t u, int64_t stop) {
-                for (; u < stop; ++u) lanes[u] = units.moments(group, u);
+            moments.assign(units.units * units.blocks, MomentLanes());
+            for_range(large && !by_group, units.units, [&](int64_t u, int64_t stop) {
+                for (; u < stop; ++u) units.moments(group, u, &moments[u * units.blocks]);
             });
-            std::vector<Moments> totals(units.groups == 1 ? layout.channels : 1);
-            const auto index = [&](int64_t channel) { return units.groups == 1 ? channel : 0; };
-            for (int64_t u = 0; u < units.units; ++u)
+
+            // A group is one channel, or all of them.
+            const int64_t first = units.groups == 1 ? 0 : group;
+            totals.assign(units.groups == 1 ? layout.channels : 1, Moments());
+            for (int64_t i = 0; i < static_cast<int64_t>(moments.size()); ++i)
                 for (int j = 0; j < kLanes; ++j) {
-                    Moments& total = totals[index(units.channel(group, u, j))];
-                    total = merge(total, lanes[u].moments(j));
+                    Moments& total = totals[units.channel(group, i % units.blocks, j) - first];
+                    total = merge(total, moments[i].moments(j));
                 }
-            const auto centre_of = [&](int64_t channel) {
-                return centre ? centre[channel] : totals[index(channel)].mean;
-            };
-            for_range(!by_group, units.units, 1, [&](int64_t u, int64_t stop) {
+
+            std::vector<DeviationLanes> start(units.blocks);
+            for (int64_t b = 0; b < units.blocks; ++b)
+                for (int j = 0; j < kLanes; ++j) {
+                    const int64_t c = units.channel(group, b, j);
+                    start[b].centre[j] = centre ? centre[c] : totals[c - first].mean;
+                }
+            deviations.resize(units.units * units.blocks);
+            for_range(large && !by_group, units.units, [&](int64_t u, int64_t stop) {
                 for (; u < stop; ++u) {
-                    Deviations d;
-                    for (int j = 0; j < kLanes; ++j) d.centre[j] = centre_of(units.channel(group, u, j));
-                    units.for_each_piece(group, u,
-                                         [&](const Piece<T>& piece) { simd::run<AddDeviations<T>>(piece, &d); });
-                    deviations[u] = d;
+                    std::copy(start.begin(), start.end(), deviations.begin() + u * units.blocks);
+                    units.for_each_stretch(group, u, [&](const Stretch<T>& part) {
+                        simd::run<AddDeviations<T>>(part, &deviations[u * units.blocks]);
+                    });
                 }
             });
-            const auto row_of = [&](int64_t channel) { return out + channel * kStatistics; };
+
             for (int64_t i = 0; i < static_cast<int64_t>(totals.size()); ++i) {
                 const Moments& m = totals[i];
-                double* row = row_of(units.groups == 1 ? i : group);
-                row[kCount] = m.count;
-                row[kMin] = m.min;
-                row[kMax] = m.max;
-                row[kMean] = m.mean;
-                row[kM2] = m.m2;
-                row[kAbsDev] = 0.0;
-                row[kPositive] = m.count > 0.0 ? m.positive / m.count : 0.0;
+                const double row[] = {m.count, m.min, m.max, m.mean, m.m2, 0.0, m.positive / std::max(m.count, 1.0)};
+                std::copy(row, row + kFields, out + (first + i) * kFields);
             }
-            for (int64_t u = 0; u < units.units; ++u)
-                for (int j = 0; j < kLanes; ++j) row_of(units.channel(group, u, j))[kAbsDev] += deviations[u].sum[j];
+            for (int64_t i = 0; i < static_cast<int64_t>(deviations.size()); ++i)
+                for (int j = 0; j < kLanes; ++j)
+                    out[units.channel(group, i % units.blocks, j) * kFields + kAbsDev] += deviations[i].sum[j];
             for (int64_t i = 0; i < static_cast<int64_t>(totals.size()); ++i)
-                if (totals[i].count > 0.0) row_of(units.groups == 1 ? i : group)[kAbsDev] /= totals[i].count;
+                out[(first + i) * kFields + kAbsDev] /= std::max(totals[i].count, 1.0);
         }
     });
 }
 
-struct Cpu {
-    template <class T>
-    static void statistics(const Tensor& x, const ChannelLayout& layout, const double* centre, double* out) {
-        reduce(static_cast<const T*>(x.data_ptr()), layout, centre, out);
+Tensor channel_statistics_cpu(const Tensor& x, int64_t axis, std::optional<Tensor> centre) {
+    const char* op = "channel_statistics";
+    check_input(op, x);
+    const Tensor source = dense(x);
+    const ChannelLayout layout = channel_layout(source, normalized_axis(op, x, axis));
+    std::optional<Tensor> about;
+    if (centre) {
+        STD_TORCH_CHECK(centre->scalar_type() == ScalarType::Double && centre->dim() == 1 &&
+                            centre->size(0) == layout.channels && centre->is_cpu(),
+                        op, ": centre must be float64 [", layout.channels, "], its shape is ", shape_of(*centre));
+        about = torch::stable::contiguous(*centre);
     }
-};
+    const std::vector<int64_t> sizes = {layout.channels, kFields};
+    Tensor out = empty_strided(sizes, contiguous_strides(sizes), ScalarType::Double, x);
+    double* rows = out.mutable_data_ptr<double>();
+    dispatch_floating(x.scalar_type(), [&](auto type) {
+        using T = decltype(type);
+        reduce(static_cast<const T*>(source.data_ptr()), layout, about ? about->const_data_ptr<double>() : nullptr,
+               rows);
+    });
+    return out;
+}
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) {
-    m.impl("channel_statistics", TORCH_BOX(&StatisticsOps<Cpu>::channel_statistics));
-}
+STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) { m.impl("channel_statistics", TORCH_BOX(&channel_statistics_cpu)); }
 
 }  // namespace ptq4cuda

@@ -88,7 +88,7 @@ def unpack_dequantize(
 
 def channel_statistics(x: Tensor, axis: int, centre: Tensor | None = None) -> Tensor:
     """Return float64 [C, 7]: count, min, max, mean, m2, absdev, positive of each channel."""
-    rows = x.unsqueeze(0) if x.dim() == 0 else x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    rows = x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
     rows = rows.double()
     channels, count = rows.shape
     out = rows.new_zeros((channels, len(STATISTICS)))
