@@ -12,12 +12,26 @@
 namespace ptq4cuda {
 namespace {
 
-constexpr int64_t kTile = 64;         // pixels of a transposed tile
+constexpr int64_t kTilePixels = 256;  // of a tile that is transposed
+constexpr int64_t kTileBytes = 64;    // of packed channels in it: a cache line
 constexpr int64_t kBuffer = 1 << 13;  // codes held in the first-level cache between two steps
 
+// Pairs of bytes are handled as 16-bit words, low code in the low byte (x86 and Arm are little-endian).
 struct PackNibbles {  // n code pairs
     static PTQ_INLINE void run(const uint8_t* __restrict codes, uint8_t* __restrict packed, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) packed[i] = pack_nibbles(codes[2 * i], codes[2 * i + 1]);
+        for (int64_t i = 0; i < n; ++i) {
+            uint16_t pair;
+            std::memcpy(&pair, codes + 2 * i, sizeof pair);
+            packed[i] = static_cast<uint8_t>(pair | pair >> 4);
+        }
+    }
+};
+struct UnpackNibbles {  // n code pairs
+    static PTQ_INLINE void run(const uint8_t* __restrict packed, uint8_t* __restrict codes, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) {
+            const uint16_t pair = (packed[i] | packed[i] << 4) & 0x0f0f;
+            std::memcpy(codes + 2 * i, &pair, sizeof pair);
+        }
     }
 };
 struct JoinNibbles {  // n low and n high codes
@@ -26,18 +40,43 @@ struct JoinNibbles {  // n low and n high codes
         for (int64_t i = 0; i < n; ++i) packed[i] = pack_nibbles(low[i], high[i]);
     }
 };
-struct UnpackNibbles {  // n code pairs
-    static PTQ_INLINE void run(const uint8_t* __restrict packed, uint8_t* __restrict codes, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) {
-            codes[2 * i] = low_nibble(packed[i]);
-            codes[2 * i + 1] = high_nibble(packed[i]);
-        }
+struct SplitNibbles {  // n bytes to n low and n high codes
+    static PTQ_INLINE void run(const uint8_t* __restrict packed, uint8_t* __restrict low, uint8_t* __restrict high,
+                               int64_t n) {
+        for (int64_t i = 0; i < n; ++i) low[i] = low_nibble(packed[i]), high[i] = high_nibble(packed[i]);
     }
 };
-template <bool high>
-struct HalfNibbles {  // one code of each of n bytes
-    static PTQ_INLINE void run(const uint8_t* __restrict packed, uint8_t* __restrict codes, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) codes[i] = high ? high_nibble(packed[i]) : low_nibble(packed[i]);
+
+// Transposes bytes: `rows` rows of `columns` bytes, from_stride apart, to `columns` rows, to_stride apart. Blocks of
+// 8 x 8 are transposed in eight 64-bit words, swapping ever larger squares across the diagonal.
+struct Transpose {
+    static PTQ_INLINE void run(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride, int64_t rows,
+                               int64_t columns) {
+        const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+        for (int64_t r = 0; r < whole_rows; r += 8)
+            for (int64_t c = 0; c < whole_columns; c += 8) {
+                uint64_t w[8];
+                for (int k = 0; k < 8; ++k) std::memcpy(&w[k], from + (r + k) * from_stride + c, 8);
+                swap_squares<1>(w, 0x00ff00ff00ff00ffull);
+                swap_squares<2>(w, 0x0000ffff0000ffffull);
+                swap_squares<4>(w, 0x00000000ffffffffull);
+                for (int k = 0; k < 8; ++k) std::memcpy(to + (c + k) * to_stride + r, &w[k], 8);
+            }
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+                to[c * to_stride + r] = from[r * from_stride + c];
+    }
+
+private:
+    // In every pair of rows `size` apart: the upper right square of `size` bytes changes places with the lower left.
+    template <int size>
+    static PTQ_INLINE void swap_squares(uint64_t* w, uint64_t left) {
+        for (int k = 0; k < 8; ++k) {
+            if (k & size) continue;
+            const uint64_t swapped = (w[k] >> 8 * size ^ w[k + size]) & left;
+            w[k + size] ^= swapped;
+            w[k] ^= swapped << 8 * size;
+        }
     }
 };
 
@@ -62,17 +101,38 @@ void unpack_rows(const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t ch
     }
 }
 
+// A tile of a tensor whose channels are not innermost: packed bytes of neighbouring pixels side by side.
+using Tile = uint8_t[kTileBytes][kTilePixels];
+
+// Calls f(sample, first pixel, pixels, first byte, bytes, tile) for every tile of a [N, C, spatial] tensor.
+template <class F>
+void for_each_tile(const PackLayout& layout, const F& f) {
+    const int64_t bytes = layout.packed_channels();
+    const int64_t across = (layout.spatial + kTilePixels - 1) / kTilePixels,
+                  down = (bytes + kTileBytes - 1) / kTileBytes;
+    const int64_t grain = kGrain / (2 * std::min(bytes, kTileBytes) * std::min(layout.spatial, kTilePixels)) + 1;
+    torch::stable::parallel_for(0, layout.batch * across * down, grain, [&](int64_t begin, int64_t end) {
+        alignas(64) Tile tile;
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t n = t / (across * down), pixel = t / down % across * kTilePixels,
+                          byte = t % down * kTileBytes;
+            f(n, pixel, std::min(kTilePixels, layout.spatial - pixel), byte, std::min(kTileBytes, bytes - byte),
+              tile);
+        }
+    });
+}
+
 template <class T>
 void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, const QuantizerTable& table,
                        int64_t axis) {
-    const auto [batch, channels, spatial, channels_last] = layout;
+    const int64_t batch = layout.batch, channels = layout.channels, spatial = layout.spatial;
     const int64_t bytes = layout.packed_channels();
     const Rows<Quantize, T, uint8_t> rows(layout.rows(axis), table);
     // An odd row is padded with the zero point of its last channel.
     const auto pad_of = [&](int64_t n) {
         return static_cast<uint8_t>(zero_code(table[axis == 0 ? n : channels - 1]));
     };
-    if (channels_last) {
+    if (layout.channels_last) {
         const int64_t step = std::max<int64_t>(1, kBuffer / channels);
         torch::stable::parallel_for(
             0, batch * spatial, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
@@ -86,38 +146,32 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
                 }
             });
     } else {
-        const int64_t tiles = (spatial + kTile - 1) / kTile;
-        torch::stable::parallel_for(
-            0, batch * tiles, std::max<int64_t>(1, kGrain / (kTile * channels)), [&](int64_t begin, int64_t end) {
-                std::vector<uint8_t> tile(bytes * kTile);
-                uint8_t low[kTile], high[kTile];
-                for (int64_t t = begin; t < end; ++t) {
-                    const int64_t n = t / tiles, s = t % tiles * kTile, count = std::min(kTile, spatial - s);
-                    for (int64_t b = 0; b < bytes; ++b) {
-                        const int64_t first = (n * channels + 2 * b) * spatial + s;
-                        rows(x + first, low, first, first + count);
-                        if (2 * b + 1 < channels) {
-                            rows(x + first + spatial, high, first + spatial, first + spatial + count);
-                        } else {
-                            std::memset(high, pad_of(n), count);
-                        }
-                        simd::run<JoinNibbles>(low, high, tile.data() + b * kTile, count);
-                    }
-                    uint8_t* to = packed + (n * spatial + s) * bytes;
-                    for (int64_t p = 0; p < count; ++p)
-                        for (int64_t b = 0; b < bytes; ++b) *to++ = tile[b * kTile + p];
+        for_each_tile(layout, [&](int64_t n, int64_t pixel, int64_t pixels, int64_t byte, int64_t width, Tile& tile) {
+            uint8_t low[kTilePixels], high[kTilePixels];
+            for (int64_t b = 0; b < width; ++b) {
+                const int64_t channel = 2 * (byte + b);
+                const int64_t first = (n * channels + channel) * spatial + pixel;
+                rows(x + first, low, first, first + pixels);
+                if (channel + 1 < channels) {
+                    rows(x + first + spatial, high, first + spatial, first + spatial + pixels);
+                } else {
+                    std::memset(high, pad_of(n), pixels);
                 }
-            });
+                simd::run<JoinNibbles>(low, high, tile[b], pixels);
+            }
+            simd::run<Transpose>(tile[0], kTilePixels, packed + (n * spatial + pixel) * bytes + byte, bytes, width,
+                                 pixels);
+        });
     }
 }
 
 template <class T>
 void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout, const QuantizerTable& table,
                            int64_t axis) {
-    const auto [batch, channels, spatial, channels_last] = layout;
+    const int64_t batch = layout.batch, channels = layout.channels, spatial = layout.spatial;
     const int64_t bytes = layout.packed_channels();
     const Rows<Dequantize, uint8_t, T> rows(layout.rows(axis), table);
-    if (channels_last) {
+    if (layout.channels_last) {
         const int64_t step = std::max<int64_t>(1, kBuffer / channels);
         torch::stable::parallel_for(
             0, batch * spatial, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
@@ -129,28 +183,19 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
                 }
             });
     } else {
-        const int64_t tiles = (spatial + kTile - 1) / kTile;
-        torch::stable::parallel_for(
-            0, batch * tiles, std::max<int64_t>(1, kGrain / (kTile * channels)), [&](int64_t begin, int64_t end) {
-                std::vector<uint8_t> tile(bytes * kTile);
-                uint8_t codes[kTile];
-                for (int64_t t = begin; t < end; ++t) {
-                    const int64_t n = t / tiles, s = t % tiles * kTile, count = std::min(kTile, spatial - s);
-                    const uint8_t* from = packed + (n * spatial + s) * bytes;
-                    for (int64_t p = 0; p < count; ++p)
-                        for (int64_t b = 0; b < bytes; ++b) tile[b * kTile + p] = *from++;
-                    for (int64_t c = 0; c < channels; ++c) {
-                        const uint8_t* both = tile.data() + c / 2 * kTile;
-                        if (c % 2) {
-                            simd::run<HalfNibbles<true>>(both, codes, count);
-                        } else {
-                            simd::run<HalfNibbles<false>>(both, codes, count);
-                        }
-                        const int64_t first = (n * channels + c) * spatial + s;
-                        rows(codes, x + first, first, first + count);
-                    }
-                }
-            });
+        for_each_tile(layout, [&](int64_t n, int64_t pixel, int64_t pixels, int64_t byte, int64_t width, Tile& tile) {
+            uint8_t low[kTilePixels], high[kTilePixels];
+            simd::run<Transpose>(packed + (n * spatial + pixel) * bytes + byte, bytes, tile[0], kTilePixels, pixels,
+                                 width);
+            for (int64_t b = 0; b < width; ++b) {
+                simd::run<SplitNibbles>(tile[b], low, high, pixels);
+                const int64_t channel = 2 * (byte + b);
+                const int64_t first = (n * channels + channel) * spatial + pixel;
+                rows(low, x + first, first, first + pixels);
+                if (channel + 1 < channels)
+                    rows(high, x + first + spatial, first + spatial, first + spatial + pixels);
+            }
+        });
     }
 }
 

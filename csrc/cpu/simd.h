@@ -113,6 +113,53 @@ PTQ_INLINE void load_floats(const torch::headeronly::Half* x, Float8& v) {
     v = (Float8)(bits | (h & 0x8000) << 16);
 }
 
+PTQ_INLINE void store_floats(const Float8& v, float* y) { std::memcpy(y, &v, sizeof v); }
+
+PTQ_INLINE void store_bits(const UInt8& bits, void* y) {
+    const UShort8 h = __builtin_convertvector(bits, UShort8);
+    std::memcpy(y, &h, sizeof h);
+}
+
+// Round half to even; NaN stays NaN.
+PTQ_INLINE void store_floats(const Float8& v, torch::headeronly::BFloat16* y) {
+    const UInt8 bits = (UInt8)v;
+    const UInt8 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    store_bits(v == v ? rounded : UInt8{} + 0x7fc0, y);
+}
+
+// Round half to even. Adding 0.5 leaves a multiple of 2^-24, which is what a subnormal half counts.
+PTQ_INLINE void store_floats(const Float8& v, torch::headeronly::Half* y) {
+    const UInt8 magnitude = (UInt8)v & 0x7fffffff;
+    const UInt8 normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    const UInt8 subnormal = (UInt8)((Float8)magnitude + 0.5f) - (126u << 23);
+    UInt8 bits = magnitude < 113u << 23 ? subnormal : normal;
+    bits = magnitude >= 0x477ff000 ? UInt8{} + 0x7c00 : bits;  // 65520 and above
+    bits = magnitude > 0x7f800000 ? UInt8{} + 0x7e00 : bits;
+    store_bits(bits | ((UInt8)v >> 16 & 0x8000), y);
+}
+
+// n values to float32, and back.
+template <class T>
+PTQ_INLINE void widen(const T* x, float* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        Float8 v;
+        load_floats(x + i, v);
+        store_floats(v, y + i);
+    }
+    for (; i < n; ++i) y[i] = static_cast<float>(x[i]);
+}
+template <class T>
+PTQ_INLINE void narrow(const float* x, T* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        Float8 v;
+        load_floats(x + i, v);
+        store_floats(v, y + i);
+    }
+    for (; i < n; ++i) y[i] = static_cast<T>(x[i]);
+}
+
 struct Double8 {
     Double4 half[2] = {};
 };
