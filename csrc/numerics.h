@@ -45,13 +45,19 @@ PTQ_INLINE float float_code(float x, const Quantizer& q) {
     return clamp_code(rintf(x * q.inv_scale) + q.zero_point, q.qmax);
 }
 
-// The code whose value is nearest to zero: what NaN and padding become.
+// The code whose value is nearest to zero: what padding becomes.
 PTQ_INLINE float zero_code(const Quantizer& q) { return clamp_code(q.zero_point, q.qmax); }
 
-PTQ_INLINE uint8_t code(float x, const Quantizer& q) {
-    const float t = float_code(x, q);
-    return static_cast<uint8_t>(static_cast<int32_t>(t == t ? t : zero_code(q)));
+// The same as an integer; NaN becomes the code of zero. (No NaN is left when it is clamped, so that a maximum and a
+// minimum do.)
+PTQ_INLINE int32_t int_code(float x, const Quantizer& q) {
+    float t = rintf(x * q.inv_scale);
+    t = (t == t ? t : 0.0f) + q.zero_point;
+    t = t > 0.0f ? t : 0.0f;
+    t = t < q.qmax ? t : q.qmax;
+    return static_cast<int32_t>(t);
 }
+PTQ_INLINE uint8_t code(float x, const Quantizer& q) { return static_cast<uint8_t>(int_code(x, q)); }
 
 PTQ_INLINE float value(float code, const Quantizer& q) { return (code - q.zero_point) * q.scale; }
 

@@ -48,4 +48,20 @@ def main() -> None:
 
         demo.run(file, plot)
 
+    @app.command("bench")
+    def bench_command(
+        device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "",
+        quick: Annotated[bool, typer.Option("--quick", help="Three shapes instead of ten.")] = False,
+        compiled: Annotated[bool, typer.Option(help="Compare with torch.compile, too.")] = True,
+        json: Annotated[Path | None, typer.Option(help="Write the figures into this file.")] = None,
+        plot: Annotated[Path | None, typer.Option(help="Draw the figures into this image file.")] = None,
+    ) -> None:
+        """Time every operator beside a copy of the same memory and beside PyTorch."""
+        import torch
+
+        from ptq4cuda import bench
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        bench.run(device, quick=quick, compiled=compiled, json_file=json, plot=plot)
+
     app()

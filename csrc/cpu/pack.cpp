@@ -12,8 +12,7 @@
 namespace ptq4cuda {
 namespace {
 
-constexpr int64_t kTilePixels = 256;  // of a tile that is transposed
-constexpr int64_t kTileBytes = 64;    // of packed channels in it: a cache line
+constexpr int64_t kPixels = 128;      // neighbouring pixels handled together
 constexpr int64_t kBuffer = 1 << 13;  // codes held in the first-level cache between two steps
 
 // Pairs of bytes are handled as 16-bit words, low code in the low byte (x86 and Arm are little-endian).
@@ -34,49 +33,20 @@ struct UnpackNibbles {  // n code pairs
         }
     }
 };
-struct JoinNibbles {  // n low and n high codes
-    static PTQ_INLINE void run(const uint8_t* __restrict low, const uint8_t* __restrict high,
-                               uint8_t* __restrict packed, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) packed[i] = pack_nibbles(low[i], high[i]);
+
+// Eight channels of one pixel are a 32-bit word of the packed tensor: where pixels are neighbours in memory (NCHW),
+// the codes of a channel are shifted to their place in the words of many pixels at once.
+template <class T>
+struct AddToWords {
+    static PTQ_INLINE void run(const T* __restrict x, uint32_t* __restrict words, int64_t n, Quantizer q, int shift) {
+        for (int64_t i = 0; i < n; ++i) words[i] |= static_cast<uint32_t>(int_code(simd::to_float(x[i]), q)) << shift;
     }
 };
-struct SplitNibbles {  // n bytes to n low and n high codes
-    static PTQ_INLINE void run(const uint8_t* __restrict packed, uint8_t* __restrict low, uint8_t* __restrict high,
-                               int64_t n) {
-        for (int64_t i = 0; i < n; ++i) low[i] = low_nibble(packed[i]), high[i] = high_nibble(packed[i]);
-    }
-};
-
-// Transposes bytes: `rows` rows of `columns` bytes, from_stride apart, to `columns` rows, to_stride apart. Blocks of
-// 8 x 8 are transposed in eight 64-bit words, swapping ever larger squares across the diagonal.
-struct Transpose {
-    static PTQ_INLINE void run(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride, int64_t rows,
-                               int64_t columns) {
-        const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
-        for (int64_t r = 0; r < whole_rows; r += 8)
-            for (int64_t c = 0; c < whole_columns; c += 8) {
-                uint64_t w[8];
-                for (int k = 0; k < 8; ++k) std::memcpy(&w[k], from + (r + k) * from_stride + c, 8);
-                swap_squares<1>(w, 0x00ff00ff00ff00ffull);
-                swap_squares<2>(w, 0x0000ffff0000ffffull);
-                swap_squares<4>(w, 0x00000000ffffffffull);
-                for (int k = 0; k < 8; ++k) std::memcpy(to + (c + k) * to_stride + r, &w[k], 8);
-            }
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
-                to[c * to_stride + r] = from[r * from_stride + c];
-    }
-
-private:
-    // In every pair of rows `size` apart: the upper right square of `size` bytes changes places with the lower left.
-    template <int size>
-    static PTQ_INLINE void swap_squares(uint64_t* w, uint64_t left) {
-        for (int k = 0; k < 8; ++k) {
-            if (k & size) continue;
-            const uint64_t swapped = (w[k] >> 8 * size ^ w[k + size]) & left;
-            w[k + size] ^= swapped;
-            w[k] ^= swapped << 8 * size;
-        }
+template <class T>
+struct TakeFromWords {
+    static PTQ_INLINE void run(const uint32_t* __restrict words, T* __restrict x, int64_t n, Quantizer q, int shift) {
+        for (int64_t i = 0; i < n; ++i)
+            simd::store(value(static_cast<float>(static_cast<int32_t>(words[i] >> shift & 15u)), q), x[i]);
     }
 };
 
@@ -101,23 +71,18 @@ void unpack_rows(const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t ch
     }
 }
 
-// A tile of a tensor whose channels are not innermost: packed bytes of neighbouring pixels side by side.
-using Tile = uint8_t[kTileBytes][kTilePixels];
-
-// Calls f(sample, first pixel, pixels, first byte, bytes, tile) for every tile of a [N, C, spatial] tensor.
+// Calls f(n, first pixel, pixels, first channel, channels) for groups of up to eight channels of a [N, C, spatial]
+// tensor. All groups of a few pixels come one after the other, so that the packed rows that they share stay in cache.
 template <class F>
-void for_each_tile(const PackLayout& layout, const F& f) {
-    const int64_t bytes = layout.packed_channels();
-    const int64_t across = (layout.spatial + kTilePixels - 1) / kTilePixels,
-                  down = (bytes + kTileBytes - 1) / kTileBytes;
-    const int64_t grain = kGrain / (2 * std::min(bytes, kTileBytes) * std::min(layout.spatial, kTilePixels)) + 1;
-    torch::stable::parallel_for(0, layout.batch * across * down, grain, [&](int64_t begin, int64_t end) {
-        alignas(64) Tile tile;
+void for_each_word(const PackLayout& layout, const F& f) {
+    const int64_t tiles = (layout.spatial + kPixels - 1) / kPixels;
+    const int64_t grain = kGrain / (layout.channels * std::min(layout.spatial, kPixels)) + 1;
+    torch::stable::parallel_for(0, layout.batch * tiles, grain, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-            const int64_t n = t / (across * down), pixel = t / down % across * kTilePixels,
-                          byte = t % down * kTileBytes;
-            f(n, pixel, std::min(kTilePixels, layout.spatial - pixel), byte, std::min(kTileBytes, bytes - byte),
-              tile);
+            const int64_t n = t / tiles, pixel = t % tiles * kPixels;
+            const int64_t pixels = std::min(kPixels, layout.spatial - pixel);
+            for (int64_t c = 0; c < layout.channels; c += 8)
+                f(n, pixel, pixels, c, std::min<int64_t>(8, layout.channels - c));
         }
     });
 }
@@ -146,21 +111,19 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
                 }
             });
     } else {
-        for_each_tile(layout, [&](int64_t n, int64_t pixel, int64_t pixels, int64_t byte, int64_t width, Tile& tile) {
-            uint8_t low[kTilePixels], high[kTilePixels];
-            for (int64_t b = 0; b < width; ++b) {
-                const int64_t channel = 2 * (byte + b);
-                const int64_t first = (n * channels + channel) * spatial + pixel;
-                rows(x + first, low, first, first + pixels);
-                if (channel + 1 < channels) {
-                    rows(x + first + spatial, high, first + spatial, first + spatial + pixels);
-                } else {
-                    std::memset(high, pad_of(n), pixels);
-                }
-                simd::run<JoinNibbles>(low, high, tile[b], pixels);
+        for_each_word(layout, [&](int64_t n, int64_t pixel, int64_t pixels, int64_t channel, int64_t count) {
+            uint32_t words[kPixels];
+            std::fill_n(words, pixels, count % 2 ? static_cast<uint32_t>(pad_of(n)) << 4 * count : 0u);
+            for (int64_t k = 0; k < count; ++k)
+                simd::run<AddToWords<T>>(x + (n * channels + channel + k) * spatial + pixel,
+                                         static_cast<uint32_t*>(words), pixels, table[axis == 0 ? n : channel + k],
+                                         static_cast<int>(4 * k));
+            uint8_t* to = packed + (n * spatial + pixel) * bytes + channel / 2;
+            if (count == 8) {
+                for (int64_t p = 0; p < pixels; ++p) std::memcpy(to + p * bytes, &words[p], 4);
+            } else {
+                for (int64_t p = 0; p < pixels; ++p) std::memcpy(to + p * bytes, &words[p], (count + 1) / 2);
             }
-            simd::run<Transpose>(tile[0], kTilePixels, packed + (n * spatial + pixel) * bytes + byte, bytes, width,
-                                 pixels);
         });
     }
 }
@@ -183,24 +146,23 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
                 }
             });
     } else {
-        for_each_tile(layout, [&](int64_t n, int64_t pixel, int64_t pixels, int64_t byte, int64_t width, Tile& tile) {
-            uint8_t low[kTilePixels], high[kTilePixels];
-            simd::run<Transpose>(packed + (n * spatial + pixel) * bytes + byte, bytes, tile[0], kTilePixels, pixels,
-                                 width);
-            for (int64_t b = 0; b < width; ++b) {
-                simd::run<SplitNibbles>(tile[b], low, high, pixels);
-                const int64_t channel = 2 * (byte + b);
-                const int64_t first = (n * channels + channel) * spatial + pixel;
-                rows(low, x + first, first, first + pixels);
-                if (channel + 1 < channels)
-                    rows(high, x + first + spatial, first + spatial, first + spatial + pixels);
+        for_each_word(layout, [&](int64_t n, int64_t pixel, int64_t pixels, int64_t channel, int64_t count) {
+            uint32_t words[kPixels] = {};
+            const uint8_t* from = packed + (n * spatial + pixel) * bytes + channel / 2;
+            if (count == 8) {
+                for (int64_t p = 0; p < pixels; ++p) std::memcpy(&words[p], from + p * bytes, 4);
+            } else {
+                for (int64_t p = 0; p < pixels; ++p) std::memcpy(&words[p], from + p * bytes, (count + 1) / 2);
             }
+            for (int64_t k = 0; k < count; ++k)
+                simd::run<TakeFromWords<T>>(static_cast<const uint32_t*>(words),
+                                            x + (n * channels + channel + k) * spatial + pixel, pixels,
+                                            table[axis == 0 ? n : channel + k], static_cast<int>(4 * k));
         });
     }
 }
 
-// --- rows of any bit-width
-// -----------------------------------------------------------------------------------
+// --- rows of any bit-width ---
 
 void pack_row(const uint8_t* codes, uint8_t* packed, int64_t length, int bits) {
     if (bits == 8) {

@@ -56,59 +56,23 @@ private:
     static constexpr int64_t kMinimumPeriod = 1024;
     static constexpr int64_t kMaximumPeriod = 1 << 16;
 
+    using Result = std::conditional_t<std::is_same_v<Out, uint8_t>, uint8_t, float>;
+
     struct Row {
-        static PTQ_INLINE void run(const In* x, Out* y, int64_t n, Quantizer q) {
-            in_floats(x, y, n,
-                      [&](const auto* __restrict from, auto* __restrict to, int64_t, int64_t count)
-                          __attribute__((always_inline)) {
-                              for (int64_t i = 0; i < count; ++i)
-                                  to[i] = Op::template apply<Plain>(static_cast<float>(from[i]), q);
-                          });
+        static PTQ_INLINE void run(const In* __restrict x, Out* __restrict y, int64_t n, Quantizer q) {
+            for (int64_t i = 0; i < n; ++i) simd::store(Op::template apply<Result>(simd::to_float(x[i]), q), y[i]);
         }
     };
     struct PeriodicRow {
-        static PTQ_INLINE void run(const In* x, Out* y, int64_t n, const float* inv_scale, const float* scale,
-                                   const float* zero_point, const float* qmax) {
-            in_floats(
-                x, y, n,
-                [&](const auto* __restrict from, auto* __restrict to, int64_t begin,
-                    int64_t count) __attribute__((always_inline)) {
-                    const float* __restrict inv = inv_scale + begin, * __restrict step = scale + begin, * __restrict zero = zero_point + begin, * __restrict top = qmax + begin;
-                    for (int64_t i = 0; i < count; ++i)
-                        to[i] = Op::template apply<Plain>(static_cast<float>(from[i]),
-                                                          Quantizer{inv[i], step[i], zero[i], top[i]});
-                });
-        }
-    };
-
-    // 16-bit floats are converted on the way, through a buffer in the first-level cache: a loop over floats and bytes
-    // is one that every compiler vectorises.
-    template <class T>
-    static constexpr bool kPlain = std::is_same_v<T, float> || std::is_same_v<T, uint8_t>;
-    using Plain = std::conditional_t<kPlain<Out>, Out, float>;
-
-    template <class Loop>
-    static PTQ_INLINE void in_floats(const In* x, Out* y, int64_t n, const Loop& loop) {
-        if constexpr (kPlain<In> && kPlain<Out>) {
-            loop(x, y, int64_t{0}, n);
-        } else {
-            constexpr int64_t kTile = 256;
-            float from[kTile], to[kTile];
-            for (int64_t begin = 0; begin < n; begin += kTile) {
-                const int64_t count = std::min(kTile, n - begin);
-                if constexpr (kPlain<In>) {
-                    loop(x + begin, to, begin, count);
-                } else if constexpr (kPlain<Out>) {
-                    simd::widen(x + begin, from, count);
-                    loop(from, y + begin, begin, count);
-                } else {
-                    simd::widen(x + begin, from, count);
-                    loop(from, to, begin, count);
-                }
-                if constexpr (!kPlain<Out>) simd::narrow(to, y + begin, count);
+        static PTQ_INLINE void run(const In* __restrict x, Out* __restrict y, int64_t n,
+                                   const float* __restrict inv_scale, const float* __restrict scale,
+                                   const float* __restrict zero_point, const float* __restrict qmax) {
+            for (int64_t i = 0; i < n; ++i) {
+                const Quantizer q = {inv_scale[i], scale[i], zero_point[i], qmax[i]};
+                simd::store(Op::template apply<Result>(simd::to_float(x[i]), q), y[i]);
             }
         }
-    }
+    };
 
     ChannelLayout layout_;
     QuantizerTable table_;

@@ -71,98 +71,103 @@ void run(Args... args) {
     Kernel::run(args...);
 }
 
-// --- eight values at once ------------------------------------------------------------------------------------
+// --- 16-bit floats -------------------------------------------------------------------------------------------------
+//
+// Conversions without branches, so that loops over them vectorise. Written once for scalars (uint32_t, float) and for
+// the vectors below. Results go out by reference: returning a vector by value has no settled ABI where its
+// instruction set is off.
+
+template <class To, class From>
+PTQ_INLINE void reinterpret(const From& from, To& to) {
+    static_assert(sizeof(To) == sizeof(From));
+    std::memcpy(&to, &from, sizeof(To));
+}
+
+template <class U, class F>
+PTQ_INLINE void widen(const torch::headeronly::BFloat16*, const U& bits, F& v) {
+    reinterpret(U(bits << 16), v);
+}
+
+// A subnormal half is a normal float. It is made from 0.5 + magnitude * 2^-24 and so without subnormal floats, which
+// the processor may be told to flush to zero.
+template <class U, class F>
+PTQ_INLINE void widen(const torch::headeronly::Half*, const U& bits, F& v) {
+    const U magnitude = bits & 0x7fff;
+    F half;
+    reinterpret(U(magnitude | 126u << 23), half);
+    U subnormal;
+    reinterpret(F(half - 0.5f), subnormal);
+    U result = magnitude < 0x0400 ? subnormal : U((magnitude << 13) + (112u << 23));
+    result = magnitude >= 0x7c00 ? U(magnitude << 13 | 0x7f800000u) : result;
+    reinterpret(U(result | (bits & 0x8000) << 16), v);
+}
+
+// Round half to even; NaN stays NaN.
+template <class U, class F>
+PTQ_INLINE void narrow(const F& v, const torch::headeronly::BFloat16*, U& bits) {
+    reinterpret(v, bits);
+    const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    bits = (bits & 0x7fffffff) > 0x7f800000u ? U(rounded * 0 + 0x7fc0) : rounded;
+}
+
+template <class U, class F>
+PTQ_INLINE void narrow(const F& v, const torch::headeronly::Half*, U& bits) {
+    U word;
+    reinterpret(v, word);
+    const U magnitude = word & 0x7fffffff;
+    F positive;
+    reinterpret(magnitude, positive);
+    U subnormal;  // the sum is a multiple of 2^-24, which is what a subnormal half counts
+    reinterpret(F(positive + 0.5f), subnormal);
+    bits = magnitude < 113u << 23 ? U(subnormal - (126u << 23))
+                                  : U((magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13);
+    bits = magnitude >= 0x477ff000u ? U(bits * 0 + 0x7c00) : bits;  // 65520 and above are infinite
+    bits = magnitude > 0x7f800000u ? U(bits * 0 + 0x7e00) : bits;
+    bits |= word >> 16 & 0x8000;
+}
+
+PTQ_INLINE float to_float(float x) { return x; }
+PTQ_INLINE float to_float(uint8_t x) { return static_cast<float>(x); }
+template <class T>
+PTQ_INLINE float to_float(const T& x) {
+    float v;
+    widen(&x, static_cast<uint32_t>(x.x), v);
+    return v;
+}
+
+PTQ_INLINE void store(uint8_t v, uint8_t& y) { y = v; }
+PTQ_INLINE void store(float v, float& y) { y = v; }
+template <class T>
+PTQ_INLINE void store(float v, T& y) {
+    uint32_t bits;
+    narrow(v, &y, bits);
+    y.x = static_cast<uint16_t>(bits);
+}
+
+// --- eight values at once
+// -------------------------------------------------------------------------------------------
 //
 // Vectors of the compiler, for reductions: accumulators that are values stay in registers, where arrays would not.
 // Every instruction set does the same arithmetic in the same eight lanes. None is wider than 32 bytes: the compiler
 // takes wider ones through memory where AVX-512 is off.
 
 constexpr int kLanes = 8;
-using Float8 = float __attribute__((vector_size(4 * kLanes)));
+using Float8 = float __attribute__((vector_size(32)));
+using Int8 = int32_t __attribute__((vector_size(32)));
+using UInt8 = uint32_t __attribute__((vector_size(32)));
+using UShort8 = uint16_t __attribute__((vector_size(16)));
 using Double4 = double __attribute__((vector_size(32)));
-using Int8 = int32_t __attribute__((vector_size(4 * kLanes)));
-using UInt8 = uint32_t __attribute__((vector_size(4 * kLanes)));
-using UShort8 = uint16_t __attribute__((vector_size(2 * kLanes)));
-
-// Results go out by reference: returning a vector by value has no settled ABI where its instruction set is off.
-PTQ_INLINE void load_floats(const float* x, Float8& v) { std::memcpy(&v, x, sizeof v); }
-
-PTQ_INLINE void load_bits(const void* x, UInt8& bits) {
-    UShort8 h;
-    std::memcpy(&h, x, sizeof h);
-    bits = __builtin_convertvector(h, UInt8);
-}
-
-PTQ_INLINE void load_floats(const torch::headeronly::BFloat16* x, Float8& v) {
-    UInt8 bits;
-    load_bits(x, bits);
-    v = (Float8)(bits << 16);
-}
-
-// Exact for all values. A subnormal half is a normal float; it is made without passing through subnormal floats,
-// which the processor may flush to zero.
-PTQ_INLINE void load_floats(const torch::headeronly::Half* x, Float8& v) {
-    UInt8 h;
-    load_bits(x, h);
-    const UInt8 magnitude = h & 0x7fff;
-    const UInt8 normal = (magnitude << 13) + (112u << 23);
-    const UInt8 special = magnitude << 13 | 0x7f800000u;
-    const UInt8 subnormal = (UInt8)((Float8)(magnitude | 126u << 23) - 0.5f);  // magnitude * 2^-24
-    UInt8 bits = magnitude < 0x0400 ? subnormal : normal;
-    bits = magnitude >= 0x7c00 ? special : bits;
-    v = (Float8)(bits | (h & 0x8000) << 16);
-}
-
-PTQ_INLINE void store_floats(const Float8& v, float* y) { std::memcpy(y, &v, sizeof v); }
-
-PTQ_INLINE void store_bits(const UInt8& bits, void* y) {
-    const UShort8 h = __builtin_convertvector(bits, UShort8);
-    std::memcpy(y, &h, sizeof h);
-}
-
-// Round half to even; NaN stays NaN.
-PTQ_INLINE void store_floats(const Float8& v, torch::headeronly::BFloat16* y) {
-    const UInt8 bits = (UInt8)v;
-    const UInt8 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    store_bits(v == v ? rounded : UInt8{} + 0x7fc0, y);
-}
-
-// Round half to even. Adding 0.5 leaves a multiple of 2^-24, which is what a subnormal half counts.
-PTQ_INLINE void store_floats(const Float8& v, torch::headeronly::Half* y) {
-    const UInt8 magnitude = (UInt8)v & 0x7fffffff;
-    const UInt8 normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-    const UInt8 subnormal = (UInt8)((Float8)magnitude + 0.5f) - (126u << 23);
-    UInt8 bits = magnitude < 113u << 23 ? subnormal : normal;
-    bits = magnitude >= 0x477ff000 ? UInt8{} + 0x7c00 : bits;  // 65520 and above
-    bits = magnitude > 0x7f800000 ? UInt8{} + 0x7e00 : bits;
-    store_bits(bits | ((UInt8)v >> 16 & 0x8000), y);
-}
-
-// n values to float32, and back.
-template <class T>
-PTQ_INLINE void widen(const T* x, float* y, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        Float8 v;
-        load_floats(x + i, v);
-        store_floats(v, y + i);
-    }
-    for (; i < n; ++i) y[i] = static_cast<float>(x[i]);
-}
-template <class T>
-PTQ_INLINE void narrow(const float* x, T* y, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        Float8 v;
-        load_floats(x + i, v);
-        store_floats(v, y + i);
-    }
-    for (; i < n; ++i) y[i] = static_cast<T>(x[i]);
-}
-
 struct Double8 {
-    Double4 half[2] = {};
+    Double4 half[2];
 };
+
+PTQ_INLINE void load(const float* x, Float8& v) { std::memcpy(&v, x, sizeof v); }
+template <class T>
+PTQ_INLINE void load(const T* x, Float8& v) {
+    UShort8 bits;
+    std::memcpy(&bits, x, sizeof bits);
+    widen(x, __builtin_convertvector(bits, UInt8), v);
+}
 
 PTQ_INLINE void to_double(const Float8& v, Double8& d) {
     using Float4 = float __attribute__((vector_size(16)));
@@ -171,6 +176,13 @@ PTQ_INLINE void to_double(const Float8& v, Double8& d) {
     std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
     d.half[0] = __builtin_convertvector(low, Double4);
     d.half[1] = __builtin_convertvector(high, Double4);
+}
+
+PTQ_INLINE void absolute(const Double4& d, Double4& result) {
+    using Long4 = int64_t __attribute__((vector_size(32)));
+    Long4 bits;
+    reinterpret(d, bits);
+    reinterpret(Long4(bits & INT64_MAX), result);
 }
 
 }  // namespace ptq4cuda::simd

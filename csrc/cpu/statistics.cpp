@@ -19,7 +19,7 @@ using simd::Int8;
 using simd::kLanes;
 
 constexpr int64_t kUnit = 1 << 14;  // elements of a unit of long rows, about, and of short rows at least
-constexpr int64_t kRowGroup = 8;    // short rows that are summed before their lanes go back to memory
+constexpr int64_t kRowGroup = 16;   // short rows that are summed before their lanes go back to memory
 
 // The alignment is spelt out: the compiler's own depends on the instruction set that a function is compiled for.
 struct alignas(64) MomentLanes {
@@ -50,8 +50,8 @@ struct Stretch {
     void for_each(const F& f) const {
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t k = 0; k < blocks * kLanes; ++k)
-                f(static_cast<float>(x[i * stride + k]), first + k / kLanes, static_cast<int>(k % kLanes));
-        for (int j = 0; j < tail; ++j) f(static_cast<float>(x[j]), first, j);
+                f(simd::to_float(x[i * stride + k]), first + k / kLanes, static_cast<int>(k % kLanes));
+        for (int j = 0; j < tail; ++j) f(simd::to_float(x[j]), first, j);
     }
 };
 
@@ -76,7 +76,7 @@ struct AddMoments {
                 for (int64_t i = 0; i < rows; ++i, x += part.stride) {
                     Float8 v;
                     Double8 d;
-                    simd::load_floats(x, v);
+                    simd::load(x, v);
                     simd::to_double(v, d);
                     for (int h = 0; h < 2; ++h) {
                         d.half[h] -= shift.half[h];
@@ -92,12 +92,13 @@ struct AddMoments {
                 state.positive = positive;
                 state.min = min;
                 state.max = max;
-                for (int64_t& count : state.count) count += rows;
             }
         }
+        for (int64_t b = 0; b < part.blocks; ++b)
+            for (int64_t& count : lanes[part.first + b].count) count += part.rows;
         MomentLanes& s = lanes[part.first];
         for (int j = 0; j < part.tail; ++j) {
-            const float v = static_cast<float>(part.x[j]);
+            const float v = simd::to_float(part.x[j]);
             const double d = static_cast<double>(v) - s.shift[j];
             s.sum[j] += d;
             s.squares[j] += d * d;
@@ -124,11 +125,12 @@ struct AddDeviations {
                 for (int64_t i = 0; i < rows; ++i, x += part.stride) {
                     Float8 v;
                     Double8 d;
-                    simd::load_floats(x, v);
+                    simd::load(x, v);
                     simd::to_double(v, d);
                     for (int h = 0; h < 2; ++h) {
-                        const simd::Double4 difference = d.half[h] - centre.half[h];
-                        sum.half[h] += difference < 0.0 ? -difference : difference;
+                        simd::Double4 distance;
+                        simd::absolute(d.half[h] - centre.half[h], distance);
+                        sum.half[h] += distance;
                     }
                 }
                 store(sum, state.sum);
@@ -136,7 +138,7 @@ struct AddDeviations {
         }
         DeviationLanes& s = lanes[part.first];
         for (int j = 0; j < part.tail; ++j)
-            s.sum[j] += std::fabs(static_cast<double>(static_cast<float>(part.x[j])) - s.centre[j]);
+            s.sum[j] += std::fabs(static_cast<double>(simd::to_float(part.x[j])) - s.centre[j]);
     }
 };
 
