@@ -1,6 +1,6 @@
 // The pybind11 module _C: build facts. Importing it also registers the CPU kernels of the other files.
-// torch 2.10's copy of pybind11 refuses to compile where the stable ABI is targeted; this file includes no other header
-// of torch's that the macro concerns.
+// torch 2.10's copy of pybind11 refuses to compile where the stable ABI is targeted; this file includes no other
+// header of torch's that the macro concerns.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,0 +1,169 @@
+// An execution model of CUDA for the CPU: enough of the language for the kernels of this package to compile as host
+// C++, unchanged, and to run. This folder comes first on the include path, in front of the real header of this name.
+//
+// A launch runs its blocks one after the other. Inside a block every thread is a fiber of the one host thread: it
+// runs until it waits for others (at __syncthreads, or in a warp function), and then the next one runs. What the
+// model adds to a device is strictness. It raises an error where a device would hang, or go on with undefined values:
+//   - a barrier that not all threads of the block reach, also because some have returned;
+//   - a warp function that not all lanes of its mask reach, or that reads a lane outside its mask;
+//   - a launch without threads, or with more than a device takes.
+// Blocks alternate between starting their threads in ascending and in descending order, so that a missing barrier
+// changes results. Built with -fsanitize=address, accesses outside of global and shared memory end the process.
+//
+// It does not model time, memory ordering between blocks, or float instructions that differ from the host's.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+#include <stdexcept>
+#include <tuple>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one at a time: they can share one copy
+
+// --- the place of a thread ---------------------------------------------------------------------------------------
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+// --- waiting for other threads -----------------------------------------------------------------------------------
+
+namespace cuda_on_cpu {
+
+using Place = std::source_location;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Runs `thread` once for every thread of the grid. Raises std::runtime_error for what is listed above.
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+
+void wait_for_block(const Place& place);
+// Waits for the lanes of the mask and returns what each brought (valid until the thread waits again).
+const uint64_t* wait_for_warp(unsigned mask, uint64_t value, const Place& place);
+// The value of a lane, which must be in the mask.
+uint64_t lane_value(const uint64_t* values, unsigned mask, int lane, const Place& place);
+int this_lane();
+void* dynamic_shared_memory();
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            const Arguments&... arguments) {
+    const std::tuple<Parameters...> copies(arguments...);
+    run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, copies); });
+}
+
+// Gives each lane the value of lane source(lane), or its own one where that is outside its segment of the warp.
+template <class T, class F>
+T shuffle(unsigned mask, T value, int width, const Place& place, const F& source) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    const uint64_t* values = wait_for_warp(mask, bits, place);
+    const int segment = this_lane() / width * width, lane = source(this_lane() - segment);
+    if (lane < 0 || lane >= width) return value;
+    bits = lane_value(values, mask, segment + lane, place);
+    std::memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
+template <class T, class F>
+T reduce(unsigned mask, T value, const Place& place, const F& combine) {
+    const uint64_t* values = wait_for_warp(mask, static_cast<uint64_t>(value), place);
+    bool first = true;
+    for (int lane = 0; lane < warpSize; ++lane)
+        if (mask >> lane & 1) {
+            value = first ? static_cast<T>(values[lane]) : combine(value, static_cast<T>(values[lane]));
+            first = false;
+        }
+    return value;
+}
+
+}  // namespace cuda_on_cpu
+
+#define PTQ_PLACE const cuda_on_cpu::Place& place = cuda_on_cpu::Place::current()
+
+inline void __syncthreads(PTQ_PLACE) { cuda_on_cpu::wait_for_block(place); }
+inline void __syncwarp(unsigned mask = cuda_on_cpu::kAllLanes, PTQ_PLACE) {
+    cuda_on_cpu::wait_for_warp(mask, 0, place);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = warpSize, PTQ_PLACE) {
+    return cuda_on_cpu::shuffle(mask, value, width, place, [&](int) { return lane % width; });
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, PTQ_PLACE) {
+    return cuda_on_cpu::shuffle(mask, value, width, place, [&](int l) { return l + static_cast<int>(delta); });
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, PTQ_PLACE) {
+    return cuda_on_cpu::shuffle(mask, value, width, place, [&](int l) { return l - static_cast<int>(delta); });
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize, PTQ_PLACE) {
+    return cuda_on_cpu::shuffle(mask, value, width, place, [&](int l) { return l ^ bits; });
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, PTQ_PLACE) {
+    const unsigned mine = static_cast<unsigned>(predicate != 0) << cuda_on_cpu::this_lane();
+    return cuda_on_cpu::reduce(mask, mine, place, [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __any_sync(unsigned mask, int predicate, PTQ_PLACE) { return __ballot_sync(mask, predicate, place) != 0; }
+inline int __all_sync(unsigned mask, int predicate, PTQ_PLACE) {
+    return __ballot_sync(mask, predicate, place) == mask;
+}
+template <class T>
+T __reduce_add_sync(unsigned mask, T value, PTQ_PLACE) {
+    return cuda_on_cpu::reduce(mask, value, place, [](T a, T b) { return a + b; });
+}
+
+#undef PTQ_PLACE
+
+// --- small functions ---------------------------------------------------------------------------------------------
+
+template <class T>
+constexpr T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+constexpr T max(T a, T b) {
+    return a < b ? b : a;
+}
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+// --- the runtime -------------------------------------------------------------------------------------------------
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+// A small device, so that small tensors already make threads loop.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    *value = 1;
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+    std::memset(p, value, bytes);
+    return cudaSuccess;
+}

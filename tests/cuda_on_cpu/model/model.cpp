@@ -1,0 +1,262 @@
+// The scheduler behind cuda_runtime.h: the threads of a block as fibers.
+//
+// A fiber that finishes a thread starts the next one on the same stack, so a kernel that never waits runs in a single
+// fiber, without a switch. A thread that waits keeps its fiber, and hands over to the next: first to threads that
+// have not started, then to those that may go on. If there are neither, everybody waits: now it shows who waits for
+// whom.
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr int64_t kMaximumThreads = 1024, kMaximumShared = 227 << 10, kMaximumGrid = (int64_t{1} << 31) - 1;
+
+enum class State { waiting_for_block, waiting_for_warp, running };
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    int thread = -1;
+    State state = State::running;
+    Place place;                                // where it waits
+    unsigned mask = 0;                          // for which lanes
+    uint64_t value = 0, lane_values[warpSize];  // what it brings to a warp function, and gets
+    void* asan_stack = nullptr;
+};
+
+// The block that runs now.
+struct Block {
+    const std::function<void()>* thread_function = nullptr;
+    int threads = 0, started = 0, finished = 0;
+    bool descending = false;
+    std::vector<Fiber*> of_thread;  // the fiber of a thread that has started and not finished
+    std::deque<Fiber*> ready;
+    std::unique_ptr<char[]> shared;
+    std::string error;
+};
+
+Block block;
+Fiber scheduler;  // the host's own stack
+Fiber* current = &scheduler;
+std::vector<std::unique_ptr<Fiber>> fibers;
+std::vector<Fiber*> idle;
+std::mutex one_launch_at_a_time;
+
+void set_place_of_thread(int thread) {
+    threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
+}
+
+// AddressSanitizer wants to know on which stack the program is.
+void arrived() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(current->asan_stack, nullptr, nullptr);
+#endif
+    if (current != &scheduler && current->thread >= 0) set_place_of_thread(current->thread);
+}
+
+void switch_to(Fiber* next) {
+    if (next == current) return;
+    Fiber* self = current;
+    current = next;
+#if defined(__SANITIZE_ADDRESS__)
+    static const char* host_stack = nullptr;
+    static size_t host_bytes = 0;
+    if (self == &scheduler) {
+        // The host's stack, somewhere around this variable.
+        pthread_attr_t attributes;
+        void* bottom = nullptr;
+        pthread_getattr_np(pthread_self(), &attributes);
+        pthread_attr_getstack(&attributes, &bottom, &host_bytes);
+        pthread_attr_destroy(&attributes);
+        host_stack = static_cast<const char*>(bottom);
+    }
+    __sanitizer_start_switch_fiber(&self->asan_stack, next == &scheduler ? host_stack : next->stack.get(),
+                                   next == &scheduler ? host_bytes : kStackBytes);
+#endif
+    swapcontext(&self->context, &next->context);
+    arrived();
+}
+
+std::string position(int thread) {
+    return "thread " + std::to_string(thread) + " of block " + std::to_string(blockIdx.x);
+}
+std::string position(const Place& place) {
+    const std::string file = place.file_name();
+    return file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line());
+}
+
+// Leaves the kernel for good; run_grid raises the error.
+[[noreturn]] void fail(const std::string& error) {
+    block.error = error;
+    switch_to(&scheduler);
+    __builtin_unreachable();
+}
+
+// What keeps `fiber` waiting: the first thread that has not come to where it is. Empty if it may go on.
+std::string missing(const Fiber& fiber) {
+    const bool warp = fiber.state == State::waiting_for_warp;
+    const int first = warp ? fiber.thread / warpSize * warpSize : 0;
+    const int last = warp ? first + warpSize : block.threads;
+    for (int t = first; t < last; ++t) {
+        if (warp && !(fiber.mask >> (t - first) & 1)) continue;
+        const Fiber* other = t < block.threads ? block.of_thread[t] : nullptr;
+        if (other == nullptr)
+            return "thread " + std::to_string(t) + (t < block.threads ? " has returned" : " does not exist");
+        if (other->state != fiber.state || other->place.line() != fiber.place.line() ||
+            std::strcmp(other->place.file_name(), fiber.place.file_name()) || (warp && other->mask != fiber.mask))
+            return "thread " + std::to_string(t) + " waits at " + position(other->place);
+    }
+    return "";
+}
+
+// Lets a group of threads go on that has met at the same place; false if there is none.
+bool release() {
+    for (int t = 0; t < block.threads; ++t) {
+        Fiber* fiber = block.of_thread[t];
+        if (fiber == nullptr || !missing(*fiber).empty()) continue;
+        const bool warp = fiber->state == State::waiting_for_warp;
+        const int first = warp ? t / warpSize * warpSize : 0, last = warp ? first + warpSize : block.threads;
+        const unsigned mask = fiber->mask;
+        uint64_t values[warpSize] = {};
+        for (int i = first; warp && i < last; ++i)
+            if (mask >> (i - first) & 1) values[i - first] = block.of_thread[i]->value;
+        for (int i = first; i < last; ++i) {
+            if (warp && !(mask >> (i - first) & 1)) continue;
+            std::memcpy(block.of_thread[i]->lane_values, values, sizeof(values));
+            block.of_thread[i]->state = State::running;
+            block.ready.push_back(block.of_thread[i]);
+        }
+        return true;
+    }
+    return false;
+}
+
+void fiber_main() {
+    arrived();
+    for (;;) {
+        while (block.started < block.threads) {
+            const int n = block.started++;
+            current->thread = block.descending ? block.threads - 1 - n : n;
+            current->state = State::running;
+            block.of_thread[current->thread] = current;
+            set_place_of_thread(current->thread);
+            (*block.thread_function)();
+            block.of_thread[current->thread] = nullptr;
+            ++block.finished;
+        }
+        current->thread = -1;
+        idle.push_back(current);
+        Fiber* next = &scheduler;
+        if (block.finished < block.threads) {
+            if (block.ready.empty() && !release()) {
+                for (const Fiber* fiber : block.of_thread)
+                    if (fiber)
+                        fail(position(fiber->thread) + " waits at " + position(fiber->place) + ", " +
+                             missing(*fiber));
+            }
+            next = block.ready.front();
+            block.ready.pop_front();
+        }
+        switch_to(next);
+    }
+}
+
+Fiber* idle_fiber() {
+    if (idle.empty()) {
+        auto fiber = std::make_unique<Fiber>();
+        fiber->stack.reset(new char[kStackBytes]);
+        getcontext(&fiber->context);
+        fiber->context.uc_stack.ss_sp = fiber->stack.get();
+        fiber->context.uc_stack.ss_size = kStackBytes;
+        makecontext(&fiber->context, fiber_main, 0);
+        idle.push_back(fiber.get());
+        fibers.push_back(std::move(fiber));
+    }
+    Fiber* fiber = idle.back();
+    idle.pop_back();
+    return fiber;
+}
+
+void wait(State state, const Place& place) {
+    current->state = state;
+    current->place = place;
+    Fiber* next = nullptr;
+    if (block.started < block.threads) {
+        next = idle_fiber();
+    } else {
+        if (block.ready.empty() && !release())
+            fail(position(current->thread) + " waits at " + position(place) + ", " + missing(*current));
+        next = block.ready.front();
+        block.ready.pop_front();
+    }
+    switch_to(next);
+}
+
+}  // namespace
+
+void wait_for_block(const Place& place) { wait(State::waiting_for_block, place); }
+
+const uint64_t* wait_for_warp(unsigned mask, uint64_t value, const Place& place) {
+    if (!(mask >> this_lane() & 1))
+        fail(position(current->thread) + " is not in the mask of the warp function at " + position(place));
+    current->mask = mask;
+    current->value = value;
+    wait(State::waiting_for_warp, place);
+    return current->lane_values;
+}
+
+uint64_t lane_value(const uint64_t* values, unsigned mask, int lane, const Place& place) {
+    if (!(mask >> lane & 1))
+        fail(position(current->thread) + " reads lane " + std::to_string(lane) + ", outside the mask at " +
+             position(place));
+    return values[lane];
+}
+
+int this_lane() { return current->thread % warpSize; }
+
+void* dynamic_shared_memory() { return block.shared.get(); }
+
+void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& thread) {
+    const std::lock_guard lock(one_launch_at_a_time);
+    const int64_t count = int64_t{threads.x} * threads.y * threads.z;
+    if (grid.x < 1 || grid.x > kMaximumGrid || grid.y != 1 || grid.z != 1 || count < 1 || count > kMaximumThreads ||
+        shared_bytes > kMaximumShared)
+        throw std::runtime_error("cuda_on_cpu: a launch of " + std::to_string(grid.x) + " blocks of " +
+                                 std::to_string(count) + " threads with " + std::to_string(shared_bytes) +
+                                 " bytes of shared memory");
+    gridDim = grid;
+    blockDim = threads;
+    for (blockIdx = {0, 0, 0}; blockIdx.x < grid.x; ++blockIdx.x) {
+        block.thread_function = &thread;
+        block.threads = static_cast<int>(count);
+        block.started = block.finished = 0;
+        block.descending = blockIdx.x % 2 == 1;
+        block.of_thread.assign(count, nullptr);
+        block.shared.reset(new char[shared_bytes]);
+        std::memset(block.shared.get(), 0x7f, shared_bytes);  // nothing that a kernel may count on
+        switch_to(idle_fiber());
+        if (block.error.empty()) continue;
+        const std::string error = "cuda_on_cpu: " + std::move(block.error);
+        block = Block();
+        idle.clear();  // fibers that wait for ever are given up, with what is on their stacks
+        fibers.clear();
+        throw std::runtime_error(error);
+    }
+}
+
+}  // namespace cuda_on_cpu

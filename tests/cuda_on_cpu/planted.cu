@@ -1,0 +1,178 @@
+// Small kernels for test_model.py: right ones, whose results are known, and wrong ones, which the model must catch.
+// Usage: planted CASE
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kThreads = 64;
+
+// --- right -------------------------------------------------------------------------------------------------------
+
+// The sum of a block's values by shuffles, then through shared memory; the lanes with an odd value.
+__global__ void sum_kernel(const int* x, int* sum, unsigned* odd) {
+    __shared__ int of_warp[kThreads / 32];
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int value = x[i];
+    const unsigned ballot = __ballot_sync(kAll, value % 2);
+    for (int delta = 16; delta > 0; delta /= 2) value += __shfl_down_sync(kAll, value, delta);
+    if (lane == 0) {
+        of_warp[warp] = value;
+        odd[i / 32] = ballot;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) sum[blockIdx.x] = of_warp[0] + of_warp[1];
+}
+
+// Warp functions of half a warp, in a branch; dynamic shared memory; three dimensions.
+__global__ void halves_kernel(double* out) {
+    double* shared = static_cast<double*>(cuda_on_cpu::dynamic_shared_memory());
+    const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z), lane = thread % 32;
+    double value = thread;
+    if (lane < 16) {
+        value = __shfl_xor_sync(0x0000ffffu, value, 15, 16);
+    } else {
+        value = __shfl_up_sync(0xffff0000u, value, 1, 16) + __reduce_add_sync(0xffff0000u, 1);
+    }
+    __syncwarp();
+    shared[thread] = __shfl_sync(kAll, value, 3) + (__all_sync(kAll, lane < 32) && !__any_sync(kAll, lane > 31));
+    __syncthreads();
+    out[thread] = shared[kThreads - 1 - thread] + value;
+}
+
+// --- wrong -------------------------------------------------------------------------------------------------------
+
+__global__ void returned_kernel(int* x) {
+    if (threadIdx.x == 5) return;
+    x[threadIdx.x] = 0;
+    __syncthreads();
+}
+
+__global__ void two_barriers_kernel(int* x) {
+    if (threadIdx.x < 7) {
+        x[threadIdx.x] = 0;
+        __syncthreads();
+    } else {
+        __syncthreads();
+    }
+}
+
+__global__ void lane_missing_kernel(int* x) {
+    if (threadIdx.x != 9) x[threadIdx.x] = __shfl_down_sync(kAll, 1, 1);
+}
+
+__global__ void lane_outside_the_mask_kernel(int* x) {
+    if (threadIdx.x < 8) x[threadIdx.x] = __shfl_sync(0x000000ffu, 1, 12);
+}
+
+__global__ void not_in_the_mask_kernel(int* x) { x[threadIdx.x] = __shfl_sync(0xfffffffeu, 1, 1); }
+
+__global__ void half_a_warp_kernel(int* x) { x[threadIdx.x] = __ballot_sync(kAll, 1); }
+
+// Without the barrier each thread reads what its neighbour has not written yet, or has, by the order of the threads.
+__global__ void missing_barrier_kernel(int* x) {
+    __shared__ int shared[kThreads];
+    shared[threadIdx.x] = 100 * blockIdx.x + threadIdx.x;
+    x[blockIdx.x * blockDim.x + threadIdx.x] = shared[kThreads - 1 - threadIdx.x];
+}
+
+template <int N>
+__global__ void beyond_shared_kernel(int* x, int length) {
+    __shared__ int shared[N];
+    for (int i = threadIdx.x; i < length; i += blockDim.x) shared[i] = i;
+    __syncthreads();
+    x[threadIdx.x] = shared[threadIdx.x];
+}
+
+__global__ void beyond_dynamic_shared_kernel(int* x) {
+    int* shared = static_cast<int*>(cuda_on_cpu::dynamic_shared_memory());
+    shared[threadIdx.x] = 1;
+    __syncthreads();
+    x[threadIdx.x] = shared[threadIdx.x + 1];
+}
+
+__global__ void beyond_global_kernel(int* x, int length) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i <= length) x[i] = i;
+}
+
+// -----------------------------------------------------------------------------------------------------------------
+
+template <class T>
+void print(const std::vector<T>& values) {
+    for (const T& value : values) std::printf("%.17g ", static_cast<double>(value));
+    std::printf("\n");
+}
+
+int run(const std::string& name) {
+    using cuda_on_cpu::launch;
+    const std::unique_ptr<int[]> memory(new int[kThreads]);
+    int* x = memory.get();
+    if (name == "sum") {
+        std::vector<int> values(3 * kThreads), sums(3);
+        std::vector<unsigned> odd(6);
+        for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<int>(i * i % 97);
+        launch(sum_kernel, 3, kThreads, 0, values.data(), sums.data(), odd.data());
+        print(sums);
+        print(odd);
+    } else if (name == "halves") {
+        std::vector<double> out(kThreads);
+        launch(halves_kernel, 1, dim3(4, 8, 2), kThreads * sizeof(double), out.data());
+        print(out);
+    } else if (name == "missing_barrier") {
+        std::vector<int> out(2 * kThreads);
+        launch(missing_barrier_kernel, 2, kThreads, 0, out.data());
+        print(out);
+    } else if (name == "returned") {
+        launch(returned_kernel, 2, kThreads, 0, x);
+    } else if (name == "two_barriers") {
+        launch(two_barriers_kernel, 1, kThreads, 0, x);
+    } else if (name == "lane_missing") {
+        launch(lane_missing_kernel, 1, kThreads, 0, x);
+    } else if (name == "lane_outside_the_mask") {
+        launch(lane_outside_the_mask_kernel, 1, kThreads, 0, x);
+    } else if (name == "not_in_the_mask") {
+        launch(not_in_the_mask_kernel, 1, kThreads, 0, x);
+    } else if (name == "half_a_warp") {
+        launch(half_a_warp_kernel, 1, 48, 0, x);
+    } else if (name == "too_many_threads") {
+        launch(returned_kernel, 1, 1025, 0, x);
+    } else if (name == "no_blocks") {
+        launch(returned_kernel, 0, kThreads, 0, x);
+    } else if (name == "inside_shared") {
+        launch(beyond_shared_kernel<kThreads>, 1, kThreads, 0, x, kThreads);
+    } else if (name == "beyond_shared") {
+        launch(beyond_shared_kernel<kThreads>, 1, kThreads, 0, x, kThreads + 1);
+    } else if (name == "beyond_dynamic_shared") {
+        launch(beyond_dynamic_shared_kernel, 1, kThreads, kThreads * sizeof(int), x);
+    } else if (name == "inside_global") {
+        launch(beyond_global_kernel, 1, kThreads, 0, x, kThreads - 1);
+    } else if (name == "beyond_global") {
+        launch(beyond_global_kernel, 2, kThreads, 0, x, kThreads);
+    } else {
+        return 2;
+    }
+    return 0;
+}
+
+}  // namespace
+
+// Runs the cases in turn: an error leaves the model ready for the next launch.
+int main(int count, char** names) {
+    int failures = 0;
+    for (int i = 1; i < count; ++i) {
+        try {
+            if (run(names[i]) != 0) return 2;
+        } catch (const std::exception& error) {
+            std::printf("%s\n", error.what());
+            ++failures;
+        }
+    }
+    return failures > 0;
+}

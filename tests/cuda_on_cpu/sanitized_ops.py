@@ -1,0 +1,73 @@
+"""Runs the CUDA sources on the CPU under AddressSanitizer; see test_model.py. Argument: the library."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops import oracle
+from ptq4cuda.ops import reference, registration, row_offsets
+
+SHAPES = ((2, 5, 7, 6), (1, 3, 17, 19), (3, 16, 4, 4), (2, 130, 3, 3), (4, 33), (1, 1, 1, 1), (2, 3, 65, 64))
+
+
+CASES = (
+    (torch.float32, "contiguous"),
+    (torch.float32, "misaligned"),
+    (torch.float32, "channels_last"),
+    (torch.float16, "misaligned"),
+    (torch.float16, "channels_last"),
+    (torch.bfloat16, "contiguous"),
+    (torch.bfloat16, "strided"),
+)
+
+
+def check(native: Any, x: Tensor) -> int:
+    """Compare all operators on x with the reference, and return how many calls that were."""
+    shape, dtype = x.shape, x.dtype
+    for axis in (0, 1):
+        scale, zero_point, bits = oracle.quantizer(shape[axis])
+        for op in ("fake_quantize", "quantize"):
+            found = getattr(native, op)(x, scale, zero_point, bits, axis)
+            assert oracle.same(found, getattr(reference, op)(x, scale, zero_point, bits, axis))
+        packed = native.quantize_pack(x, scale, zero_point, axis)
+        assert oracle.same(packed, reference.quantize_pack(x, scale, zero_point, axis))
+        expected = reference.unpack_dequantize(packed, scale, zero_point, axis, shape[1], dtype)
+        found = native.unpack_dequantize(packed, scale, zero_point, axis, shape[1], dtype)
+        assert oracle.same(found, expected)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        native.unpack_dequantize.out(packed, scale, zero_point, axis, out=out)
+        assert oracle.same(out, expected)
+    finite = x.nan_to_num(1, 2, -2).clamp(-1e3, 1e3)
+    for centre in (None, torch.ones(shape[1], dtype=torch.float64)):
+        found = native.channel_statistics(finite, 1, centre)
+        torch.testing.assert_close(found, reference.channel_statistics(finite, 1, centre), rtol=1e-10, atol=1e-10)
+    return 12
+
+
+def main(library: str) -> None:
+    namespace = registration.define("ptq4cuda_on_cpu")
+    registration.implement(namespace, "ptq4cuda_on_cpu")
+    torch.ops.load_library(library)
+    native = torch.ops.ptq4cuda_on_cpu
+    calls = 0
+    for dtype, layout in CASES:
+        for shape in SHAPES:
+            if layout in oracle.layouts(shape):
+                calls += check(native, oracle.make(shape, dtype, layout))
+    for length in (1, 7, 8, 30):
+        bits = torch.tensor([3, 0, 8, 4, 1, 7], dtype=torch.uint8)
+        codes = (torch.arange(6 * length).view(6, length) % (1 << bits.long())[:, None]).to(torch.uint8)
+        offsets, total = row_offsets(bits, length)
+        packed = native.pack_codes(codes, bits, offsets, total)
+        assert oracle.same(packed, reference.pack_codes(codes, bits, offsets, total))
+        assert oracle.same(native.unpack_codes(packed, bits, offsets, length), codes)
+        calls += 2
+    print(f"{calls} operator calls, all as the reference")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,55 @@
+"""The implementations of the operators that every test runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ptq4cuda import _native
+
+BACKENDS = ["reference", "cpu", "cuda_on_cpu"]
+if torch.cuda.is_available() and _native.cuda_loaded:
+    BACKENDS.append("cuda")
+
+
+class Backend:
+    """One implementation of the operators.
+
+    Its operators are attributes. They take tensors of any device, and return tensors on the CPU.
+    """
+
+    def __init__(self, name: str, namespace: str, device: str = "cpu") -> None:
+        self.name = name
+        self.namespace = namespace
+        self.device = device
+
+    @property
+    def native(self) -> bool:
+        return self.name != "reference"
+
+    @property
+    def is_cuda_source(self) -> bool:
+        return self.name in ("cuda", "cuda_on_cpu")
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(getattr(torch.ops, self.namespace), name)
+
+        def call(*args: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+            args = tuple(a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args)
+            if out is None:
+                return op(*args).cpu()
+            there = out if self.device == "cpu" else _same_storage_on(self.device, out)
+            op.out(*args, out=there)
+            return out if there is out else out.copy_(there)
+
+        return call
+
+
+def _same_storage_on(device: str, x: torch.Tensor) -> torch.Tensor:
+    """Copy x with what lies around it in memory, so that its strides and its alignment stay."""
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset())

@@ -1,0 +1,210 @@
+"""The operators as citizens of torch: schemas, fake kernels, gradients, torch.compile, dispatch."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ptq4cuda.ops
+from ops import oracle
+from ops.backends import Backend
+from ptq4cuda.ops import registration
+
+NATIVE = ("cpu", "cuda_on_cpu")
+
+
+def samples(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 3, 4)) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, by its name with overload; a trailing dict holds keyword arguments."""
+    x = oracle.arrange(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), layout)
+    scale, zero_point, bits = oracle.quantizer(shape[1])
+    packed = torch.randint(0, 256, (shape[0], *shape[2:], (shape[1] + 1) // 2), dtype=torch.uint8)
+    codes = torch.randint(0, 4, (3, 9), dtype=torch.uint8)
+    width = torch.tensor([2, 5, 8], dtype=torch.uint8)
+    offsets, total = ptq4cuda.ops.row_offsets(width, 9)
+    return {
+        "channel_statistics": (x, 1),
+        "fake_quantize": (x, scale, zero_point, bits, 1),
+        "fake_quantize.out": (x, scale, zero_point, bits, 1, {"out": torch.empty_like(x)}),
+        "quantize": (x, scale, zero_point, bits, 1),
+        "quantize.out": (x, scale, zero_point, bits, 1, {"out": torch.empty_like(x, dtype=torch.uint8)}),
+        "quantize_pack": (x, scale, zero_point, 1),
+        "quantize_pack.out": (x, scale, zero_point, 1, {"out": torch.empty_like(packed)}),
+        "unpack_dequantize": (packed, scale, zero_point, 1, shape[1], dtype),
+        "unpack_dequantize.out": (packed, scale, zero_point, 1, {"out": torch.empty(shape, dtype=dtype)}),
+        "pack_codes": (codes, width, offsets, total),
+        "unpack_codes": (torch.randint(0, 256, (total,), dtype=torch.uint8), width, offsets, 9),
+    }
+
+
+OPERATORS = list(samples("contiguous", torch.float32))
+
+
+def overload(namespace: str, name: str) -> Any:
+    packet, _, variant = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), variant or "default")
+
+
+def test_every_schema_is_sampled() -> None:
+    assert sorted(schema.split("(")[0] for schema in registration.SCHEMAS) == sorted(OPERATORS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("which", ["reference", *NATIVE])
+def test_opcheck(request: pytest.FixtureRequest, which: str, name: str, layout: str) -> None:
+    backend: Backend = request.getfixturevalue(which)
+    for dtype in oracle.DTYPES if layout == "channels_last" else (torch.float32,):
+        arguments = samples(layout, dtype)[name]
+        named = arguments[-1] if isinstance(arguments[-1], dict) else {}
+        arguments = arguments[: len(arguments) - bool(named)]
+        if named and layout != "contiguous" and "unpack" not in name and "pack" not in name:
+            named = {"out": torch.empty_like(arguments[0], dtype=named["out"].dtype)}
+        torch.library.opcheck(overload(backend.namespace, name), arguments, named)
+
+
+def test_opcheck_with_a_gradient(cpu: Backend, cuda_on_cpu: Backend) -> None:
+    for backend in (cpu, cuda_on_cpu):
+        x, *rest = samples("channels_last", torch.float32)["fake_quantize"]
+        torch.library.opcheck(overload(backend.namespace, "fake_quantize"), (x.requires_grad_(), *rest))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("which", NATIVE)
+def test_a_native_kernel_is_what_runs(request: pytest.FixtureRequest, which: str, name: str) -> None:
+    backend: Backend = request.getfixturevalue(which)
+    kernels = torch._C._dispatch_dump(f"{backend.namespace}::{name}")
+    cpu_kernels = [line for line in kernels.splitlines() if line.startswith("CPU:")]
+    source = "/csrc/cuda/" if backend.is_cuda_source else "csrc/cpu/"
+    assert len(cpu_kernels) == 1, kernels
+    assert source in cpu_kernels[0]
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if not name.endswith(".out")])
+def test_meta_tensors_have_the_same_form(cpu: Backend, name: str) -> None:
+    for layout in ("contiguous", "channels_last", "permuted", "strided"):
+        for dtype in oracle.DTYPES:
+            arguments = samples(layout, dtype)[name]
+            meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
+            expected = overload("ptq4cuda", name)(*arguments)
+            found = overload("ptq4cuda", name)(*meta)
+            assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+            assert found.stride() == expected.stride(), layout
+
+
+# --- torch.compile -------------------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    """A convolution between fake-quantized and packed activations, as a quantized network has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(6, 7, 3)
+        # Few binary digits everywhere: the convolution is exact in float32, whatever order it sums in.
+        self.conv.weight.data = torch.randint(-8, 9, self.conv.weight.shape) / 16
+        self.conv.bias.data = torch.randint(-8, 9, (7,)) / 16
+        scale, zero_point, bits = oracle.quantizer(6)
+        self.register_buffer("scale", (scale * 8).ceil() / 8)
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("bits", bits)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = ptq4cuda.ops.fake_quantize(x, self.scale, self.zero_point, self.bits)
+        y = self.conv(x).relu()
+        packed = ptq4cuda.ops.quantize_pack(y, 0.1, 3)
+        z = ptq4cuda.ops.unpack_dequantize(packed, 0.1, 3, 7)
+        codes = ptq4cuda.ops.quantize(z, 0.1, 3, 4)
+        return z * 2, packed, codes, ptq4cuda.ops.channel_statistics(y)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_with_a_dynamic_batch(compiler: str) -> None:
+    torch.compiler.reset()
+    block = Block().eval()
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(compiler)(graph, inputs)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counting)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch in (3, 5, 2):
+            x = torch.randn(batch, 6, 8, 9, generator=torch.Generator().manual_seed(batch))
+            *found, statistics = compiled(x)
+            *expected, expected_statistics = block(x)
+            assert all(map(oracle.same, found, expected))
+            torch.testing.assert_close(statistics, expected_statistics, rtol=1e-12, atol=1e-12)
+    assert len(graphs) == 1
+
+
+def test_compiled_training_has_the_straight_through_gradient() -> None:
+    torch.compiler.reset()
+    block = Block()
+    x = torch.randn(2, 6, 8, 9, generator=torch.Generator().manual_seed(0))
+
+    def loss(x: Tensor) -> Tensor:
+        return block.conv(ptq4cuda.ops.fake_quantize(x, block.scale, block.zero_point, block.bits)).square().sum()
+
+    eager, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss(eager).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert eager.grad is not None
+    assert eager.grad.abs().sum() > 0
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+# --- devices -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_capture_every_operator() -> None:
+    for name, arguments in samples("contiguous", torch.float32, (4, 6, 32, 32)).items():
+        named = arguments[-1] if isinstance(arguments[-1], dict) else {}
+        there = [a.cuda() if isinstance(a, Tensor) else a for a in arguments[: len(arguments) - bool(named)]]
+        named = {key: value.cuda() for key, value in named.items()}
+        op = overload("ptq4cuda", name)
+        expected = op(*there, **named)
+        expected = named["out"].clone() if named else expected
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = op(*there, **named)
+        found = named["out"] if named else found
+        found.zero_()
+        graph.replay()
+        assert oracle.same(found.cpu(), expected.cpu()), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_current_stream_is_used() -> None:
+    x = torch.randn(64, 64, 64, 64, device="cuda")
+    one = (
+        torch.ones(1).cuda(),
+        torch.zeros(1, dtype=torch.int32).cuda(),
+        torch.full((1,), 8, dtype=torch.uint8).cuda(),
+    )
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.fill_(3.0)
+        y = torch.ops.ptq4cuda.quantize(x, *one, 1)
+    stream.synchronize()
+    assert bool((y == 3).all())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one() -> None:
+    for name, arguments in samples("channels_last", torch.float32).items():
+        if name.endswith(".out"):
+            continue
+        there = [a.to("cuda:1") if isinstance(a, Tensor) else a for a in arguments]
+        found = overload("ptq4cuda", name)(*there)
+        assert found.device == torch.device("cuda:1")
+        expected = overload("ptq4cuda", name)(*arguments)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-10 if name == "channel_statistics" else 0, atol=0)
