@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "../numerics.h"
 
@@ -74,8 +75,16 @@ void run(Args... args) {
 // --- 16-bit floats -------------------------------------------------------------------------------------------------
 //
 // Conversions without branches, so that loops over them vectorise. Written once for scalars (uint32_t, float) and for
-// the vectors below. Results go out by reference: returning a vector by value has no settled ABI where its
-// instruction set is off.
+// the vectors of eight below. Magnitudes are compared as signed numbers: AVX2 has no comparison of unsigned ones.
+// Results go out by reference: returning a vector by value has no settled ABI where its instruction set is off.
+
+constexpr int kLanes = 8;
+using Float8 = float __attribute__((vector_size(32)));
+using Int8 = int32_t __attribute__((vector_size(32)));
+using UInt8 = uint32_t __attribute__((vector_size(32)));
+
+template <class U>
+using Signed = std::conditional_t<std::is_same_v<U, uint32_t>, int32_t, Int8>;
 
 template <class To, class From>
 PTQ_INLINE void reinterpret(const From& from, To& to) {
@@ -93,21 +102,24 @@ PTQ_INLINE void widen(const torch::headeronly::BFloat16*, const U& bits, F& v) {
 template <class U, class F>
 PTQ_INLINE void widen(const torch::headeronly::Half*, const U& bits, F& v) {
     const U magnitude = bits & 0x7fff;
+    const Signed<U> size = (Signed<U>)magnitude;
     F half;
     reinterpret(U(magnitude | 126u << 23), half);
     U subnormal;
     reinterpret(F(half - 0.5f), subnormal);
-    U result = magnitude < 0x0400 ? subnormal : U((magnitude << 13) + (112u << 23));
-    result = magnitude >= 0x7c00 ? U(magnitude << 13 | 0x7f800000u) : result;
+    U result = size < 0x0400 ? subnormal : U((magnitude << 13) + (112u << 23));
+    result = size > 0x7bff ? U(magnitude << 13 | 0x7f800000u) : result;
     reinterpret(U(result | (bits & 0x8000) << 16), v);
 }
 
 // Round half to even; NaN stays NaN.
 template <class U, class F>
 PTQ_INLINE void narrow(const F& v, const torch::headeronly::BFloat16*, U& bits) {
-    reinterpret(v, bits);
-    const U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    bits = (bits & 0x7fffffff) > 0x7f800000u ? U(rounded * 0 + 0x7fc0) : rounded;
+    U word;
+    reinterpret(v, word);
+    const Signed<U> size = (Signed<U>)(word & 0x7fffffff);
+    const U rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    bits = size > 0x7f800000 ? U(rounded | 0x7fff) : rounded;
 }
 
 template <class U, class F>
@@ -115,14 +127,15 @@ PTQ_INLINE void narrow(const F& v, const torch::headeronly::Half*, U& bits) {
     U word;
     reinterpret(v, word);
     const U magnitude = word & 0x7fffffff;
+    const Signed<U> size = (Signed<U>)magnitude;
     F positive;
     reinterpret(magnitude, positive);
     U subnormal;  // the sum is a multiple of 2^-24, which is what a subnormal half counts
     reinterpret(F(positive + 0.5f), subnormal);
-    bits = magnitude < 113u << 23 ? U(subnormal - (126u << 23))
-                                  : U((magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13);
-    bits = magnitude >= 0x477ff000u ? U(bits * 0 + 0x7c00) : bits;  // 65520 and above are infinite
-    bits = magnitude > 0x7f800000u ? U(bits * 0 + 0x7e00) : bits;
+    bits = size < 113 << 23 ? U(subnormal - (126u << 23))
+                            : U((magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13);
+    bits = size > 0x477fefff ? U(bits * 0 + 0x7c00) : bits;  // 65520 and above are infinite
+    bits = size > 0x7f800000 ? U(bits | 0x7e00) : bits;
     bits |= word >> 16 & 0x8000;
 }
 
@@ -151,10 +164,6 @@ PTQ_INLINE void store(float v, T& y) {
 // Every instruction set does the same arithmetic in the same eight lanes. None is wider than 32 bytes: the compiler
 // takes wider ones through memory where AVX-512 is off.
 
-constexpr int kLanes = 8;
-using Float8 = float __attribute__((vector_size(32)));
-using Int8 = int32_t __attribute__((vector_size(32)));
-using UInt8 = uint32_t __attribute__((vector_size(32)));
 using UShort8 = uint16_t __attribute__((vector_size(16)));
 using Double4 = double __attribute__((vector_size(32)));
 struct Double8 {

@@ -18,8 +18,11 @@ using simd::Float8;
 using simd::Int8;
 using simd::kLanes;
 
-constexpr int64_t kUnit = 1 << 14;  // elements of a unit of long rows, about, and of short rows at least
+constexpr int64_t kUnit = 1 << 14;  // elements of a unit of long rows
+constexpr int64_t kUnits = 64;      // units of short rows, at most: enough for the threads, few to merge
 constexpr int64_t kRowGroup = 16;   // short rows that are summed before their lanes go back to memory
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The alignment is spelt out: the compiler's own depends on the instruction set that a function is compiled for.
 struct alignas(64) MomentLanes {
@@ -152,13 +155,14 @@ public:
             // Short periods are repeated until eight lanes divide them.
             const int64_t base = layout.channels * layout.inner;
             width_ = base * (kLanes / std::gcd(base, int64_t{kLanes}));
-            rows_per_unit_ = std::max(4 * kRowGroup, kUnit / width_ / kRowGroup * kRowGroup);
+            const int64_t rows = ceil_div(layout.numel(), width_);
+            rows_per_unit_ = std::max(4 * kRowGroup, ceil_div(ceil_div(rows, kUnits), kRowGroup) * kRowGroup);
             blocks = width_ / kLanes;
             groups = 1;
-            units = (layout.numel() + rows_per_unit_ * width_ - 1) / (rows_per_unit_ * width_);
+            units = ceil_div(rows, rows_per_unit_);
         } else {
             groups = layout.channels;
-            units = (layout.per_channel() + kUnit - 1) / kUnit;
+            units = ceil_div(layout.per_channel(), kUnit);
         }
     }
 

@@ -168,3 +168,18 @@ def test_more_than_two_to_the_31_values() -> None:
     codes = torch.ops.ptq4cuda.quantize(x, *(p.cuda() for p in one), 1)
     assert codes[..., -5:].flatten().tolist() == [2, 2, 3, 4, 0]
     assert int(codes.sum(dtype=torch.int64)) == 2 * (count - 3) + 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [3e-8, 2e-6, 1e-4, 0.37, 300.0, 4e37])
+def test_every_16_bit_float(backend: Backend, dtype: torch.dtype, scale: float) -> None:
+    """All 65,536 values go in; subnormal, ordinary and overflowing ones come out."""
+    x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
+    arguments = torch.tensor([scale]), torch.tensor([100], dtype=torch.int32), torch.tensor([8], dtype=torch.uint8), 0
+    codes = ((x.double() / torch.tensor([scale]).double()).nan_to_num(0.0, 1e9, -1e9).round() + 100).clamp(0, 255)
+    found = backend.quantize(x, *arguments).double()
+    # the quotient is a float32 product in the operator: a tie may fall the other way
+    assert (found - codes).abs().max() <= 1
+    assert (found != codes).double().mean() < 1e-3
+    expected = ((found.float() - 100) * torch.tensor([scale])).to(dtype)
+    assert oracle.same(backend.fake_quantize(x, *arguments), torch.where(x.isnan(), x, expected))

@@ -1,0 +1,72 @@
+"""The benchmark measures what it says; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq4cuda import bench, ops
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SHAPES", {"a": (2, 6, 5, 5), "b": (1, 3, 4, 4)})
+    monkeypatch.setattr(bench, "QUICK", ("a",))
+    monkeypatch.setattr(bench, "_ROTATE_CPU", 2000)
+
+
+def test_every_case_once(small: None, tmp_path: Path) -> None:
+    texts: list[str] = []
+    timings = bench.run(
+        "cpu",
+        quick=True,
+        compiled=False,
+        json_file=tmp_path / "t.json",
+        plot=tmp_path / "t.png",
+        echo=texts.append,
+        progress=False,
+    )
+    assert len(timings) == len(bench.OPS) * len(bench.DTYPES) * len(bench.LAYOUTS)
+    assert all(t.ms > 0 and t.floor > 0 and t.eager > 0 and t.compiled is None for t in timings)
+    assert all((t.torch is not None) == (t.op == "fake_quantize" and t.dtype == "float32") for t in timings)
+    stored = json.loads((tmp_path / "t.json").read_text())
+    assert [t["op"] for t in stored["timings"]] == [t.op for t in timings]
+    assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+    assert sum(line.startswith("fake_quantize") for line in "\n".join(texts).splitlines()) == 6
+
+
+@pytest.mark.parametrize("op", bench.OPS)
+def test_both_sides_compute_the_same(small: None, op: str) -> None:
+    """A speed-up over a peer means something only if the peer does the same work."""
+    inputs = bench._Inputs(bench.SHAPES["a"], torch.float32, torch.channels_last, "cpu")
+    assert len(inputs.x) > 1
+    ours, peer, _ = bench._calls(op)
+    result, expected = ours(inputs, 1), peer(inputs, 1)
+    assert isinstance(result, Tensor)
+    assert isinstance(expected, Tensor)
+    torch.testing.assert_close(result, expected)
+
+
+def test_bytes_moved() -> None:
+    x = torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)
+    assert bench._bytes_moved("fake_quantize", x) == 800 + 800
+    assert bench._bytes_moved("quantize_pack", x) == 800 + ops.quantize_pack(x, 1.0, 8).numel()
+    assert bench._bytes_moved("unpack_dequantize", x) == 200 + 800
+    assert bench._bytes_moved("channel_statistics", x) == 800
+
+
+def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = ROOT / "benchmarks" / "gpu_check.sh"
+    result = subprocess.run(["bash", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert result.returncode == 1
+    assert "nvidia-smi was not found" in result.stderr or "no torch that sees a GPU" in result.stderr
