@@ -192,4 +192,29 @@ struct StatisticsOps {
     }
 };
 
+// channel_histogram. The backend's
+//     template <class T>
+//     static void histogram(const Tensor& x, const ChannelLayout&, const BinTable&, int64_t* out)
+// fills int64 [channels, bins], which it must zero, from a dense tensor that may have no elements.
+template <class Backend>
+struct HistogramOps {
+    static Tensor channel_histogram(const Tensor& x, const Tensor& low, const Tensor& high, int64_t bins,
+                                    int64_t axis) {
+        const char* op = "channel_histogram";
+        check_input(op, x);
+        STD_TORCH_CHECK(1 <= bins && bins <= kMaximumBins, op, ": bins must be 1 to ", kMaximumBins, ", got ", bins);
+        const Tensor source = dense(x);
+        const ChannelLayout layout = channel_layout(source, normalized_axis(op, x, axis));
+        const BinArguments arguments(op, x, low, high, layout.channels);
+        const std::vector<int64_t> sizes = {layout.channels, bins};
+        Tensor out = empty_strided(sizes, contiguous_strides(sizes), ScalarType::Long, x);
+        if (layout.channels == 0) return out;
+        dispatch_floating(x.scalar_type(), [&](auto type) {
+            Backend::template histogram<decltype(type)>(source, layout, arguments.table(bins),
+                                                        out.mutable_data_ptr<int64_t>());
+        });
+        return out;
+    }
+};
+
 }  // namespace ptq4cuda

@@ -89,6 +89,28 @@ PTQ_INLINE uint8_t pack_nibbles(uint8_t low, uint8_t high) { return static_cast<
 PTQ_INLINE uint8_t low_nibble(uint8_t byte) { return byte & 0x0f; }
 PTQ_INLINE uint8_t high_nibble(uint8_t byte) { return byte >> 4; }
 
+// Bins of equal width between two limits. Where the limits are equal, or so far apart or so close together that the
+// factor is not a positive finite number, it is 0 and all values are in the first bin.
+struct Binning {
+    float low;
+    float factor;  // bins per unit of x
+    float last;    // the last bin, exact up to 2^24
+};
+
+PTQ_INLINE Binning make_binning(float low, float high, int64_t bins) {
+    const float count = static_cast<float>(bins), factor = count / (high - low);
+    return {low, high > low && factor < INFINITY ? factor : 0.0f, count - 1.0f};
+}
+
+// The bin of x, -1 for NaN. Values outside of the limits are in the first or the last bin. (The cast of a number that
+// is not negative is its floor; the first comparison also catches Inf * 0.)
+PTQ_INLINE int32_t bin(float x, const Binning& b) {
+    float t = (x - b.low) * b.factor;
+    t = t > 0.0f ? t : 0.0f;
+    t = t < b.last ? t : b.last;
+    return x == x ? static_cast<int32_t>(t) : -1;
+}
+
 // Sums over a set of values, enough to merge two sets exactly: Chan, Golub, LeVeque (1979).
 struct Moments {
     double count = 0.0;

@@ -165,6 +165,30 @@ struct QuantizerArguments {
     }
 };
 
+// The bins of each channel as raw pointers; a limit of length 1 serves every channel: stride 0.
+struct BinTable {
+    const float *low, *high;
+    int64_t low_stride, high_stride, bins;
+
+    PTQ_INLINE Binning operator[](int64_t c) const {
+        return make_binning(low[c * low_stride], high[c * high_stride], bins);
+    }
+};
+
+// Owns contiguous limits for as long as a table points into them.
+struct BinArguments {
+    Tensor low, high;
+
+    BinArguments(const char* op, const Tensor& x, const Tensor& low_, const Tensor& high_, int64_t channels)
+        : low(torch::stable::contiguous(low_)), high(torch::stable::contiguous(high_)) {
+        check_parameter(op, "low", low, ScalarType::Float, channels, x);
+        check_parameter(op, "high", high, ScalarType::Float, channels, x);
+    }
+    BinTable table(int64_t bins) const {
+        return {low.const_data_ptr<float>(), high.const_data_ptr<float>(), low.size(0) > 1, high.size(0) > 1, bins};
+    }
+};
+
 // An out= argument must have the shape, dtype, device and memory order of what the op would return.
 inline void check_out(const char* op, const Tensor& out, const Tensor& like, ScalarType dtype) {
     STD_TORCH_CHECK(out.scalar_type() == dtype, op, ": out has the wrong dtype");
@@ -296,6 +320,8 @@ struct RowArguments {
 
 // Columns of the result of channel_statistics.
 enum { kCount, kMin, kMax, kMean, kM2, kAbsDev, kPositive, kStatistics };
+
+constexpr int64_t kMaximumBins = 4096;  // of channel_histogram
 
 // Calls f with a value of the C++ type of a floating dtype.
 template <class F>

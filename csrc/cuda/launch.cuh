@@ -37,6 +37,13 @@ private:
     cudaStream_t stream_ = nullptr;
 };
 
+// The shared memory that a launch asked for.
+template <class T>
+__device__ T* dynamic_shared_memory() {
+    extern __shared__ __align__(16) unsigned char memory[];
+    return reinterpret_cast<T*>(memory);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {

@@ -22,6 +22,7 @@ from torch import Tensor
 from ptq4cuda.ops import registration as _registration
 
 __all__ = [
+    "channel_histogram",
     "channel_statistics",
     "fake_quantize",
     "pack_codes",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+MAX_BINS = 4096
 MAX_ZERO_POINT = 1 << 22  # codes and zero points are held in float32, exactly
 _ops = getattr(torch.ops, _registration.NAMESPACE)
 
@@ -54,6 +56,39 @@ def channel_statistics(x: Tensor, axis: int = 1, centre: Tensor | None = None) -
     if centre is not None:
         check_vector("centre", centre, torch.float64, (channels,), x)
     return _ops.channel_statistics(x, axis, centre)  # type: ignore[no-any-return]
+
+
+def channel_histogram(x: Tensor, low: Tensor | float, high: Tensor | float, bins: int, axis: int = 1) -> Tensor:
+    """Count the values of each channel in bins of equal width from low to high.
+
+    Values below low are in the first bin, values above high in the last, as ±Inf is; NaN is in none. Where high is
+    low, or their distance has no finite inverse, all values are in the first bin. The bin is the floor of
+    (x - low) * (bins / (high - low)) in float32, the same on every device.
+
+    Args:
+        x: float32, float16 or bfloat16, any shape.
+        low: float32 [C] or [1], or a number; not above high.
+        high: as low.
+        bins: 1 to 4096.
+        axis: the channel axis; C is its size.
+
+    Returns:
+        int64 [C, bins].
+    """
+    channels = _check_input(x, axis)
+    if not isinstance(bins, int):
+        raise TypeError(f"bins must be an int, got {type(bins).__name__}")
+    if not 1 <= bins <= MAX_BINS:
+        raise ValueError(f"bins must be 1 to {MAX_BINS}, got {bins}")
+    if isinstance(low, (int, float)):
+        low = torch.full((1,), low, dtype=torch.float32, device=x.device)
+    if isinstance(high, (int, float)):
+        high = torch.full((1,), high, dtype=torch.float32, device=x.device)
+    check_vector("low", low, torch.float32, (channels, 1), x)
+    check_vector("high", high, torch.float32, (channels, 1), x)
+    if _readable(low) and _readable(high):
+        _check_limits(low, high)
+    return _ops.channel_histogram(x, low, high, bins, axis)  # type: ignore[no-any-return]
 
 
 def fake_quantize(
@@ -292,6 +327,15 @@ def check_zero_point(zero_point: Tensor) -> None:
     if bool(bad.any()):
         value = int(zero_point[bad][0])
         raise ValueError(f"zero_point must be from -{MAX_ZERO_POINT} to {MAX_ZERO_POINT}, got {value}")
+
+
+def _check_limits(low: Tensor, high: Tensor) -> None:
+    """Raise ValueError unless low <= high everywhere, and so none is NaN."""
+    low, high = torch.broadcast_tensors(low, high)
+    bad = ~(low <= high)
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"low must not be above high, nor NaN: low[{i}] is {low[i]}, high[{i}] is {high[i]}")
 
 
 def _quantizer(

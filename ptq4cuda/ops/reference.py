@@ -109,6 +109,19 @@ def channel_statistics(x: Tensor, axis: int, centre: Tensor | None = None) -> Te
     return torch.stack(columns, dim=1, out=out)
 
 
+def channel_histogram(x: Tensor, low: Tensor, high: Tensor, bins: int, axis: int) -> Tensor:
+    """Return how many values of each channel are in each of `bins` bins from low to high, int64 [C, bins]."""
+    rows = x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
+    rows = rows.float()
+    span = high - low
+    factor = torch.full_like(span, bins) / span  # not bins / span, which is rounded twice
+    factor = torch.where((span > 0) & factor.isfinite(), factor, 0.0)
+    place = (rows - low[:, None]) * factor[:, None]
+    place = place.nan_to_num(0.0).floor().clamp(0, bins - 1)
+    counts = torch.zeros((rows.shape[0], bins), dtype=torch.int64, device=x.device)
+    return counts.scatter_add_(1, place.to(torch.int64), (~rows.isnan()).to(torch.int64))
+
+
 def pack_codes(codes: Tensor, bits: Tensor, offsets: Tensor, packed_bytes: int) -> Tensor:
     """Pack row r of uint8 codes [rows, length] with bits[r] bits a code, lowest bit first, at byte offsets[r]."""
     packed = codes.new_zeros(packed_bytes)

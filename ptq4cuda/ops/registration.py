@@ -18,6 +18,7 @@ NAMESPACE = "ptq4cuda"
 _QUANTIZER = "Tensor scale, Tensor zero_point"
 SCHEMAS = (
     "channel_statistics(Tensor x, int axis, Tensor? centre=None) -> Tensor",
+    "channel_histogram(Tensor x, Tensor low, Tensor high, int bins, int axis) -> Tensor",
     f"fake_quantize(Tensor x, {_QUANTIZER}, Tensor bits, int axis) -> Tensor",
     f"fake_quantize.out(Tensor x, {_QUANTIZER}, Tensor bits, int axis, *, Tensor(a!) out) -> ()",
     f"quantize(Tensor x, {_QUANTIZER}, Tensor bits, int axis) -> Tensor",
@@ -45,6 +46,11 @@ def define(namespace: str) -> torch.library.Library:
 def _fake_channel_statistics(x: Tensor, axis: int, centre: Tensor | None = None) -> Tensor:
     channels = x.shape[axis] if x.dim() else 1
     return x.new_empty((channels, len(reference.STATISTICS)), dtype=torch.float64)
+
+
+def _fake_channel_histogram(x: Tensor, low: Tensor, high: Tensor, bins: int, axis: int) -> Tensor:
+    channels = x.shape[axis] if x.dim() else 1
+    return x.new_empty((channels, bins), dtype=torch.int64)
 
 
 def _fake_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, axis: int) -> Tensor:
@@ -109,6 +115,7 @@ def _unpack_dequantize_out(packed: Tensor, scale: Tensor, zero_point: Tensor, ax
 
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "channel_statistics": _fake_channel_statistics,
+    "channel_histogram": _fake_channel_histogram,
     "fake_quantize": _fake_fake_quantize,
     "quantize": _fake_quantize,
     "quantize_pack": _fake_quantize_pack,

@@ -1,4 +1,8 @@
-"""Runs the CUDA sources on the CPU under AddressSanitizer; see test_model.py. Argument: the library."""
+"""Compares the CUDA sources with the reference, for a sanitizer to watch.
+
+Argument: a library of the execution model (AddressSanitizer, see test_model.py), or "cuda" (compute-sanitizer on a GPU,
+see benchmarks/gpu_check.sh).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ops import oracle
+from ops.backends import Backend
 from ptq4cuda.ops import reference, registration, row_offsets
 
 SHAPES = ((2, 5, 7, 6), (1, 3, 17, 19), (3, 16, 4, 4), (2, 130, 3, 3), (4, 33), (1, 1, 1, 1), (2, 3, 65, 64))
-
 
 CASES = (
     (torch.float32, "contiguous"),
@@ -23,6 +27,9 @@ CASES = (
     (torch.bfloat16, "contiguous"),
     (torch.bfloat16, "strided"),
 )
+
+
+_alive: list[torch.library.Library] = []  # a namespace lives as long as its library
 
 
 def check(native: Any, x: Tensor) -> int:
@@ -39,20 +46,32 @@ def check(native: Any, x: Tensor) -> int:
         found = native.unpack_dequantize(packed, scale, zero_point, axis, shape[1], dtype)
         assert oracle.same(found, expected)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        native.unpack_dequantize.out(packed, scale, zero_point, axis, out=out)
+        native.unpack_dequantize(packed, scale, zero_point, axis, out=out)
         assert oracle.same(out, expected)
+        for bins in (1, 30, 2048, 4096):
+            arguments = (-4 * scale, 4 * scale, bins, axis)
+            found = native.channel_histogram(x, *arguments)
+            assert oracle.same(found, reference.channel_histogram(x, *arguments))
     finite = x.nan_to_num(1, 2, -2).clamp(-1e3, 1e3)
     for centre in (None, torch.ones(shape[1], dtype=torch.float64)):
         found = native.channel_statistics(finite, 1, centre)
         torch.testing.assert_close(found, reference.channel_statistics(finite, 1, centre), rtol=1e-10, atol=1e-10)
-    return 12
+    return 20
 
 
-def main(library: str) -> None:
+def operators(library: str) -> Any:
+    """The operators of a library of the execution model, or those of the GPU for "cuda"."""
+    if library == "cuda":
+        return Backend("cuda", "ptq4cuda", "cuda")
     namespace = registration.define("ptq4cuda_on_cpu")
     registration.implement(namespace, "ptq4cuda_on_cpu")
     torch.ops.load_library(library)
-    native = torch.ops.ptq4cuda_on_cpu
+    _alive.append(namespace)
+    return torch.ops.ptq4cuda_on_cpu
+
+
+def main(library: str) -> None:
+    native = operators(library)
     calls = 0
     for dtype, layout in CASES:
         for shape in SHAPES:

@@ -131,6 +131,23 @@ def statistics(x: Tensor, axis: int, centre: Tensor | None = None) -> Tensor:
     return torch.from_numpy(np.stack([c.astype(np.float64) for c in columns], axis=1))
 
 
+def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int, axis: int) -> Tensor:
+    """Return int64 [C, bins], one channel after the other."""
+    values = x.float().numpy()
+    rows = np.moveaxis(values.reshape(values.shape or (1,)), axis, 0)
+    counts = np.zeros((len(rows), bins), np.int64)
+    for c, row in enumerate(rows):
+        below, above = (limit.numpy()[c if len(limit) > 1 else 0] for limit in (low, high))
+        with np.errstate(all="ignore"):
+            factor = np.float32(bins) / (above - below) if above > below else np.float32(0)
+            assert factor.dtype == np.float32
+            numbers = row[~np.isnan(row)]
+            place = np.floor((numbers - below) * (factor if np.isfinite(factor) else np.float32(0)))
+        place[np.isnan(place)] = 0  # Inf times 0
+        np.add.at(counts[c], np.clip(place, 0, bins - 1).astype(np.int64), 1)
+    return torch.from_numpy(counts)
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Tell whether two tensors have the same dtype, shape and values; NaN equals NaN."""
     if a.dtype != b.dtype or a.shape != b.shape:

@@ -27,6 +27,7 @@ def samples(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 3, 
     offsets, total = ptq4cuda.ops.row_offsets(width, 9)
     return {
         "channel_statistics": (x, 1),
+        "channel_histogram": (x, zero_point.float() - 9, scale + 9, 16, 1),
         "fake_quantize": (x, scale, zero_point, bits, 1),
         "fake_quantize.out": (x, scale, zero_point, bits, 1, {"out": torch.empty_like(x)}),
         "quantize": (x, scale, zero_point, bits, 1),

@@ -13,6 +13,11 @@ struct CurrentStream {
     operator cudaStream_t() const { return nullptr; }
 };
 
+template <class T>
+T* dynamic_shared_memory() {
+    return static_cast<T*>(cuda_on_cpu::dynamic_shared_memory());
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t,
             const Arguments&... arguments) {

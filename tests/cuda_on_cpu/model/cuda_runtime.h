@@ -148,6 +148,13 @@ constexpr T max(T a, T b) {
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
+template <class T>
+T atomicAdd(T* p, T value) {  // one thread runs at a time
+    const T old = *p;
+    *p = old + value;
+    return old;
+}
+
 // --- the runtime -------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;

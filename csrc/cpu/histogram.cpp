@@ -1,0 +1,179 @@
+// channel_histogram on the CPU.
+//
+// The bins of a batch of values are computed in vectors, and counted one by one. Counts are integers: how the work is
+// cut changes nothing. It is cut into pieces of a channel's values and ranges of channels:
+//
+//   long rows (NCHW):           a task is a piece of one channel; there are pieces if channels are too few
+//   short rows (channels_last): a task is a range of channels in a piece of the rows; there are ranges if the
+//                               histograms are too large for each thread to have its own
+//
+// Every piece but the first counts into a histogram of its own. They are added up at the end.
+#include "../entry.h"
+#include "simd.h"
+
+namespace ptq4cuda {
+namespace {
+
+constexpr int64_t kBatch = 1024;     // values whose bins are computed at once
+constexpr int64_t kTask = 1 << 15;   // values worth a thread
+constexpr int64_t kShortRow = 32;    // of values
+constexpr int64_t kCacheLine = 64;   // bytes
+constexpr int kCopies = 4;           // of a histogram: equal neighbours are counted in different ones
+constexpr int64_t kPiece = 1 << 30;  // values that 32 bits count, whatever they are
+
+template <class T>
+struct RowBins {
+    static PTQ_INLINE void run(const T* __restrict x, int64_t n, Binning b, int32_t* __restrict bins) {
+        for (int64_t i = 0; i < n; ++i) bins[i] = bin(simd::to_float(x[i]), b);
+    }
+};
+
+template <class T>
+struct ColumnBins {
+    static PTQ_INLINE void run(const T* __restrict x, int64_t n, const float* __restrict low,
+                               const float* __restrict factor, float last, int32_t* __restrict bins) {
+        for (int64_t i = 0; i < n; ++i) bins[i] = bin(simd::to_float(x[i]), {low[i], factor[i], last});
+    }
+};
+
+// A histogram of one channel in several copies.
+class Copies {
+public:
+    explicit Copies(int64_t bins) : bins_(bins), counts_(kCopies * bins) {}
+
+    void count(const int32_t* bins, int64_t n) {
+        for (int64_t i = 0; i < n; ++i)
+            if (bins[i] >= 0) ++counts_[i % kCopies * bins_ + bins[i]];
+    }
+    void add_to(int64_t* out) {
+        for (int copy = 0; copy < kCopies; ++copy)
+            for (int64_t b = 0; b < bins_; ++b) out[b] += counts_[copy * bins_ + b];
+        std::fill(counts_.begin(), counts_.end(), 0);
+    }
+
+private:
+    int64_t bins_;
+    std::vector<uint32_t> counts_;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// [pieces, channels, bins]; the first piece is the result itself.
+class Pieces {
+public:
+    Pieces(int64_t* out, int64_t size, int64_t pieces) : out_(out), size_(size), others_(size * (pieces - 1)) {
+        std::fill(out, out + size, 0);
+    }
+    int64_t* operator[](int64_t piece) { return piece == 0 ? out_ : others_.data() + (piece - 1) * size_; }
+
+    void add_up() {
+        if (others_.empty()) return;
+        torch::stable::parallel_for(0, size_, kTask, [&](int64_t begin, int64_t end) {
+            for (const int64_t* other = others_.data(); other < others_.data() + others_.size(); other += size_)
+                for (int64_t i = begin; i < end; ++i) out_[i] += other[i];
+        });
+    }
+
+private:
+    int64_t* out_;
+    int64_t size_;
+    std::vector<int64_t> others_;
+};
+
+template <class T>
+void count_rows(const T* x, const ChannelLayout& layout, const BinTable& table, int64_t* out) {
+    const int64_t threads = torch::stable::get_num_threads(), length = layout.per_channel();
+    const int64_t wanted = std::min(ceil_div(threads, layout.channels), length / std::max(kTask, 4 * table.bins));
+    const int64_t pieces = std::max({wanted, ceil_div(length, kPiece), int64_t{1}});
+    const int64_t step = ceil_div(length, pieces);
+    Pieces counts(out, layout.channels * table.bins, pieces);
+    const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(step, 1));
+    torch::stable::parallel_for(0, layout.channels * pieces, grain, [&](int64_t task, int64_t last_task) {
+        Copies copies(table.bins);
+        int32_t bins[kBatch];
+        for (; task < last_task; ++task) {
+            const int64_t channel = task / pieces, piece = task % pieces;
+            const Binning binning = table[channel];
+            int64_t* to = counts[piece] + channel * table.bins;
+            const bool small = step < 4 * kCopies * table.bins;  // copies would cost more than they save
+            const int64_t end = std::min((piece + 1) * step, length);
+            for (int64_t i = piece * step; i < end;) {
+                const int64_t offset = i % layout.inner;
+                const int64_t n = std::min({end - i, layout.inner - offset, kBatch});
+                const T* row = x + (i / layout.inner * layout.channels + channel) * layout.inner + offset;
+                simd::run<RowBins<T>>(row, n, binning, bins);
+                if (small) {
+                    for (int64_t k = 0; k < n; ++k)
+                        if (bins[k] >= 0) ++to[bins[k]];
+                } else {
+                    copies.count(bins, n);
+                }
+                i += n;
+            }
+            if (!small) copies.add_to(to);
+        }
+    });
+    counts.add_up();
+}
+
+template <class T>
+void count_columns(const T* x, const ChannelLayout& layout, const BinTable& table, int64_t* out) {
+    const int64_t threads = torch::stable::get_num_threads(), width = layout.channels * layout.inner;
+    const int64_t tasks = std::clamp<int64_t>(layout.numel() / kTask, 1, threads);
+    // To add up the pieces must cost less than to count.
+    const int64_t pieces =
+        std::clamp<int64_t>(layout.numel() / (4 * layout.channels * table.bins), 1, std::min(tasks, layout.outer));
+    const int64_t line = std::max<int64_t>(1, kCacheLine / static_cast<int64_t>(sizeof(T)) / layout.inner);
+    const int64_t step = std::max(ceil_div(layout.channels, ceil_div(tasks, pieces)), line);  // channels of a range
+    const int64_t ranges = ceil_div(layout.channels, step);
+    Pieces counts(out, layout.channels * table.bins, pieces);
+    torch::stable::parallel_for(0, pieces * ranges, 1, [&](int64_t task, int64_t last_task) {
+        for (; task < last_task; ++task) {
+            const int64_t piece = task / ranges, first = task % ranges * step;
+            const int64_t columns = (std::min(first + step, layout.channels) - first) * layout.inner;
+            // Where a range is all channels, rows are neighbours in memory and several make a batch.
+            const int64_t rows = columns == width ? std::max<int64_t>(1, kBatch / width) : 1;
+            std::vector<float> low, factor;
+            std::vector<int64_t*> to;
+            for (int64_t i = 0; i < rows * columns; ++i) {
+                const int64_t channel = first + i % columns / layout.inner;
+                const Binning binning = table[channel];
+                low.push_back(binning.low);
+                factor.push_back(binning.factor);
+                to.push_back(counts[piece] + channel * table.bins);
+            }
+            const float last = static_cast<float>(table.bins - 1);
+            const int64_t end = (piece + 1) * layout.outer / pieces;
+            int32_t bins[kBatch];
+            for (int64_t row = piece * layout.outer / pieces; row < end; row += rows) {
+                const T* from = x + row * width + first * layout.inner;
+                const int64_t count = std::min(rows, end - row) * columns;
+                for (int64_t i = 0; i < count; i += kBatch) {
+                    const int64_t n = std::min(count - i, kBatch);
+                    simd::run<ColumnBins<T>>(from + i, n, low.data() + i, factor.data() + i, last, bins);
+                    for (int64_t k = 0; k < n; ++k)
+                        if (bins[k] >= 0) ++to[i + k][bins[k]];
+                }
+            }
+        }
+    });
+    counts.add_up();
+}
+
+struct Cpu {
+    template <class T>
+    static void histogram(const Tensor& x, const ChannelLayout& layout, const BinTable& table, int64_t* out) {
+        const T* from = static_cast<const T*>(x.data_ptr());
+        if (layout.inner < kShortRow && layout.channels > 1 && layout.numel() > 0)
+            return count_columns(from, layout, table, out);
+        count_rows(from, layout.channels == 1 ? ChannelLayout{1, 1, layout.numel()} : layout, table, out);
+    }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) {
+    m.impl("channel_histogram", TORCH_BOX(&HistogramOps<Cpu>::channel_histogram));
+}
+
+}  // namespace ptq4cuda
