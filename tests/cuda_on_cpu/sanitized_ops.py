@@ -1,7 +1,7 @@
 """Compares the CUDA sources with the reference, for a sanitizer to watch.
 
-Argument: a library of the execution model (AddressSanitizer, see test_model.py), or "cuda" (compute-sanitizer on a GPU,
-see benchmarks/gpu_check.sh).
+Argument: a library of the execution model (AddressSanitizer, see test_model.py), or "cuda" (compute-sanitizer on a
+GPU, see benchmarks/gpu_check.sh).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check(native: Any, x: Tensor) -> int:
         found = native.unpack_dequantize(packed, scale, zero_point, axis, shape[1], dtype)
         assert oracle.same(found, expected)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        native.unpack_dequantize(packed, scale, zero_point, axis, out=out)
+        native.unpack_dequantize.out(packed, scale, zero_point, axis, out=out)
         assert oracle.same(out, expected)
         for bins in (1, 30, 2048, 4096):
             arguments = (-4 * scale, 4 * scale, bins, axis)

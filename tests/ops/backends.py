@@ -46,6 +46,7 @@ class Backend:
             op.out(*args, out=there)
             return out if there is out else out.copy_(there)
 
+        call.out = call  # type: ignore[attr-defined]  # torch's operators have their overload under this name
         return call
 
 
