@@ -21,6 +21,8 @@ namespace ptq4cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline std::string shape_of(const Tensor& t) {
     std::string s = "[";
     for (int64_t d = 0; d < t.dim(); ++d) s += (d ? ", " : "") + std::to_string(t.size(d));

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,32 @@ class Comparison:
     sqnr: float
 
 
+class Noise:
+    """Signal and noise energy of a tensor, summed over chunks."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = 0.0
+
+    def add(self, expected: Any, found: Any) -> None:
+        """Add a chunk; what is not a floating tensor is passed over."""
+        if isinstance(expected, Tensor) and expected.is_floating_point():
+            self.signal += float(expected.double().square().sum())
+            self.noise += float((expected.double() - found.double()).square().sum())
+        elif isinstance(expected, (tuple, list)):
+            for e, f in zip(expected, found, strict=True):
+                self.add(e, f)
+        elif isinstance(expected, dict):
+            for key in expected:
+                self.add(expected[key], found[key])
+
+    @property
+    def sqnr(self) -> float | None:
+        """Signal to quantization noise ratio in dB; None without noise or signal."""
+        if self.noise == 0.0 or self.signal == 0.0:
+            return None
+        return 10.0 * math.log10(self.signal / self.noise)
+
+
 @torch.no_grad()
 def compare(model: nn.Module, quantized: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
     """Run two classifiers on labelled images.
@@ -42,17 +69,16 @@ def compare(model: nn.Module, quantized: nn.Module, batches: Iterable[tuple[Tens
         ValueError: there are no images.
     """
     images = float_right = right = agree = 0
-    signal = noise = 0.0
+    noise = Noise()
     for x, target in batches:
         expected, found = model(x).double(), quantized(x).double()
         images += len(x)
         float_right += int((expected.argmax(1) == target).sum())
         right += int((found.argmax(1) == target).sum())
         agree += int((expected.argmax(1) == found.argmax(1)).sum())
-        signal += float(expected.square().sum())
-        noise += float((expected - found).square().sum())
+        noise.add(expected, found)
     if images == 0:
         raise ValueError("there are no images to compare on")
     percent = 100.0 / images
-    sqnr = 10.0 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
+    sqnr = math.inf if noise.sqnr is None else noise.sqnr
     return Comparison(images, percent * float_right, percent * right, percent * agree, sqnr)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ptq4cuda import graph
 from ptq4cuda.clipping import IDENTITY, Activation
+from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.record import LayerRecord, tensor_bytes
@@ -86,32 +87,6 @@ class Solution:
 
 Solver = Callable[[LayerCall], Solution]
 Inputs = Sequence[tuple[tuple[Any, ...], dict[str, Any]]]  # args and kwargs of each calibration batch
-
-
-class Noise:
-    """Signal and noise energy of a tensor, summed over chunks."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = 0.0
-
-    def add(self, expected: Any, found: Any) -> None:
-        """Add a chunk; what is not a floating tensor is passed over."""
-        if isinstance(expected, Tensor) and expected.is_floating_point():
-            self.signal += float(expected.double().square().sum())
-            self.noise += float((expected.double() - found.double()).square().sum())
-        elif isinstance(expected, (tuple, list)):
-            for e, f in zip(expected, found, strict=True):
-                self.add(e, f)
-        elif isinstance(expected, dict):
-            for key in expected:
-                self.add(expected[key], found[key])
-
-    @property
-    def sqnr(self) -> float | None:
-        """Signal to quantization noise ratio in dB; None without noise or signal."""
-        if self.noise == 0.0 or self.signal == 0.0:
-            return None
-        return float(10.0 * torch.log10(torch.tensor(self.signal / self.noise, dtype=torch.float64)))
 
 
 def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerRecord:
@@ -219,11 +194,7 @@ class _GraphWalk:
         self.records: list[LayerRecord] = []
         self.noise = Noise()
 
-        calls: dict[str, int] = {}
-        for node in network.graph.nodes:
-            if node.op == "call_module":
-                calls[node.target] = calls.get(node.target, 0) + 1
-        self.calls = calls
+        self.calls = graph.call_counts(network)
         self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
         convolutions = [node for node in self.layers if isinstance(self._module(node), nn.Conv2d)]
         self.ends = {*convolutions[:1], *self.layers[-1:]}

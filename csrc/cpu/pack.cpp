@@ -75,7 +75,7 @@ void unpack_rows(const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t ch
 // tensor. All groups of a few pixels come one after the other, so that the packed rows that they share stay in cache.
 template <class F>
 void for_each_word(const PackLayout& layout, const F& f) {
-    const int64_t tiles = (layout.spatial + kPixels - 1) / kPixels;
+    const int64_t tiles = ceil_div(layout.spatial, kPixels);
     const int64_t grain = kGrain / (layout.channels * std::min(layout.spatial, kPixels)) + 1;
     torch::stable::parallel_for(0, layout.batch * tiles, grain, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {

@@ -7,7 +7,7 @@
 //
 //   long rows (NCHW):           a unit is a stretch of one channel, its elements dealt to eight lanes in turn
 //   short rows (channels_last): a unit is a stretch of pixels, with a lane for each column
-#include "../ops.h"
+#include "../entry.h"
 #include "simd.h"
 
 namespace ptq4cuda {
@@ -21,8 +21,6 @@ using simd::kLanes;
 constexpr int64_t kUnit = 1 << 14;  // elements of a unit of long rows
 constexpr int64_t kUnits = 64;      // units of short rows, at most: enough for the threads, few to merge
 constexpr int64_t kRowGroup = 16;   // short rows that are summed before their lanes go back to memory
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The alignment is spelt out: the compiler's own depends on the instruction set that a function is compiled for.
 struct alignas(64) MomentLanes {
@@ -235,9 +233,6 @@ void for_range(bool parallel, int64_t n, const F& f) {
     torch::stable::parallel_for(0, n, 1, f);
 }
 
-// Columns of the result.
-enum { kCount, kMin, kMax, kMean, kM2, kAbsDev, kPositive, kFields };
-
 template <class T>
 void reduce(const T* x, const ChannelLayout& layout, const double* centre, double* out) {
     const Units<T> units(x, layout);
@@ -283,42 +278,28 @@ void reduce(const T* x, const ChannelLayout& layout, const double* centre, doubl
             for (int64_t i = 0; i < static_cast<int64_t>(totals.size()); ++i) {
                 const Moments& m = totals[i];
                 const double row[] = {m.count, m.min, m.max, m.mean, m.m2, 0.0, m.positive / std::max(m.count, 1.0)};
-                std::copy(row, row + kFields, out + (first + i) * kFields);
+                std::copy(row, row + kStatistics, out + (first + i) * kStatistics);
             }
             for (int64_t i = 0; i < static_cast<int64_t>(deviations.size()); ++i)
                 for (int j = 0; j < kLanes; ++j)
-                    out[units.channel(group, i % units.blocks, j) * kFields + kAbsDev] += deviations[i].sum[j];
+                    out[units.channel(group, i % units.blocks, j) * kStatistics + kAbsDev] += deviations[i].sum[j];
             for (int64_t i = 0; i < static_cast<int64_t>(totals.size()); ++i)
-                out[(first + i) * kFields + kAbsDev] /= std::max(totals[i].count, 1.0);
+                out[(first + i) * kStatistics + kAbsDev] /= std::max(totals[i].count, 1.0);
         }
     });
 }
 
-Tensor channel_statistics_cpu(const Tensor& x, int64_t axis, std::optional<Tensor> centre) {
-    const char* op = "channel_statistics";
-    check_input(op, x);
-    const Tensor source = dense(x);
-    const ChannelLayout layout = channel_layout(source, normalized_axis(op, x, axis));
-    std::optional<Tensor> about;
-    if (centre) {
-        STD_TORCH_CHECK(centre->scalar_type() == ScalarType::Double && centre->dim() == 1 &&
-                            centre->size(0) == layout.channels && centre->is_cpu(),
-                        op, ": centre must be float64 [", layout.channels, "], its shape is ", shape_of(*centre));
-        about = torch::stable::contiguous(*centre);
+struct Cpu {
+    template <class T>
+    static void statistics(const Tensor& x, const ChannelLayout& layout, const double* centre, double* out) {
+        reduce(static_cast<const T*>(x.data_ptr()), layout, centre, out);
     }
-    const std::vector<int64_t> sizes = {layout.channels, kFields};
-    Tensor out = empty_strided(sizes, contiguous_strides(sizes), ScalarType::Double, x);
-    double* rows = out.mutable_data_ptr<double>();
-    dispatch_floating(x.scalar_type(), [&](auto type) {
-        using T = decltype(type);
-        reduce(static_cast<const T*>(source.data_ptr()), layout, about ? about->const_data_ptr<double>() : nullptr,
-               rows);
-    });
-    return out;
-}
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) { m.impl("channel_statistics", TORCH_BOX(&channel_statistics_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) {
+    m.impl("channel_statistics", TORCH_BOX(&StatisticsOps<Cpu>::channel_statistics));
+}
 
 }  // namespace ptq4cuda

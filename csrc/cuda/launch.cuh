@@ -77,8 +77,6 @@ inline int64_t multiprocessors() {
     return count;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // N neighbouring values, moved by one instruction where they fill 2 to 16 bytes and are aligned so.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {

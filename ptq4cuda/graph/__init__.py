@@ -3,6 +3,7 @@
 from ptq4cuda.graph.fold import fold_batch_norm
 from ptq4cuda.graph.layers import (
     activation_of,
+    call_counts,
     functional_kind,
     is_transparent,
     layer_kind,
@@ -13,6 +14,7 @@ from ptq4cuda.graph.trace import trace, why_different, without_inplace
 
 __all__ = [
     "activation_of",
+    "call_counts",
     "fold_batch_norm",
     "functional_kind",
     "is_transparent",

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ptq4cuda.graph.layers import call_counts
+
 _FOLDS: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., nn.Module]]] = {
     nn.Conv2d: (nn.BatchNorm2d, fuse_conv_bn_eval),
     nn.Linear: (nn.BatchNorm1d, fuse_linear_bn_eval),
@@ -21,11 +23,7 @@ def fold_batch_norm(network: fx.GraphModule) -> int:
     Returns:
         The number of BatchNorms folded.
     """
-    calls: dict[str, int] = {}
-    for node in network.graph.nodes:
-        if node.op == "call_module":
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-
+    calls = call_counts(network)
     folded = 0
     for node in list(network.graph.nodes):
         source = node.args[0] if node.op == "call_module" and node.args else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ def module_activation(module: nn.Module) -> Activation | None:
     if type(module) is nn.LeakyReLU and 0.0 <= module.negative_slope < 1.0:
         return Activation(negative_slope=module.negative_slope)
     return None
+
+
+def call_counts(network: fx.GraphModule) -> Counter[str]:
+    """Return how often the graph calls each module."""
+    return Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
 
 
 def activation_of(node: fx.Node, network: fx.GraphModule) -> Activation | None:
