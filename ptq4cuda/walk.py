@@ -194,8 +194,7 @@ class _GraphWalk:
         self.records: list[LayerRecord] = []
         self.noise = Noise()
 
-        self.calls = graph.call_counts(network)
-        self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
+        self.layers = [node for node in network.graph.nodes if graph.why_float_call(node, network) == ""]
         convolutions = [node for node in self.layers if isinstance(self._module(node), nn.Conv2d)]
         self.ends = {*convolutions[:1], *self.layers[-1:]}
         # The values that are not needed any more once a node has run.
@@ -210,24 +209,9 @@ class _GraphWalk:
     def _module(self, node: fx.Node) -> nn.Module:
         return self.network.get_submodule(str(node.target))
 
-    def _why_float(self, node: fx.Node) -> str | None:
-        """Return "" for a layer to quantize, a reason for one that stays in float, None for all other nodes."""
-        functional = graph.functional_kind(node)
-        if functional is not None:
-            return f"a call of {functional}; only modules are quantized"
-        if node.op != "call_module":
-            return None
-        module = self._module(node)
-        reason = graph.why_float(module)
-        if reason is not None or graph.layer_kind(module) is None:
-            return reason
-        if self.calls[str(node.target)] > 1:
-            return f"called {self.calls[str(node.target)]} times; shared layers are not supported"
-        return ""
-
     def visit(self, node: fx.Node) -> None:
         """Run one node on all chunks of both streams."""
-        reason = self._why_float(node)
+        reason = graph.why_float_call(node, self.network)
         if node.op == "placeholder":
             signal = self._placeholder(node)
         elif node.op == "output":
@@ -239,9 +223,8 @@ class _GraphWalk:
         else:
             if reason:
                 module = self._module(node) if node.op == "call_module" else None
-                kind = type(module).__name__ if module is not None else str(graph.functional_kind(node))
                 name = str(node.target) if module is not None else node.name
-                self.records.append(record_float(name, module, kind, reason))
+                self.records.append(record_float(name, module, graph.call_name(node, self.network), reason))
             signal = Signal([self._both(node, i) for i in range(len(self.inputs))])
         self._set_activation(node, signal)
         self.signals[node] = signal
@@ -302,7 +285,7 @@ class _GraphWalk:
 
     def _set_activation(self, node: fx.Node, signal: Signal) -> None:
         """Remember what the value was before its activation, also through nodes that only move values."""
-        used = [self.signals[n] for n in node.all_input_nodes]
+        used = [s for n in node.all_input_nodes if not isinstance((s := self.signals[n]).streams[0][0], int)]  # sizes
         activation = graph.activation_of(node, self.network)
         if activation is not None and len(used) == 1:
             signal.before = [value for value, _ in used[0].streams]
@@ -314,8 +297,7 @@ class _GraphWalk:
             def run_before(chunk: int) -> Tensor:
                 def before(n: fx.Node) -> Any:
                     held = self.signals[n].before
-                    assert held is not None
-                    return self.frontier.fetch(held[chunk])
+                    return self.frontier.fetch(self.signals[n].streams[chunk][0] if held is None else held[chunk])
 
                 held: Tensor = self.frontier.hold(
                     self._run(node, (map_arg(node.args, before), map_arg(node.kwargs, before)))
