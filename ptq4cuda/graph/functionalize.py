@@ -131,7 +131,9 @@ class _Functionalizer:
         """Let every reader of old after a position read new, and whatever shares its memory see the change."""
         if old.op == "get_attr":
             raise InPlaceError(f"it changes {old.target!r} in its forward")
-        if any(self._read_after(view, position) for view in self._views_of(old)):
+        # Views that are taken later are readers like others.
+        earlier = [view for view in self._views_of(old) if self.order[view] < position]
+        if any(self._read_after(view, position) for view in earlier):
             raise self._shared(old)
         for user in list(old.users):
             if self.order[user] > position:
@@ -179,9 +181,7 @@ class _Functionalizer:
 
     @staticmethod
     def _shared(node: fx.Node) -> InPlaceError:
-        return InPlaceError(
-            f"it changes a view of {node.name!r} in place, or {node.name!r} while a view of it is used"
-        )
+        return InPlaceError(f"it changes {node.name!r} or a view of it in place while the other is still used")
 
 
 def _is_number(value: Argument) -> bool:

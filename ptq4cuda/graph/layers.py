@@ -125,7 +125,7 @@ def module_activation(module: nn.Module) -> Activation | None:
     if type(module) is nn.LeakyReLU:
         return _leaky(float(module.negative_slope))
     if type(module) is nn.PReLU and module.num_parameters == 1:
-        return _leaky(float(module.weight))
+        return _leaky(module.weight.item())
     return None
 
 
