@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 from ptq4cuda import graph
@@ -322,14 +324,13 @@ def walk_modules(
         The records of its layers in the order of their first call and the noise of its output.
     """
     names = {module: name for name, module in network.named_modules() if graph.layer_kind(module) is not None}
-    order = _calling_order(network, names, inputs[0])
-    walk = _ModuleWalk(names, order, solve)
-    hooks = [module.register_forward_hook(walk.on_layer) for module in order]
-    hooks += [
-        module.register_forward_hook(walk.on_activation)
-        for module in network.modules()
-        if graph.module_activation(module) is not None
-    ]
+    order, functions = _calling_order(network, names, inputs[0])
+    walk = _ModuleWalk(names, order, solve, samples=sum(len(tree_leaves(i)[0]) for i in inputs))
+    hooks = [module.register_forward_hook(walk.on_layer, with_kwargs=True) for module in names]
+    for module in network.modules():
+        if graph.module_activation(module) is not None:
+            hooks += [module.register_forward_pre_hook(walk.before_activation)]
+            hooks += [module.register_forward_hook(walk.on_activation)]
     try:
         args, kwargs = _side_by_side(inputs)
         with torch.no_grad(), _progress(len(order), progress) as walk.bar:
@@ -346,23 +347,42 @@ def walk_modules(
             reason = walk.left.get(module, "never called as a module")
         if reason:
             records.append(record_float(name, module, type(module).__name__, reason))
+    for function in functions:
+        reason = f"a call of {function}; only modules are quantized where torch.fx cannot trace the model"
+        records.append(record_float(function, None, function, reason))
     noise = Noise()
     noise.add(*_split(output))
     return records, noise
 
 
-def _calling_order(network: nn.Module, names: Iterable[nn.Module], example: Any) -> list[nn.Module]:
-    """Return the layers in the order of their first call."""
+class _Functions(TorchFunctionMode):
+    """Records the weighted functions that are called with anything but a listed module's own weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        listed = [m for m in network.modules() if graph.layer_kind(m) is not None or graph.why_float(m) is not None]
+        self.weights = {id(t) for m in listed for t in itertools.chain(m.parameters(), m.buffers())}
+        self.found: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = (*args[1:], *(kwargs or {}).values())
+        if graph.is_weighted(func) and not any(id(value) in self.weights for value in used):
+            self.found[func.__name__] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _calling_order(network: nn.Module, names: Iterable[nn.Module], example: Any) -> tuple[list[nn.Module], list[str]]:
+    """Return the layers in the order of their first call, and the names of weighted functions that are called."""
     order: dict[nn.Module, None] = {}
     hooks = [module.register_forward_pre_hook(lambda module, _: order.setdefault(module)) for module in names]
     try:
-        args, kwargs = tree_map_only(Tensor, lambda t: t[:1], example)
-        with torch.no_grad():
+        args, kwargs = tree_map_only(Tensor, lambda t: t[:1].clone(), example)  # the model may write into them
+        with torch.no_grad(), _Functions(network) as functions:
             network(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(order)
+    return list(order), list(functions.found)
 
 
 def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:
@@ -390,30 +410,44 @@ def _split(value: Any) -> tuple[Any, Any]:
 
 
 class _ModuleWalk:
-    def __init__(self, names: dict[nn.Module, str], order: list[nn.Module], solve: Solver) -> None:
-        self.names, self.order, self.solve = names, order, solve
+    def __init__(self, names: dict[nn.Module, str], order: list[nn.Module], solve: Solver, samples: int) -> None:
+        self.names, self.solve, self.samples = names, solve, samples
         convolutions = [module for module in order if isinstance(module, nn.Conv2d)]
         self.ends = {*convolutions[:1], *order[-1:]}
         self.calls: dict[nn.Module, LayerCall] = {}
         self.solved: dict[nn.Module, Solution] = {}
         self.noise: dict[nn.Module, Noise] = {}
         self.left: dict[nn.Module, str] = {}
-        self.before: dict[int, tuple[Tensor, Tensor, Activation]] = {}  # by the id of the activation's output
+        self.entering: dict[nn.Module, Tensor] = {}
+        # By the output of an activation, what went in. The versions tell whether either was changed in place since.
+        self.before: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.bar: Any = None
 
-    def on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        activation = graph.module_activation(module)
-        assert activation is not None
-        self.before[id(output)] = (output, args[0], activation)  # holding the output keeps its id unique
+    def before_activation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.entering[module] = args[0].clone() if getattr(module, "inplace", False) else args[0]
 
-    def on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not args or args[0].dim() == 0 or len(args[0]) % 2:
+    def on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        before = self.entering.pop(module)
+        self.before[output] = (output._version, before, before._version, graph.module_activation(module))
+
+    def activation_before(self, x: Tensor) -> tuple[Tensor | None, Activation]:
+        """Return what x was before its activation, and the activation, where they are known."""
+        version, before, version_before, activation = self.before.get(x, (0, None, 0, IDENTITY))
+        if before is None or (x._version, before._version) != (version, version_before):
+            return None, IDENTITY
+        return before, activation
+
+    def on_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        source = args[0] if args else kwargs["input"]
+        if source.dim() == 0 or len(source) == 0 or len(source) % (2 * self.samples):
             self.left[module] = "its input does not keep the samples along dimension 0"
             return None
-        x, quantized = _split(args[0])
+        x, quantized = _split(source)
         if module not in self.solved:
             signal = Signal([(x, quantized)])
-            _, before, activation = self.before.get(id(args[0]), (None, None, IDENTITY))
+            before, activation = self.activation_before(source)
             if before is not None:
                 signal.before, signal.activation = [_split(before)[0]], activation
             assert isinstance(module, (nn.Conv2d, nn.Linear))

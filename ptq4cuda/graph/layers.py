@@ -61,11 +61,17 @@ def why_float(module: nn.Module) -> str | None:
     if isinstance(module, BATCH_NORMS):
         return f"{type(module).__name__} is folded in a traced graph only"
     own = next(module.parameters(recurse=False), None)
-    if own is None or layer_kind(module) is not None or isinstance(module, nn.PReLU):
+    known = isinstance(module, (nn.Conv2d, nn.Linear)) or type(module).__module__.startswith("torch.nn.")
+    if own is None or layer_kind(module) is not None or isinstance(module, nn.PReLU) or not known:
         return None
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         return f"{type(module).__name__} has a forward of its own"
     return f"{type(module).__name__} is not supported"
+
+
+def is_weighted(function: object) -> bool:
+    """Tell whether a function multiplies with weights, or with another tensor, as layers do."""
+    return function in _FUNCTIONS
 
 
 def why_float_call(node: fx.Node, network: fx.GraphModule) -> str | None:
@@ -75,7 +81,7 @@ def why_float_call(node: fx.Node, network: fx.GraphModule) -> str | None:
         if isinstance(module, BATCH_NORMS):
             return _why_not_folded(node, module, network)
         return "" if layer_kind(module) is not None else why_float(module)
-    if node.target not in (_FUNCTIONS if node.op == "call_function" else _METHODS):
+    if not is_weighted(node.target) and not (node.op == "call_method" and node.target in _METHODS):
         return None
     if node.target in (F.conv2d, F.linear):
         return f"a call of {call_name(node, network)} with weights that are not constant"
