@@ -376,7 +376,7 @@ def _calling_order(network: nn.Module, names: Iterable[nn.Module], example: Any)
     order: dict[nn.Module, None] = {}
     hooks = [module.register_forward_pre_hook(lambda module, _: order.setdefault(module)) for module in names]
     try:
-        args, kwargs = tree_map_only(Tensor, lambda t: t[:1].clone(), example)  # the model may write into them
+        args, kwargs = tree_map_only(Tensor, torch.clone, example)  # the model may write into them
         with torch.no_grad(), _Functions(network) as functions:
             network(*args, **kwargs)
     finally:
@@ -402,10 +402,10 @@ def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:
 
 
 def _split(value: Any) -> tuple[Any, Any]:
-    """Return the float stream and the quantized one of a value that holds both along the batch."""
+    """Return the float stream and the quantized one of a value that holds both along the batch; scalars mix both."""
     return (
-        tree_map_only(Tensor, lambda t: t[: len(t) // 2], value),
-        tree_map_only(Tensor, lambda t: t[len(t) // 2 :], value),
+        tree_map_only(Tensor, lambda t: t[: len(t) // 2] if t.dim() else t, value),
+        tree_map_only(Tensor, lambda t: t[len(t) // 2 :] if t.dim() else t, value),
     )
 
 

@@ -91,7 +91,8 @@ def why_float_call(node: fx.Node, network: fx.GraphModule) -> str | None:
 def call_name(node: fx.Node, network: fx.GraphModule) -> str:
     """Return the name of what a node calls: the class of a module, or of the function or method."""
     if node.op == "call_module":
-        return type(network.get_submodule(str(node.target))).__name__
+        module = type(network.get_submodule(str(node.target)))
+        return str(getattr(module, "kind", module.__name__))  # a quantized layer has the name of its float class
     return str(getattr(node.target, "__name__", node.target))
 
 
@@ -101,7 +102,7 @@ def _why_not_folded(node: fx.Node, norm: nn.modules.batchnorm._BatchNorm, networ
         return "it normalizes with the statistics of each batch"
     before, after = call_name(source, network), ", ".join(dict.fromkeys(call_name(n, network) for n in node.users))
     if before.startswith(("Conv", "Linear")) and len(source.users) > 1:
-        return f"{source.target} before it has other readers"
+        return f"layer {source.target!r} before it has other readers"
     if after == "Conv2d":
         return "the convolution after it pads with zeros, which a shift would move"
     return f"between {before} and {after} there is no layer to fold it into"

@@ -453,7 +453,7 @@ def test_batch_norm_that_stays_says_why() -> None:
     assert reasons == {
         "between cat and relu there is no layer to fold it into",
         "the convolution after it pads with zeros, which a shift would move",
-        "conv before it has other readers",
+        "layer 'conv' before it has other readers",
     }
 
 
