@@ -238,11 +238,15 @@ class _GraphWalk:
     def _placeholder(self, node: fx.Node) -> Signal:
         position = [n for n in self.network.graph.nodes if n.op == "placeholder"].index(node)
         streams = []
+        target = str(node.target)
+        value: Any
         for args, kwargs in self.inputs:
-            if position < len(args):
+            if target.startswith("*"):
+                value = {} if target.startswith("**") else args[position:]
+            elif position < len(args):
                 value = args[position]
-            elif node.target in kwargs:
-                value = kwargs[str(node.target)]
+            elif target in kwargs:
+                value = kwargs[target]
             elif node.args:
                 value = node.args[0]
             else:

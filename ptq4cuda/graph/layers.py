@@ -80,7 +80,11 @@ def why_float_call(node: fx.Node, network: fx.GraphModule) -> str | None:
         module = network.get_submodule(str(node.target))
         if isinstance(module, BATCH_NORMS):
             return _why_not_folded(node, module, network)
-        return "" if layer_kind(module) is not None else why_float(module)
+        if layer_kind(module) is not None:
+            return ""
+        # A module of torch.nn is one node with all that is in it.
+        hidden = any(module.children()) and any(True for _ in module.parameters())
+        return why_float(module) or (f"{type(module).__name__} is not supported" if hidden else None)
     if not is_weighted(node.target) and not (node.op == "call_method" and node.target in _METHODS):
         return None
     if node.target in (F.conv2d, F.linear):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:
                 raise
             traced = _symbolic_trace(model, defaults)
         except Exception:
-            return None, f"torch.fx cannot trace it ({_first_line(error)})"
+            return None, f"torch.fx cannot trace it ({_first_sentence(error)})"
     try:
         functionalize(traced)
     except InPlaceError as error:
@@ -83,11 +83,11 @@ def why_different(model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...
     try:
         expected = run(model)
     except Exception as error:
-        raise ValueError(f"the model fails on the first calibration batch ({_first_line(error)})") from error
+        raise ValueError(f"the model fails on the first calibration batch ({_first_sentence(error)})") from error
     try:
         found = run(traced)
     except Exception as error:
-        return f"its torch.fx graph fails on the calibration data ({_first_line(error)})"
+        return f"its torch.fx graph fails on the calibration data ({_first_sentence(error)})"
     return "" if _same(expected, found) else "its torch.fx graph computes something else than the model"
 
 
@@ -95,10 +95,24 @@ def why_different(model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` and `x[i] = y` as what they are; fx.Proxy reads x = x + y and refuses the second."""
+    """Records `x += y` and `x[i] = y` as what they are; fx.Proxy reads x = x + y and refuses the second.
+
+    The pieces of a tensor can be counted and iterated over where the call says how many there are.
+    """
+
+    def __len__(self) -> int:
+        pieces = _pieces(self.node)
+        return super().__len__() if pieces is None else pieces
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _pieces(node: fx.Node) -> int | None:
+    count = node.args[1] if len(node.args) > 1 else None
+    if node.target in (torch.chunk, "chunk") and isinstance(count, int):
+        return count
+    return len(count) if node.target in (torch.split, "split") and isinstance(count, (tuple, list)) else None
 
 
 def _inplace(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
@@ -112,6 +126,10 @@ for _function in INPLACE_OPERATORS:
 class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        pieces = _pieces(obj.node)
+        return super().iter(obj) if pieces is None else iter([obj[i] for i in range(pieces)])  # type: ignore[index]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return layer_kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
@@ -137,8 +155,8 @@ def _constant_defaults(model: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, plain)}
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
+def _first_sentence(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {text}"
 
 

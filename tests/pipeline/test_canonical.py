@@ -345,6 +345,18 @@ def test_computed_weights_become_plain(kind: str) -> None:
     assert list(model.state_dict()) == keys
 
 
+def test_pieces_are_counted() -> None:
+    """As YOLO's blocks are written."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        pieces = list(m.conv(x).chunk(2, 1))
+        pieces.extend(p.relu() for p in torch.split(x, [1, 3], dim=1))
+        assert len(x.chunk(4, 1)) == 4
+        return torch.cat(pieces, 1)
+
+    traced(forward)
+
+
 def test_flags_of_forward_take_their_defaults() -> None:
     class Flags(nn.Module):
         def __init__(self) -> None:

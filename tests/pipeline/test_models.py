@@ -481,3 +481,34 @@ def test_arguments_by_name() -> None:
     assert record_of(network).walked_by == "graph"
     with torch.no_grad():
         assert sqnr(model(x), network(x)) > 30
+
+
+def test_arguments_without_names() -> None:
+    class Several(Pattern):
+        def forward(self, *images: Tensor, **options: Any) -> Tensor:
+            return self.second(self.relu(self.first(images[0])))
+
+    model, x = Several(two_layers).eval(), architectures.images(8, 16)
+    network = quantize(model, [x], QuantConfig.naive(8, 8), progress=False)
+    with torch.no_grad():
+        assert record_of(network).sqnr == pytest.approx(sqnr(model(x), network(x)), abs=0.1)
+
+
+def test_parts_of_torch_nn_are_reported_as_a_whole() -> None:
+    class Hybrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.patches = nn.Conv2d(3, 16, 8, 8)
+            self.encoder = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            return self.encoder(x) @ x.transpose(1, 2)
+
+    network = quantize(Hybrid().eval(), [architectures.images(8, 32)], progress=False)
+    reasons = {name: r.reason for name, r in records(network).items() if r.reason}
+    assert reasons == {
+        "encoder": "TransformerEncoderLayer is not supported",
+        "matmul": "a call of matmul is not supported",
+    }
