@@ -15,6 +15,7 @@ import itertools
 import os
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -421,6 +422,7 @@ class _ModuleWalk:
         self.calls: dict[nn.Module, LayerCall] = {}
         self.solved: dict[nn.Module, Solution] = {}
         self.noise: dict[nn.Module, Noise] = {}
+        self.called: Counter[nn.Module] = Counter()
         self.left: dict[nn.Module, str] = {}
         self.entering: dict[nn.Module, Tensor] = {}
         # By the output of an activation, what went in. The versions tell whether either was changed in place since.
@@ -449,6 +451,7 @@ class _ModuleWalk:
             self.left[module] = "its input does not keep the samples along dimension 0"
             return None
         x, quantized = _split(source)
+        self.called[module] += 1
         if module not in self.solved:
             signal = Signal([(x, quantized)])
             before, activation = self.activation_before(source)
@@ -468,7 +471,11 @@ class _ModuleWalk:
         return torch.cat([y, y_quantized])
 
     def records(self) -> list[LayerRecord]:
-        return [record_solution(self.calls[m], s, self.noise[m]) for m, s in self.solved.items()]
+        records = [record_solution(self.calls[m], s, self.noise[m]) for m, s in self.solved.items()]
+        for record, module in zip(records, self.solved, strict=True):
+            if self.called[module] > 1:
+                record.reason = f"called {self.called[module]} times, its input quantized for the first"
+        return records
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -477,7 +484,8 @@ def device_of(network: nn.Module) -> torch.device:
     Raises:
         ValueError: they are on several devices.
     """
-    devices = {t.device for t in itertools.chain(network.parameters(), network.buffers())}
+    # Numbers, as torch.tensor(0.5) in a model's code, work with tensors on any device.
+    devices = {t.device for t in itertools.chain(network.parameters(), network.buffers()) if t.dim()}
     if len(devices) > 1:
         raise ValueError(f"the model is on several devices: {', '.join(sorted(map(str, devices)))}")
     return next(iter(devices), torch.device("cpu"))

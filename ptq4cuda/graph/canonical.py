@@ -28,22 +28,36 @@ _DROPOUTS = (
 )
 
 
-def canonicalize(network: fx.GraphModule) -> fx.GraphModule:
-    """Return a traced network in canonical form; the modules that it calls are those of the given one."""
+def canonicalize(network: fx.GraphModule) -> None:
+    """Bring a traced network into canonical form."""
     for node in list(network.graph.nodes):
         if _does_nothing(node, network):
             node.replace_all_uses_with(_source(node))
             network.graph.erase_node(node)
     made = _make_modules(network)
     network.graph.eliminate_dead_code()
-    taken = {prefix for node in network.graph.nodes if node not in made for prefix in _prefixes(node)}
+    named = [n for n in network.graph.nodes if n.op in ("get_attr", "call_module") and n not in made]
+    taken = {prefix for node in named for prefix in _prefixes(str(node.target))}
     for node, name in made.items():
-        _call(node, name, network.get_submodule(str(node.target)), network, taken)
+        module = network.get_submodule(str(node.target))
+        network.delete_submodule(str(node.target))
+        _call(node, name, module, network, taken)
     _separate_calls(network, taken)
-    # A new GraphModule holds only what its graph uses.
-    network = fx.GraphModule(network, network.graph, type(network).__name__)
+    drop_unused(network)
+
+
+def drop_unused(network: fx.GraphModule) -> None:
+    """Remove nodes, modules, parameters and buffers that the output does not need, and recompile."""
+    network.graph.eliminate_dead_code()
+    network.delete_all_unused_submodules()
+    used = {str(node.target) for node in network.graph.nodes if node.op in ("get_attr", "call_module")}
+    tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    for name, _ in tensors:
+        if used.isdisjoint(_prefixes(name)):
+            owner, _, attribute = name.rpartition(".")
+            delattr(network.get_submodule(owner), attribute)
     network.graph.lint()
-    return network
+    network.recompile()
 
 
 def constant(node: object, network: fx.GraphModule) -> Tensor | None:
@@ -173,8 +187,7 @@ def _batch_norm(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
     if not any(_is_conv2d(n, network) for n in beside):
         return None
     norm = nn.BatchNorm2d(len(tensors["running_var"]), eps=a["eps"], device="meta")
-    norm.num_batches_tracked = torch.zeros((), dtype=torch.long)
-    return _parameters(norm, **tensors)
+    return _parameters(norm, **tensors, num_batches_tracked=None)
 
 
 def _is_conv2d(node: object, network: fx.GraphModule) -> bool:
@@ -222,8 +235,7 @@ def _source(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs["input"]
 
 
-def _prefixes(node: fx.Node) -> list[str]:
-    if node.op not in ("get_attr", "call_module"):
-        return []
-    parts = str(node.target).split(".")
+def _prefixes(name: str) -> list[str]:
+    """Return a, a.b and a.b.c for a.b.c."""
+    parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]

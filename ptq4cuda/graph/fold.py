@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 from torch import Tensor, fx, nn
 
-from ptq4cuda.graph.canonical import constant
+from ptq4cuda.graph.canonical import constant, drop_unused
 from ptq4cuda.graph.layers import BATCH_NORMS, layer_kind
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -41,10 +41,7 @@ def fold_batch_norm(network: fx.GraphModule) -> int:
     folded = 0
     for node in list(network.graph.nodes):
         folded += _fold_into_previous(node, network) or _fold_into_next(node, network)
-    network.graph.eliminate_dead_code()
-    network.delete_all_unused_submodules()
-    network.graph.lint()
-    network.recompile()
+    drop_unused(network)
     return folded
 
 
@@ -152,11 +149,12 @@ def _constants_of(
         return None
     backwards = node.args[1] is source
     other = node.args[0] if backwards else node.args[1]
+    weight = network.get_parameter(f"{source.target}.weight")
     if isinstance(other, (int, float)) and not isinstance(other, bool):
-        value = torch.tensor(float(other), dtype=torch.float64)
+        value = torch.tensor(float(other), dtype=torch.float64, device=weight.device)
     else:
         found = constant(other, network)
-        if found is None or found.dtype != network.get_parameter(f"{source.target}.weight").dtype:
+        if found is None or found.dtype != weight.dtype or found.device != weight.device:
             return None
         value = found.double()
     # Only the channel axis may be longer than one, and the result must have the layer's dimensions.

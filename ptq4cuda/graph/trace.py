@@ -63,7 +63,8 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:
         functionalize(traced)
     except InPlaceError as error:
         return None, str(error)
-    return canonicalize(traced), ""
+    canonicalize(traced)
+    return traced, ""
 
 
 def why_different(model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -345,8 +345,10 @@ def test_changes_in_place(forward: Callable[..., Any], calls: list[walk.LayerCal
     model, x = Pattern(forward).eval(), architectures.images(8, 16)
     network = quantize(model, [x[:5].clone(), x[5:].clone()], QuantConfig.naive(8, 8), progress=False)
     assert record_of(network).walked_by == "graph", record_of(network).reason
+    compiled = torch.compile(copy.deepcopy(network), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         expected, found = model(x.clone()), network(x.clone())
+        torch.testing.assert_close(compiled(x), found, rtol=1e-3, atol=1e-3)
     assert sqnr(expected, found) > 30
     assert record_of(network).sqnr == pytest.approx(sqnr(expected, found), abs=0.1)
 

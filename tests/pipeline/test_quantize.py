@@ -198,6 +198,7 @@ def test_untraceable_model_is_walked_by_its_modules(images: Tensor) -> None:
     records = layers(network)
     assert records["shared"].clip == "laplace"  # the ReLU module before it was seen
     assert records["unused"].reason == "never called as a module"
+    assert records["shared"].reason == "called 2 times, its input quantized for the first"
     assert "ConvTranspose2d" in records["up"].reason
     assert records["first"].weight_bits == records["fc"].weight_bits == 8.0
     report = ptq4cuda.report(network)
