@@ -62,15 +62,15 @@ def quantize(
     if not any(graph.layer_kind(module) == "Conv2d" for module in (traced or model).modules()):
         raise ValueError(f"the model has no nn.Conv2d to quantize ({type(model).__name__})")
     if traced is not None:
-        record.folded = graph.fold_batch_norm(traced)
         record.reason = graph.why_different(model, traced, *inputs[0])
     network: nn.Module
     if traced is not None and not record.reason:
         network = traced
+        record.folded = graph.fold_batch_norm(traced)
         record.layers, noise = walk_graph(traced, inputs, solve, progress)
     else:
         network = graph.own_copy(model)
-        record.walked_by, record.folded = "modules", 0
+        record.walked_by = "modules"
         record.layers, noise = walk_modules(network, inputs, solve, progress)
     record.sqnr = noise.sqnr
     record.seconds = time.perf_counter() - start

@@ -166,6 +166,14 @@ def test_activations_before_layers_are_known(name: str, forms: dict[str, int], c
     assert found == forms
 
 
+def test_half_precision_is_traced_too() -> None:
+    """Folding rounds weights anew, which amplifies to percents in fifty layers: no reason to distrust the trace."""
+    model, x = build("mobilenet_v2")
+    network = quantize(model.bfloat16(), [x.bfloat16()], progress=False)
+    assert record_of(network).walked_by == "graph"
+    assert network(x.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "unet", "preact_resnet18"])
 def test_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
     model, x = build(name)
