@@ -65,17 +65,14 @@ def constant(node: object, network: fx.GraphModule) -> Tensor | None:
     if not isinstance(node, fx.Node):
         return None
     needed: dict[fx.Node, Any] = {}
-
-    def collect(n: fx.Node) -> bool:
+    pending = [node]
+    while pending:
+        n = pending.pop()
+        if n.op == "placeholder" or (n.op != "get_attr" and not n.all_input_nodes):
+            return None
         if n not in needed:
-            if n.op in ("placeholder", "output") or (n.op != "get_attr" and not n.all_input_nodes):
-                return False
             needed[n] = None
-            return all(map(collect, n.all_input_nodes))
-        return True
-
-    if not collect(node):
-        return None
+            pending.extend(n.all_input_nodes)
     interpreter = fx.Interpreter(network, garbage_collect_values=False)
     with torch.no_grad():
         for n in network.graph.nodes:

@@ -33,7 +33,8 @@ def fold_batch_norm(network: fx.GraphModule) -> int:
 
     One that alone reads the output of a layer is folded into that layer, and so are products with and sums of
     constants per channel: a BatchNorm that is written out. One that only convolutions without zero padding or linear
-    layers read is folded into those. A BatchNorm1d beside a linear layer with as many features is taken to see [N, C].
+    layers read is folded into those. A BatchNorm1d beside a linear layer with as many features is taken to see
+    [N, C].
 
     Returns:
         The number of BatchNorms folded.

@@ -9,7 +9,6 @@ graph tells, and the model is refused.
 from __future__ import annotations
 
 import inspect
-import itertools
 import operator
 from typing import Any
 
@@ -19,10 +18,9 @@ from torch.fx.node import Argument
 from torch.nn import functional as F
 
 INPLACE_OPERATORS = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
+    getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
-    if hasattr(operator, f"i{name}")
-} | {operator.iand: operator.and_, operator.ior: operator.or_}
+}
 
 # What may return a view of its first argument: methods and functions, modules.
 _VIEW_NAMES = (
@@ -35,6 +33,7 @@ _VIEW_NAMES = (
 _VIEWS = frozenset(_VIEW_NAMES.split())
 _SEVERAL = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}  # views that do not overlap
 _NUMBERS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "item", "get_device", "is_floating_point"}
+_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"}
 _ASSIGNMENTS = {"copy_", "fill_", "zero_"}
 
 
@@ -62,10 +61,14 @@ class _Functionalizer:
     def __init__(self, network: fx.GraphModule) -> None:
         self.network = network
         self.order: dict[fx.Node, int] = {node: i for i, node in enumerate(network.graph.nodes)}
+        self.numbers: set[fx.Node] = set()  # nodes that compute sizes and the like rather than tensors
+        for node in network.graph.nodes:
+            if _is_size(node) or (_is_arithmetic(node) and self.numbers.issuperset(node.all_input_nodes)):
+                self.numbers.add(node)
 
     def run(self) -> None:
         for node in list(self.network.graph.nodes):
-            target = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+            target = node.args[0] if node.args else node.kwargs.get("input")
             if self._make_pure(node) and isinstance(target, fx.Node):
                 self._rebind(target, node, self.order[node])
         for module in self.network.modules():
@@ -84,7 +87,7 @@ class _Functionalizer:
             return False
         if node.target in INPLACE_OPERATORS:
             node.target = INPLACE_OPERATORS[node.target]
-            return not _is_number(node.args[0])
+            return node.args[0] not in self.numbers
         if node.target is operator.setitem:
             node.target = with_item
             return True
@@ -129,8 +132,11 @@ class _Functionalizer:
 
     def _rebind(self, old: fx.Node, new: fx.Node, position: int) -> None:
         """Let every reader of old after a position read new, and whatever shares its memory see the change."""
-        if old.op == "get_attr":
-            raise InPlaceError(f"it changes {old.target!r} in its forward")
+        root: fx.Node | None = old
+        while root is not None:
+            if root.op == "get_attr":
+                raise InPlaceError(f"it changes {root.target!r} in its forward")
+            root = self._viewed(root)
         # Views that are taken later are readers like others.
         earlier = [view for view in self._views_of(old) if self.order[view] < position]
         if any(self._read_after(view, position) for view in earlier):
@@ -140,7 +146,7 @@ class _Functionalizer:
                 user.replace_input_with(old, new)
         view, parent = old, self._viewed(old)
         while parent is not None and self._name(parent) in _SEVERAL:  # the other pieces are other memory
-            same = [n for n in parent.users if n is not view and n.args[1:] == view.args[1:]]
+            same = [n for n in parent.users if n is not view and not _are_disjoint(n, view)]
             if any(self.order[n] > position or self._read_after(n, position) for n in same):
                 raise self._shared(view)
             view, parent = parent, self._viewed(parent)
@@ -168,11 +174,21 @@ class _Functionalizer:
     def _viewed(self, node: fx.Node) -> fx.Node | None:
         """Return the node that a node may be a view of."""
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or _is_number(node):
+        if not isinstance(source, fx.Node) or node in self.numbers:
             return None
         if node.target is operator.getitem:
-            return source if _is_basic(node.args[1]) else None
+            return source if self._is_basic(node.args[1]) else None
         return source if self._name(node) in _VIEWS else None
+
+    def _is_basic(self, index: Argument) -> bool:
+        """Tell whether an index selects a view, or an item of a tuple; tensors and lists as index make a copy."""
+        parts: list[Argument] = []
+        for item in index if isinstance(index, tuple) else (index,):
+            parts += (item.start, item.stop, item.step) if isinstance(item, slice) else (item,)
+        return all(
+            part in self.numbers if isinstance(part, fx.Node) else not isinstance(part, (list, Tensor))
+            for part in parts
+        )
 
     def _name(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -184,22 +200,19 @@ class _Functionalizer:
         return InPlaceError(f"it changes {node.name!r} or a view of it in place while the other is still used")
 
 
-def _is_number(value: Argument) -> bool:
-    """Tell whether a node computes sizes and the like rather than tensors."""
-    if not isinstance(value, fx.Node):
-        return not isinstance(value, Tensor)
-    if value.op == "call_method":
-        return value.target in _NUMBERS
-    if value.target is getattr:
-        return value.args[1] in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
-    arithmetic = getattr(value.target, "__module__", "") in ("_operator", "math", "builtins")
-    return value.op == "call_function" and arithmetic and all(map(_is_number, value.all_input_nodes))
+def _is_size(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _NUMBERS
+    return node.target is getattr and node.args[1] in _ATTRIBUTES
 
 
-def _is_basic(index: Argument) -> bool:
-    """Tell whether an index selects a view, or an item of a tuple; tensors and lists as index make a copy."""
-    items = index if isinstance(index, tuple) else (index,)
-    parts = itertools.chain.from_iterable((i.start, i.stop, i.step) if isinstance(i, slice) else (i,) for i in items)
-    return all(
-        part is None or part is Ellipsis or (_is_number(part) and not isinstance(part, list)) for part in parts
-    )
+def _is_arithmetic(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "math", "builtins")
+
+
+def _are_disjoint(a: fx.Node, b: fx.Node) -> bool:
+    """Tell whether two nodes select different pieces of a tuple; a negative index may be any."""
+    if a.target is not operator.getitem or b.target is not operator.getitem:
+        return False
+    i, j = a.args[1], b.args[1]
+    return isinstance(i, int) and isinstance(j, int) and i != j and (i < 0) == (j < 0)

@@ -71,7 +71,7 @@ def why_different(model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...
     """Compare a trace with its model on an example; return "" or what is wrong with it.
 
     A trace bakes in every decision of the model's code that does not depend on tensors. Compare before BatchNorm is
-    folded: that rounds weights anew, and deep networks in 16 bits or TF32 then differ by more than a wrong trace might.
+    folded: that rounds weights anew, and deep networks in 16 bits or TF32 then differ more than a wrong trace might.
 
     Raises:
         ValueError: the model itself fails on the example.

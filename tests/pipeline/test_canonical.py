@@ -70,6 +70,23 @@ def changed_before_it_is_read(m: Any, x: Tensor) -> Tensor:
     return m.other(y) - z.abs_() * 2 + z
 
 
+def by_name(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    F.relu(inplace=True, input=y)
+    z = y * 1.0
+    m.relu(input=z)
+    F.leaky_relu_(z, 0.1)
+    return y + z
+
+
+def a_sum_of_many(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    for _ in range(700):  # deeper than Python may recurse
+        y = y * 0.5 + x
+        y += x
+    return y
+
+
 def by_position(m: Any, x: Tensor) -> Tensor:
     y = m.conv(x)
     F.relu(y, True)
@@ -133,6 +150,8 @@ def the_input(m: Any, x: Tensor) -> Tensor:
 INPLACE = [
     residual,
     changed_before_it_is_read,
+    by_name,
+    a_sum_of_many,
     by_position,
     items,
     pieces,
@@ -197,6 +216,17 @@ def piece_and_whole(m: Any, x: Tensor) -> Tensor:
     return y
 
 
+def same_piece_from_the_end(m: Any, x: Tensor) -> Tensor:
+    parts = m.conv(x).chunk(2, 1)
+    parts[-1].relu_()
+    return parts[0] + parts[1]
+
+
+def state(m: Any, x: Tensor) -> Tensor:
+    m.weight.flatten(1).mul_(x.mean())
+    return m.conv(x)
+
+
 def random(m: Any, x: Tensor) -> Tensor:
     return m.conv(x).bernoulli_(0.5)
 
@@ -215,6 +245,8 @@ def into_out(m: Any, x: Tensor) -> Tensor:
         (same_piece, "it changes 'getitem' or a view of it in place"),
         (overlapping, "it changes 'conv' or a view of it in place"),
         (piece_and_whole, "it changes 'conv' or a view of it in place"),
+        (same_piece_from_the_end, "it changes 'getitem' or a view of it in place"),
+        (state, "it changes 'weight' in its forward"),
         (random, "calls bernoulli_()"),
         (into_out, "writes into its argument out=conv"),
     ],
