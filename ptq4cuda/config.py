@@ -171,7 +171,10 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; QuantConfig(**fields) makes the same configuration."""
-        return {**asdict(self), "overrides": {k: v if v == FLOAT else dict(v) for k, v in self.overrides.items()}}
+        return {
+            **asdict(self),
+            "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
+        }
 
 
 def _check_bits(name: str, bits: Any) -> None:

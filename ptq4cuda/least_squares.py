@@ -4,8 +4,8 @@ Ridge regression towards the float weights W: with the moments H = cov(u, u) and
 
     W* = (B + λ W) (H + λ I)⁻¹     minimises     E|t - W* u|² + λ |W* - W|².
 
-A few hundred images tell less about a wide layer than about a narrow one. λ is therefore not a constant: two halves of
-the samples choose it, each judging what was fitted on the other.
+A few hundred images tell less about a wide layer than about a narrow one. λ is therefore not a constant: two halves
+of the samples choose it, each judging what was fitted on the other.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Target:
 
     Attributes:
         weight: W*, float64 [G, R, d].
-        covariance: the metric of rounding errors, H and a part of λ I, float64 [G, d, d]: λ whole is the metric of the
-            ridge regression itself, none of it was as good, a tenth was best.
+        covariance: the metric of rounding errors, H and a tenth of λ I, float64 [G, d, d]. (All of λ I is the metric of
+            the regression itself; a tenth of it measured best.)
     """
 
     weight: Tensor

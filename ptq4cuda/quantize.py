@@ -5,7 +5,6 @@ batches -> statistics -> clip and bits -> integer weights -> modules
 
 from __future__ import annotations
 
-import copy
 import inspect
 import time
 from collections.abc import Iterable, Mapping
@@ -67,15 +66,18 @@ def quantize(
         return "kept in float by overrides" if config.override_of(name) == FLOAT else ""
 
     traced, record.reason = graph.trace(model)
+    if not any(graph.layer_kind(module) == "Conv2d" for module in (traced or model).modules()):
+        raise ValueError(f"the model has no nn.Conv2d to quantize ({type(model).__name__})")
     if traced is not None:
         record.reason = graph.why_different(model, traced, *inputs[0])
     network: nn.Module
     if traced is not None and not record.reason:
         network = traced
         record.folded = graph.fold_batch_norm(traced)
+        graph.shortcuts_first(traced)
         record.layers, noise = walk_graph(traced, inputs, solve, kept, progress)
     else:
-        network = graph.without_inplace(copy.deepcopy(model))
+        network = graph.own_copy(model)
         record.walked_by = "modules"
         record.layers, noise = walk_modules(network, inputs, solve, kept, progress)
     record.sqnr = noise.sqnr
@@ -212,8 +214,6 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"the model's {name!r} contains NaN or Inf")
     if any(isinstance(module, QuantModule) for module in model.modules()):
         raise ValueError("the model is quantized already")
-    if not any(graph.layer_kind(module) == "Conv2d" for module in model.modules()):
-        raise ValueError(f"the model has no nn.Conv2d to quantize ({type(model).__name__})")
 
 
 def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:

@@ -24,7 +24,7 @@ class LayerRecord:
         float_bytes: weights and bias in float32.
         bytes: all stored tensors of the layer.
         execution: "simulate" or "float".
-        reason: why it stayed in float.
+        reason: why it stayed in float, or a remark.
     """
 
     name: str

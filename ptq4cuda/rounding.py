@@ -1,12 +1,12 @@
 """From float weights to integer codes: row o has the values scale_o * (code + offset_o).
 
-Codes have b bits. Offsets lie on a grid, so that (code + offset) * 2^(7 - b) is an int8 without further rounding and an
-integer convolution needs no term for the offset: multiples of 2^(b - 7) below 8 bits, -128 at 8.
+Codes have b bits. Offsets lie on a grid, so that (code + offset) * 2^(7 - b) is an int8 without further rounding and
+an integer convolution needs no term for the offset: multiples of 2^(b - 7) below 8 bits, -128 at 8.
 
-Beyond rounding to nearest, codes are chosen to keep the layer's output: the error of a row is (w - w*) H (w - w*)ᵀ with
-H the covariance of the layer's input. Error-compensated rounding takes the inputs one by one and lets those that are
-not rounded yet make up for the error (Frantar et al. 2022, GPTQ); coordinate descent then revisits every code, given all
-others, and the best scale and offset for the codes in closed form, until nothing improves.
+Beyond rounding to nearest, codes are chosen to keep the layer's output: the error of a row is (w - w*) H (w - w*)ᵀ
+with H the covariance of the layer's input. Error-compensated rounding takes the inputs one by one and lets those that
+are not rounded yet make up for the error (Frantar et al. 2022, GPTQ); coordinate descent then revisits every code,
+given all others, and the best scale and offset for the codes in closed form, until nothing improves.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ model of the same structure. Two runs that make the same network write the same 
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from importlib.metadata import version
@@ -79,10 +78,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     record = QuantRecord.from_dict(header["record"])
-    model = copy.deepcopy(model).eval()
-    network = graph.without_inplace(model)
+    network = graph.own_copy(model).eval()
     if record.walked_by == "graph":
-        traced, reason = graph.trace(model)
+        traced, reason = graph.trace(network)
         if traced is None:
             raise ValueError(f"{path} does not fit the model {type(model).__name__}: {reason}")
         graph.fold_batch_norm(traced)

@@ -15,6 +15,7 @@ import itertools
 import os
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 from ptq4cuda import graph
-from ptq4cuda.clipping import IDENTITY, Activation
+from ptq4cuda.clipping import IDENTITY, Activation, ClipRule
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.quantizer import QuantParams
@@ -51,7 +54,7 @@ class Signal:
     streams: list[tuple[Any, Any]]
     before: list[Tensor] | None = None
     activation: Activation = IDENTITY
-    quantizers: dict[tuple[int, int], tuple[QuantParams, str]] = field(default_factory=dict)
+    quantizers: dict[tuple[int, int], tuple[QuantParams, ClipRule]] = field(default_factory=dict)
 
     def statistics(self, axis: int | None) -> ChannelStatistics:
         """Measure the float tensor along a channel axis, before its activation where it has one."""
@@ -209,7 +212,6 @@ class _GraphWalk:
         self.records: list[LayerRecord] = []
         self.noise = Noise()
 
-        self.calls = graph.call_counts(network)
         self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
         convolutions = [node for node in self.layers if isinstance(self._module(node), nn.Conv2d)]
         self.ends = {*convolutions[:1], *self.layers[-1:]}
@@ -228,18 +230,8 @@ class _GraphWalk:
 
     def _why_float(self, node: fx.Node) -> str | None:
         """Return "" for a layer to quantize, a reason for one that stays in float, None for all other nodes."""
-        functional = graph.functional_kind(node)
-        if functional is not None:
-            return f"a call of {functional}; only modules are quantized"
-        if node.op != "call_module":
-            return None
-        module = self._module(node)
-        reason = graph.why_float(module)
-        if reason is not None or graph.layer_kind(module) is None:
-            return reason
-        if self.calls[str(node.target)] > 1:
-            return f"called {self.calls[str(node.target)]} times; shared layers are not supported"
-        return self.kept(str(node.target))
+        reason = graph.why_float_call(node, self.network)
+        return self.kept(str(node.target)) if reason == "" else reason
 
     def visit(self, node: fx.Node) -> None:
         """Run one node on all chunks of both streams."""
@@ -255,9 +247,8 @@ class _GraphWalk:
         else:
             if reason:
                 module = self._module(node) if node.op == "call_module" else None
-                kind = type(module).__name__ if module is not None else str(graph.functional_kind(node))
                 name = str(node.target) if module is not None else node.name
-                self.records.append(record_float(name, module, kind, reason))
+                self.records.append(record_float(name, module, graph.call_name(node, self.network), reason))
             signal = Signal([self._both(node, i) for i in range(len(self.inputs))])
         self._set_activation(node, signal)
         self.signals[node] = signal
@@ -269,11 +260,15 @@ class _GraphWalk:
     def _placeholder(self, node: fx.Node) -> Signal:
         position = [n for n in self.network.graph.nodes if n.op == "placeholder"].index(node)
         streams = []
+        target = str(node.target)
+        value: Any
         for args, kwargs in self.inputs:
-            if position < len(args):
+            if target.startswith("*"):
+                value = {} if target.startswith("**") else args[position:]
+            elif position < len(args):
                 value = args[position]
-            elif node.target in kwargs:
-                value = kwargs[str(node.target)]
+            elif target in kwargs:
+                value = kwargs[target]
             elif node.args:
                 value = node.args[0]
             else:
@@ -339,7 +334,7 @@ class _GraphWalk:
         return torch.stack(costs).sum(0)
 
     def _added(self, node: fx.Node) -> list[tuple[Tensor, Tensor]] | None:
-        """Return both streams of what is added to a node's value and to nothing else of it, if it is known already."""
+        """Return both streams of what is added to a node's value next, where it is known by then."""
         users = list(node.users)
         if len(users) != 1 or not graph.is_addition(users[0]):
             return None
@@ -350,7 +345,7 @@ class _GraphWalk:
 
     def _set_activation(self, node: fx.Node, signal: Signal) -> None:
         """Remember what the value was before its activation, also through nodes that only move values."""
-        used = [self.signals[n] for n in node.all_input_nodes]
+        used = [s for n in node.all_input_nodes if not isinstance((s := self.signals[n]).streams[0][0], int)]  # sizes
         activation = graph.activation_of(node, self.network)
         if activation is not None and len(used) == 1:
             signal.before = [value for value, _ in used[0].streams]
@@ -362,8 +357,7 @@ class _GraphWalk:
             def run_before(chunk: int) -> Tensor:
                 def before(n: fx.Node) -> Any:
                     held = self.signals[n].before
-                    assert held is not None
-                    return self.frontier.fetch(held[chunk])
+                    return self.frontier.fetch(self.signals[n].streams[chunk][0] if held is None else held[chunk])
 
                 held: Tensor = self.frontier.hold(
                     self._run(node, (map_arg(node.args, before), map_arg(node.kwargs, before)))
@@ -388,14 +382,13 @@ def walk_modules(
         The records of its layers in the order of their first call and the noise of its output.
     """
     names = {module: name for name, module in network.named_modules() if graph.layer_kind(module) and not kept(name)}
-    order = _calling_order(network, names, inputs[0])
-    walk = _ModuleWalk(names, order, solve)
-    hooks = [module.register_forward_hook(walk.on_layer) for module in order]
-    hooks += [
-        module.register_forward_hook(walk.on_activation)
-        for module in network.modules()
-        if graph.module_activation(module) is not None
-    ]
+    order, functions = _calling_order(network, names, inputs[0])
+    walk = _ModuleWalk(names, order, solve, samples=sum(len(tree_leaves(i)[0]) for i in inputs))
+    hooks = [module.register_forward_hook(walk.on_layer, with_kwargs=True) for module in names]
+    for module in network.modules():
+        if graph.module_activation(module) is not None:
+            hooks += [module.register_forward_pre_hook(walk.before_activation)]
+            hooks += [module.register_forward_hook(walk.on_activation)]
     try:
         args, kwargs = _side_by_side(inputs)
         with torch.no_grad(), _progress(len(order), progress) as walk.bar:
@@ -412,23 +405,42 @@ def walk_modules(
             reason = walk.left.get(module, "never called as a module")
         if reason:
             records.append(record_float(name, module, type(module).__name__, reason))
+    for function in functions:
+        reason = f"a call of {function}; only modules are quantized where torch.fx cannot trace the model"
+        records.append(record_float(function, None, function, reason))
     noise = Noise()
     noise.add(*_split(output))
     return records, noise
 
 
-def _calling_order(network: nn.Module, names: Iterable[nn.Module], example: Any) -> list[nn.Module]:
-    """Return the layers in the order of their first call."""
+class _Functions(TorchFunctionMode):
+    """Records the weighted functions that are called with anything but a listed module's own weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        listed = [m for m in network.modules() if graph.layer_kind(m) is not None or graph.why_float(m) is not None]
+        self.weights = {id(t) for m in listed for t in itertools.chain(m.parameters(), m.buffers())}
+        self.found: dict[str, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = (*args[1:], *(kwargs or {}).values())
+        if graph.is_weighted(func) and not any(id(value) in self.weights for value in used):
+            self.found[func.__name__] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _calling_order(network: nn.Module, names: Iterable[nn.Module], example: Any) -> tuple[list[nn.Module], list[str]]:
+    """Return the layers in the order of their first call, and the names of weighted functions that are called."""
     order: dict[nn.Module, None] = {}
     hooks = [module.register_forward_pre_hook(lambda module, _: order.setdefault(module)) for module in names]
     try:
-        args, kwargs = tree_map_only(Tensor, lambda t: t[:1], example)
-        with torch.no_grad():
+        args, kwargs = tree_map_only(Tensor, torch.clone, example)  # the model may write into them
+        with torch.no_grad(), _Functions(network) as functions:
             network(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(order)
+    return list(order), list(functions.found)
 
 
 def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:
@@ -448,38 +460,54 @@ def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:
 
 
 def _split(value: Any) -> tuple[Any, Any]:
-    """Return the float stream and the quantized one of a value that holds both along the batch."""
+    """Return the float stream and the quantized one of a value that holds both along the batch; scalars mix both."""
     return (
-        tree_map_only(Tensor, lambda t: t[: len(t) // 2], value),
-        tree_map_only(Tensor, lambda t: t[len(t) // 2 :], value),
+        tree_map_only(Tensor, lambda t: t[: len(t) // 2] if t.dim() else t, value),
+        tree_map_only(Tensor, lambda t: t[len(t) // 2 :] if t.dim() else t, value),
     )
 
 
 class _ModuleWalk:
-    def __init__(self, names: dict[nn.Module, str], order: list[nn.Module], solve: Solver) -> None:
-        self.names, self.order, self.solve = names, order, solve
+    def __init__(self, names: dict[nn.Module, str], order: list[nn.Module], solve: Solver, samples: int) -> None:
+        self.names, self.solve, self.samples = names, solve, samples
         convolutions = [module for module in order if isinstance(module, nn.Conv2d)]
         self.ends = {*convolutions[:1], *order[-1:]}
         self.calls: dict[nn.Module, LayerCall] = {}
         self.solved: dict[nn.Module, Solution] = {}
         self.noise: dict[nn.Module, Noise] = {}
+        self.called: Counter[nn.Module] = Counter()
         self.left: dict[nn.Module, str] = {}
-        self.before: dict[int, tuple[Tensor, Tensor, Activation]] = {}  # by the id of the activation's output
+        self.entering: dict[nn.Module, Tensor] = {}
+        # By the output of an activation, what went in. The versions tell whether either was changed in place since.
+        self.before: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.bar: Any = None
 
-    def on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        activation = graph.module_activation(module)
-        assert activation is not None
-        self.before[id(output)] = (output, args[0], activation)  # holding the output keeps its id unique
+    def before_activation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.entering[module] = args[0].clone() if getattr(module, "inplace", False) else args[0]
 
-    def on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not args or args[0].dim() == 0 or len(args[0]) % 2:
+    def on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        before = self.entering.pop(module)
+        self.before[output] = (output._version, before, before._version, graph.module_activation(module))
+
+    def activation_before(self, x: Tensor) -> tuple[Tensor | None, Activation]:
+        """Return what x was before its activation, and the activation, where they are known."""
+        version, before, version_before, activation = self.before.get(x, (0, None, 0, IDENTITY))
+        if before is None or (x._version, before._version) != (version, version_before):
+            return None, IDENTITY
+        return before, activation
+
+    def on_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        source = args[0] if args else kwargs["input"]
+        if source.dim() == 0 or len(source) == 0 or len(source) % (2 * self.samples):
             self.left[module] = "its input does not keep the samples along dimension 0"
             return None
-        x, quantized = _split(args[0])
+        x, quantized = _split(source)
+        self.called[module] += 1
         if module not in self.solved:
             signal = Signal([(x, quantized)])
-            _, before, activation = self.before.get(id(args[0]), (None, None, IDENTITY))
+            before, activation = self.activation_before(source)
             if before is not None:
                 signal.before, signal.activation = [_split(before)[0]], activation
             assert isinstance(module, (nn.Conv2d, nn.Linear))
@@ -505,7 +533,11 @@ class _ModuleWalk:
         return torch.cat([y, y_quantized])
 
     def records(self) -> list[LayerRecord]:
-        return [record_solution(self.calls[m], s, self.noise[m]) for m, s in self.solved.items()]
+        records = [record_solution(self.calls[m], s, self.noise[m]) for m, s in self.solved.items()]
+        for record, module in zip(records, self.solved, strict=True):
+            if self.called[module] > 1:
+                record.reason = f"called {self.called[module]} times, its input quantized for the first"
+        return records
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -514,7 +546,8 @@ def device_of(network: nn.Module) -> torch.device:
     Raises:
         ValueError: they are on several devices.
     """
-    devices = {t.device for t in itertools.chain(network.parameters(), network.buffers())}
+    # Numbers, as torch.tensor(0.5) in a model's code, work with tensors on any device.
+    devices = {t.device for t in itertools.chain(network.parameters(), network.buffers()) if t.dim()}
     if len(devices) > 1:
         raise ValueError(f"the model is on several devices: {', '.join(sorted(map(str, devices)))}")
     return next(iter(devices), torch.device("cpu"))

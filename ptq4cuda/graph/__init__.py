@@ -1,32 +1,36 @@
-"""torch.fx passes: trace a model, fold BatchNorm, find what to quantize and how tensors come about."""
+"""torch.fx passes: trace into canonical form, fold BatchNorm, find what to quantize and how tensors come about."""
 
 from ptq4cuda.graph.fold import fold_batch_norm
 from ptq4cuda.graph.importance import layer_importance, output_importance
 from ptq4cuda.graph.layers import (
     activation_of,
-    call_counts,
-    functional_kind,
+    call_name,
     is_addition,
     is_transparent,
+    is_weighted,
     layer_kind,
     module_activation,
     why_float,
+    why_float_call,
 )
-from ptq4cuda.graph.trace import trace, why_different, without_inplace
+from ptq4cuda.graph.order import shortcuts_first
+from ptq4cuda.graph.trace import own_copy, trace, why_different
 
 __all__ = [
     "activation_of",
-    "call_counts",
+    "call_name",
     "fold_batch_norm",
-    "functional_kind",
     "is_addition",
     "is_transparent",
+    "is_weighted",
     "layer_importance",
     "layer_kind",
     "module_activation",
     "output_importance",
+    "own_copy",
+    "shortcuts_first",
     "trace",
     "why_different",
     "why_float",
-    "without_inplace",
+    "why_float_call",
 ]

@@ -1,7 +1,8 @@
 """What an error of each channel of each tensor costs at the network's output, without gradients.
 
-Squared errors that are independent of each other pass a layer with its squared weights, an activation with the squared
-slope that its inputs see on average, a mean over n values divided by n². One walk from the output back adds it up.
+Squared errors that are independent of each other pass a layer with its squared weights, an activation with the
+squared slope that its inputs see on average, a mean over n values divided by n². One walk from the output back adds
+it up.
 """
 
 from __future__ import annotations

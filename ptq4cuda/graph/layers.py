@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,22 +14,29 @@ from torch.nn import functional as F
 from ptq4cuda.clipping import Activation
 
 _QUANTIZABLE = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
-_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
-_FUNCTIONAL = {
-    F.conv1d: "conv1d",
-    F.conv2d: "conv2d",
-    F.conv3d: "conv3d",
-    F.conv_transpose2d: "conv_transpose2d",
-    F.linear: "linear",
-    torch.matmul: "matmul",
-    operator.matmul: "matmul",
-    torch.bmm: "bmm",
-}
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_FUNCTIONS = (
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear),
+    *(torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+    *(F.scaled_dot_product_attention, F.embedding),
+    *(F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm),
+)
+_METHODS = ("matmul", "mm", "bmm", "addmm", "baddbmm")
 
 # Monotone maps that pass values on, so that act(x) then map is map(x) then act.
-_TRANSPARENT_MODULES = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
-_TRANSPARENT_FUNCTIONS = (torch.flatten, F.max_pool2d, F.dropout, torch.cat)
-_TRANSPARENT_METHODS = ("flatten", "view", "reshape", "contiguous")
+_TRANSPARENT_MODULES = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.UpsamplingNearest2d),
+)
+_TRANSPARENT_FUNCTIONS = (
+    *(torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk),
+    *(torch.split, torch.cat, operator.getitem, F.max_pool2d, F.adaptive_max_pool2d),
+    *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle),
+)
+_TRANSPARENT_METHODS = (
+    *("flatten", "unflatten", "view", "reshape", "contiguous", "permute", "transpose", "squeeze", "unsqueeze"),
+    *("chunk", "split"),
+)
 
 
 def layer_kind(module: nn.Module) -> str | None:
@@ -45,48 +53,114 @@ def layer_kind(module: nn.Module) -> str | None:
     return None
 
 
+# --- what stays in float ----------------------------------------------------------------------------------------
+
+
 def why_float(module: nn.Module) -> str | None:
     """Return why a module with weights stays in float; None for quantizable modules and those without weights."""
-    if layer_kind(module) is not None or not isinstance(module, _WEIGHTED):
+    if isinstance(module, BATCH_NORMS):
+        return f"{type(module).__name__} is folded in a traced graph only"
+    own = next(module.parameters(recurse=False), None)
+    known = isinstance(module, (nn.Conv2d, nn.Linear)) or type(module).__module__.startswith("torch.nn.")
+    if own is None or layer_kind(module) is not None or isinstance(module, nn.PReLU) or not known:
         return None
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         return f"{type(module).__name__} has a forward of its own"
     return f"{type(module).__name__} is not supported"
 
 
-def functional_kind(node: fx.Node) -> str | None:
-    """Return the name of a weighted function that a node calls, or None."""
-    return _FUNCTIONAL.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+def is_weighted(function: object) -> bool:
+    """Tell whether a function multiplies with weights, or with another tensor, as layers do."""
+    return function in _FUNCTIONS
+
+
+def why_float_call(node: fx.Node, network: fx.GraphModule) -> str | None:
+    """Return "" for a call of a layer to quantize, a reason for what stays in float, None for all other nodes."""
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        if isinstance(module, BATCH_NORMS):
+            return _why_not_folded(node, module, network)
+        if layer_kind(module) is not None:
+            return ""
+        # A module of torch.nn is one node with all that is in it.
+        hidden = any(module.children()) and any(True for _ in module.parameters())
+        return why_float(module) or (f"{type(module).__name__} is not supported" if hidden else None)
+    if not is_weighted(node.target) and not (node.op == "call_method" and node.target in _METHODS):
+        return None
+    if node.target in (F.conv2d, F.linear):
+        return f"a call of {call_name(node, network)} with weights that are not constant"
+    return f"a call of {call_name(node, network)} is not supported"
+
+
+def call_name(node: fx.Node, network: fx.GraphModule) -> str:
+    """Return the name of what a node calls: the class of a module, or of the function or method."""
+    if node.op == "call_module":
+        module = type(network.get_submodule(str(node.target)))
+        return str(getattr(module, "kind", module.__name__))  # a quantized layer has the name of its float class
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _why_not_folded(node: fx.Node, norm: nn.modules.batchnorm._BatchNorm, network: fx.GraphModule) -> str:
+    source = node.all_input_nodes[0]
+    if norm.running_var is None:
+        return "it normalizes with the statistics of each batch"
+    before, after = call_name(source, network), ", ".join(dict.fromkeys(call_name(n, network) for n in node.users))
+    if before.startswith(("Conv", "Linear")) and len(source.users) > 1:
+        return f"layer {source.target!r} before it has other readers"
+    if after == "Conv2d":
+        return "the convolution after it pads with zeros, which a shift would move"
+    return f"between {before} and {after} there is no layer to fold it into"
+
+
+# --- activations ------------------------------------------------------------------------------------------------
+
+
+def _piecewise_linear(lower: Any, upper: Any) -> Activation | None:
+    """Return the activation that clamps to [0, upper], or None."""
+    upper = math.inf if upper is None else upper
+    if isinstance(lower, (int, float)) and lower == 0 and isinstance(upper, (int, float)) and upper > 0:
+        return Activation(upper=float(upper))
+    return None
+
+
+def _leaky(slope: Any) -> Activation | None:
+    return Activation(negative_slope=slope) if isinstance(slope, float) and 0.0 <= slope < 1.0 else None
 
 
 def module_activation(module: nn.Module) -> Activation | None:
     """Return the piecewise linear activation that a module computes, or None."""
     if type(module) is nn.ReLU:
         return Activation()
-    if type(module) is nn.ReLU6:
-        return Activation(upper=6.0)
-    if type(module) is nn.LeakyReLU and 0.0 <= module.negative_slope < 1.0:
-        return Activation(negative_slope=module.negative_slope)
+    if type(module) in (nn.ReLU6, nn.Hardtanh):
+        return _piecewise_linear(module.min_val, module.max_val)
+    if type(module) is nn.LeakyReLU:
+        return _leaky(float(module.negative_slope))
+    if type(module) is nn.PReLU and module.num_parameters == 1:
+        return _leaky(module.weight.item())
     return None
 
 
-def call_counts(network: fx.GraphModule) -> Counter[str]:
-    """Return how often the graph calls each module."""
-    return Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
+# From the arguments after the input.
+_ACTIVATIONS: dict[Any, Callable[..., Activation | None]] = {
+    **dict.fromkeys((F.relu, torch.relu, "relu"), lambda inplace=False: Activation()),
+    F.relu6: lambda inplace=False: Activation(upper=6.0),
+    F.leaky_relu: lambda negative_slope=0.01, inplace=False: _leaky(negative_slope),
+    F.hardtanh: lambda min_val=-1.0, max_val=1.0, inplace=False: _piecewise_linear(min_val, max_val),
+    **dict.fromkeys(
+        (torch.clamp, torch.clip, "clamp", "clip"), lambda min=None, max=None: _piecewise_linear(min, max)
+    ),
+    **dict.fromkeys((torch.clamp_min, "clamp_min"), lambda min: _piecewise_linear(min, None)),
+}
 
 
 def activation_of(node: fx.Node, network: fx.GraphModule) -> Activation | None:
     """Return the piecewise linear activation that a node computes, or None."""
     if node.op == "call_module":
         return module_activation(network.get_submodule(str(node.target)))
-    if node.target in (F.relu, torch.relu) or (node.op == "call_method" and node.target == "relu"):
-        return Activation()
-    if node.target is F.relu6:
-        return Activation(upper=6.0)
-    if node.target is F.leaky_relu:
-        slope: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return Activation(negative_slope=slope) if isinstance(slope, float) and 0.0 <= slope < 1.0 else None
-    return None
+    activation = _ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if activation is None or len(node.all_input_nodes) != 1 or not node.args:
+        return None
+    return activation(*node.args[1:], **node.kwargs)
 
 
 def is_transparent(node: fx.Node, network: fx.GraphModule) -> bool:

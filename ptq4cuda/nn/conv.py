@@ -102,9 +102,9 @@ class QuantConv2d(QuantModule):
         layer._quantize_from(conv, activation, weight_bits, bias_correction)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of the quantized input with the quantized weights."""
-        x, weight, bias = self._operands(x)
+        x, weight, bias = self._operands(input)
         if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
             weight = weight.contiguous()  # weights in channels_last order would turn the output to channels_last
         return nn.Conv2d._conv_forward(self, x, weight, bias)  # type: ignore[arg-type, no-any-return]

@@ -61,9 +61,9 @@ class QuantLinear(QuantModule):
         layer._quantize_from(linear, activation, weight_bits, bias_correction)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the product of the quantized input with the quantized weights."""
-        return F.linear(*self._operands(x))
+        return F.linear(*self._operands(input))
 
     def extra_repr(self) -> str:
         """Describe size and bits, as `print(module)` shows them."""

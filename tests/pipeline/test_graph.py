@@ -25,7 +25,7 @@ def test_the_model_is_not_touched(model: nn.Module) -> None:
 
 
 class Shared(nn.Module):
-    """A BatchNorm that must not be folded: the convolution has a second reader, or is called twice."""
+    """A convolution with a second reader, whose BatchNorm must not be folded; or one that is called twice."""
 
     def __init__(self, twice: bool) -> None:
         super().__init__()
@@ -36,13 +36,23 @@ class Shared(nn.Module):
         return self.bn(self.conv(y)) if self.twice else self.bn(y) + y
 
 
-def test_shared_convolutions_are_not_folded(images: Tensor) -> None:
-    for twice in (False, True):
-        model = Shared(twice).eval()
-        traced, _ = graph.trace(model)
-        assert traced is not None
-        assert graph.fold_batch_norm(traced) == 0
-        torch.testing.assert_close(traced(images), model(images))
+def test_a_convolution_with_another_reader_is_not_folded(images: Tensor) -> None:
+    model = Shared(twice=False).eval()
+    traced, _ = graph.trace(model)
+    assert traced is not None
+    assert graph.fold_batch_norm(traced) == 0
+    torch.testing.assert_close(traced(images), model(images))
+
+
+def test_each_call_of_a_shared_convolution_folds_for_itself(images: Tensor) -> None:
+    model = Shared(twice=True).eval()
+    nn.init.uniform_(model.bn.weight, 0.3, 2.0)
+    traced, _ = graph.trace(model)
+    assert traced is not None
+    assert graph.fold_batch_norm(traced) == 1
+    torch.testing.assert_close(traced(images), model(images))
+    torch.testing.assert_close(traced.conv.weight, model.conv.weight)  # the first call has no BatchNorm
+    assert not torch.allclose(traced.conv_call2.weight, model.conv.weight)
 
 
 def test_linear_batch_norm_is_folded() -> None:

@@ -198,6 +198,7 @@ def test_untraceable_model_is_walked_by_its_modules(images: Tensor) -> None:
     records = layers(network)
     assert records["shared"].clip == "laplace"  # the ReLU module before it was seen
     assert records["unused"].reason == "never called as a module"
+    assert records["shared"].reason == "called 2 times, its input quantized for the first"
     assert "ConvTranspose2d" in records["up"].reason
     assert records["first"].weight_bits == records["fc"].weight_bits == 8.0
     report = ptq4cuda.report(network)
@@ -226,7 +227,7 @@ def test_modules_and_graph_agree(images: Tensor) -> None:
 
 
 class Odd(nn.Module):
-    """What stays in float, each with its reason."""
+    """What stays in float, each with its reason, beside what does not: a function and a layer called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,18 +237,27 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(self.first(x)))
-        return F.conv2d(self.up(x), self.weight)
+        x = F.conv2d(self.up(x), self.weight)
+        return F.conv2d(x, self.weight * x.mean()).flatten(2) @ x.flatten(2).transpose(1, 2)
 
 
 def test_layers_kept_in_float_are_reported(images: Tensor) -> None:
     torch.manual_seed(0)
     network = quantize(Odd().eval(), [images], progress=False)
-    reasons = {r.name: r.reason for r in record_of(network).layers if r.execution == "float"}
-    assert reasons["up"] == "ConvTranspose2d is not supported"
-    assert any("conv2d" in reason for reason in reasons.values())
-    assert "called 2 times" in str(reasons) or "twice" in reasons
-    for reason in set(reasons.values()):
-        assert reason in ptq4cuda.report(network)
+    records = layers(network)
+    assert {name: r.reason for name, r in records.items() if r.execution == "float"} == {
+        "up": "ConvTranspose2d is not supported",
+        "conv2d_1": "a call of conv2d with weights that are not constant",
+        "matmul": "a call of matmul is not supported",
+    }
+    assert [name for name, r in records.items() if r.execution != "float"] == [
+        "first",
+        "twice",
+        "twice_call2",
+        "conv2d",
+    ]
+    for record in records.values():
+        assert record.reason in ptq4cuda.report(network)
 
 
 class TwoInputs(nn.Module):

@@ -1,0 +1,238 @@
+"""Brings a traced graph into one form, so that folding and the walk need few cases.
+
+Weighted functions with constant weights become modules, a layer that is called at several places becomes one layer
+for each call, and what does nothing in evaluation mode goes. The graph must be free of in-place operations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ptq4cuda.graph.layers import layer_kind
+
+_IDENTITIES = (nn.Identity, nn.modules.dropout._DropoutNd)
+_DROPOUTS = (
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    torch.dropout,
+)
+
+
+def canonicalize(network: fx.GraphModule) -> None:
+    """Bring a traced network into canonical form."""
+    for node in list(network.graph.nodes):
+        if _does_nothing(node, network):
+            node.replace_all_uses_with(_source(node))
+            network.graph.erase_node(node)
+    made = _make_modules(network)
+    network.graph.eliminate_dead_code()
+    named = [n for n in network.graph.nodes if n.op in ("get_attr", "call_module") and n not in made]
+    taken = {prefix for node in named for prefix in _prefixes(str(node.target))}
+    for node, name in made.items():
+        module = network.get_submodule(str(node.target))
+        network.delete_submodule(str(node.target))
+        _call(node, name, module, network, taken)
+    _separate_calls(network, taken)
+    drop_unused(network)
+
+
+def drop_unused(network: fx.GraphModule) -> None:
+    """Remove nodes, modules, parameters and buffers that the output does not need, and recompile."""
+    network.graph.eliminate_dead_code()
+    network.delete_all_unused_submodules()
+    used = {str(node.target) for node in network.graph.nodes if node.op in ("get_attr", "call_module")}
+    tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    for name, _ in tensors:
+        if used.isdisjoint(_prefixes(name)):
+            owner, _, attribute = name.rpartition(".")
+            delattr(network.get_submodule(owner), attribute)
+    network.graph.lint()
+    network.recompile()
+
+
+def constant(node: object, network: fx.GraphModule) -> Tensor | None:
+    """Return the value of a node that is computed from parameters and buffers only, or None."""
+    if not isinstance(node, fx.Node):
+        return None
+    needed: dict[fx.Node, Any] = {}
+    pending = [node]
+    while pending:
+        n = pending.pop()
+        if n.op == "placeholder" or (n.op != "get_attr" and not n.all_input_nodes):
+            return None
+        if n not in needed:
+            needed[n] = None
+            pending.extend(n.all_input_nodes)
+    interpreter = fx.Interpreter(network, garbage_collect_values=False)
+    with torch.no_grad():
+        for n in network.graph.nodes:
+            if n in needed:
+                args, kwargs = fx.node.map_arg((n.args, n.kwargs), needed.__getitem__)
+                needed[n] = getattr(interpreter, n.op)(n.target, args, kwargs)
+    value = needed[node]
+    return value if isinstance(value, Tensor) else None
+
+
+def arguments(node: fx.Node, names: str, **defaults: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name, with defaults for those that are not given."""
+    return {**defaults, **dict(zip(names.split(), node.args, strict=False)), **node.kwargs}
+
+
+def _does_nothing(node: fx.Node, network: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        return isinstance(module, _IDENTITIES) and not module.training
+    if node.target is torch.dropout:
+        return arguments(node, "input p train")["train"] is False
+    return node.target in _DROPOUTS and arguments(node, "input p training", training=True)["training"] is False
+
+
+# --- functions ------------------------------------------------------------------------------------------------
+
+
+def _make_modules(network: fx.GraphModule) -> dict[fx.Node, str]:
+    """Replace functions by calls of modules with provisional names; return the names that they should have."""
+    made: dict[fx.Node, str] = {}
+    for node in list(network.graph.nodes):
+        make = _MAKERS.get(node.target) if node.op == "call_function" else None
+        module = make(node, network) if make is not None else None
+        if module is None:
+            continue
+        provisional = f"_made_{node.name}"
+        network.add_submodule(provisional, module.eval())
+        with network.graph.inserting_before(node):
+            new = network.graph.call_module(provisional, (_source(node),))
+        node.replace_all_uses_with(new)
+        made[new] = _wanted_name(node)
+        network.graph.erase_node(node)
+    return made
+
+
+def _wanted_name(node: fx.Node) -> str:
+    """Return the name of the module whose forward made a call: of a layer itself, of the call inside of others."""
+    scope = list(node.meta.get("nn_module_stack", {}).values())[-1:]
+    if not scope:
+        return node.name
+    path, kind = scope[0]
+    layer = isinstance(kind, type) and issubclass(kind, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm))
+    return path if layer and path else f"{path}.{node.name}".lstrip(".")
+
+
+def _parameters(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    for name, tensor in tensors.items():
+        value = None if tensor is None else tensor.detach().clone()
+        if name in module._buffers:
+            module.register_buffer(name, value)
+        else:
+            module.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+    return module
+
+
+def _constants(network: fx.GraphModule, **nodes: object) -> dict[str, Tensor | None] | None:
+    """Return the values of arguments, or None where one is neither constant nor absent."""
+    values = {name: constant(node, network) for name, node in nodes.items()}
+    return values if all(values[name] is not None or nodes[name] is None for name in nodes) else None
+
+
+def _literal(*values: Any) -> bool:
+    items = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
+    return not any(isinstance(item, fx.Node) for item in items)
+
+
+def _conv2d(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
+    names = "input weight bias stride padding dilation groups"
+    a = arguments(node, names, bias=None, stride=1, padding=0, dilation=1, groups=1)
+    tensors = _constants(network, weight=a["weight"], bias=a["bias"])
+    geometry = [tuple(v) if isinstance(v, list) else v for v in (a["stride"], a["padding"], a["dilation"])]
+    if tensors is None or tensors["weight"] is None or not _literal(*geometry, a["groups"]):
+        return None
+    stride, padding, dilation = geometry
+    out_channels, per_group, height, width = tensors["weight"].shape
+    conv = nn.Conv2d(
+        per_group * a["groups"], out_channels, (height, width), stride, padding, dilation, a["groups"], device="meta"
+    )
+    return _parameters(conv, **tensors)
+
+
+def _linear(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
+    a = arguments(node, "input weight bias", bias=None)
+    tensors = _constants(network, weight=a["weight"], bias=a["bias"])
+    if tensors is None or tensors["weight"] is None or tensors["weight"].dim() != 2:
+        return None
+    out_features, in_features = tensors["weight"].shape
+    return _parameters(nn.Linear(in_features, out_features, device="meta"), **tensors)
+
+
+def _batch_norm(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
+    """Make nn.BatchNorm2d where a convolution is next to it: a function does not tell the dimensions of its input."""
+    names = "input running_mean running_var weight bias training momentum eps"
+    a = arguments(node, names, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5)
+    tensors = _constants(network, **{k: a[k] for k in ("running_mean", "running_var", "weight", "bias")})
+    beside = [a["input"], *node.users]
+    if tensors is None or tensors["running_var"] is None or a["training"] is not False or not _literal(a["eps"]):
+        return None
+    if not any(_is_conv2d(n, network) for n in beside):
+        return None
+    norm = nn.BatchNorm2d(len(tensors["running_var"]), eps=a["eps"], device="meta")
+    return _parameters(norm, **tensors, num_batches_tracked=None)
+
+
+def _is_conv2d(node: object, network: fx.GraphModule) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_module":
+        return isinstance(network.get_submodule(str(node.target)), nn.Conv2d)
+    return node.target is F.conv2d
+
+
+_MAKERS: dict[Any, Callable[[fx.Node, fx.GraphModule], nn.Module | None]] = {
+    F.conv2d: _conv2d,
+    F.linear: _linear,
+    F.batch_norm: _batch_norm,
+}
+
+
+# --- modules called several times -----------------------------------------------------------------------------
+
+
+def _separate_calls(network: fx.GraphModule, taken: set[str]) -> None:
+    """Give each call of a layer a module of its own: inputs differ, so quantizers do."""
+    called: set[str] = set()
+    for node in network.graph.nodes:
+        if node.op == "call_module":
+            name = str(node.target)
+            module = network.get_submodule(name)
+            if name in called and layer_kind(module) is not None:
+                _call(node, name, copy.deepcopy(module), network, taken)
+            called.add(name)
+
+
+def _call(node: fx.Node, name: str, module: nn.Module, network: fx.GraphModule, taken: set[str]) -> None:
+    """Let a node call a module that gets this name, or where it is taken the name of a further call."""
+    free, count = name, 1
+    while free in taken:
+        count += 1
+        free = f"{name}_call{count}"
+    taken.add(free)
+    network.add_submodule(free, module)
+    node.target = free
+
+
+def _source(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return a, a.b and a.b.c for a.b.c."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -1,0 +1,38 @@
+"""Puts the nodes of a graph into the order in which the walk can make the most of them."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ptq4cuda.graph.layers import is_addition, layer_kind
+
+
+def shortcuts_first(network: fx.GraphModule) -> None:
+    """Compute what is added to the output of a layer before the layer, where nothing of it waits for a layer.
+
+    A solver that sees the layer then knows the shortcut of its block, and the error that it carries.
+    """
+    order = {node: i for i, node in enumerate(network.graph.nodes)}
+
+    def is_layer(node: fx.Node) -> bool:
+        return node.op == "call_module" and layer_kind(network.get_submodule(str(node.target))) is not None
+
+    for addition in list(network.graph.nodes):
+        if not is_addition(addition) or len(addition.all_input_nodes) != 2:
+            continue
+        layer, other = sorted(addition.all_input_nodes, key=order.__getitem__)
+        if not is_layer(layer):
+            continue
+        late: set[fx.Node] = set()
+        waiting = [other]
+        while waiting:
+            node = waiting.pop()
+            if node not in late and order[node] >= order[layer]:
+                late.add(node)
+                waiting += node.all_input_nodes
+        if layer in late or any(is_layer(node) or node.op == "output" for node in late):
+            continue
+        for node in sorted(late, key=order.__getitem__):
+            layer.prepend(node)
+        order = {node: i for i, node in enumerate(network.graph.nodes)}
+    network.graph.lint()
