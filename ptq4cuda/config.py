@@ -55,6 +55,8 @@ class QuantConfig:
             the mean of the float output.
         target_sqnr: output SQNR in dB on the calibration data; layers are raised to 8 bits, worst first, until it
             is met.
+        size_budget: bytes of the quantized network as a share of its float32 bytes: layers are raised to 8 bits,
+            worst first, while they fit. With target_sqnr, no more than that asks for.
         execution: "simulate" computes with dequantized values in floating point.
 
     Raises:
@@ -78,6 +80,7 @@ class QuantConfig:
     rounding: Rounding = "descent"
     bias_correction: BiasCorrection = "output"
     target_sqnr: float | None = None
+    size_budget: float | None = None
     execution: Execution = "simulate"
 
     def __post_init__(self) -> None:
@@ -105,6 +108,10 @@ class QuantConfig:
             raise ValueError(f"clip_exponent must be a number from 1 to 8, got {self.clip_exponent!r}")
         if self.target_sqnr is not None and not isinstance(self.target_sqnr, (int, float)):
             raise ValueError(f"target_sqnr must be a number of dB or None, got {self.target_sqnr!r}")
+        if self.size_budget is not None and not (
+            isinstance(self.size_budget, float) and 0.0 < self.size_budget <= 1.0
+        ):
+            raise ValueError(f"size_budget must be a share of the float32 bytes, 0 to 1, got {self.size_budget!r}")
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"overrides must map name patterns to bits or 'float', got {self.overrides!r}")
         for pattern, override in self.overrides.items():

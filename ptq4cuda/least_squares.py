@@ -27,8 +27,8 @@ class Target:
 
     Attributes:
         weight: W*, float64 [G, R, d].
-        covariance: the metric of rounding errors, H and a tenth of λ I, float64 [G, d, d]. (All of λ I is the metric of
-            the regression itself; a tenth of it measured best.)
+        covariance: the metric of rounding errors, H and a tenth of λ I, float64 [G, d, d]. (All of λ I is the metric
+            of the regression itself; a tenth of it measured best.)
     """
 
     weight: Tensor

@@ -5,14 +5,14 @@ batches -> statistics -> clip and bits -> integer weights -> modules
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ptq4cuda import graph
 from ptq4cuda.activation import TensorProfile, fit_activation, needs_histogram
@@ -20,13 +20,15 @@ from ptq4cuda.bit_allocation import allocate_bits
 from ptq4cuda.clipping import ClipRule
 from ptq4cuda.config import FLOAT, QuantConfig
 from ptq4cuda.correction import correct_bias
+from ptq4cuda.inputs import batch_size, check_model, collect_inputs
 from ptq4cuda.least_squares import fit_weights
 from ptq4cuda.moments import Moments, layer_moments
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
-from ptq4cuda.record import QuantRecord, attach_record, tensor_bytes
+from ptq4cuda.record import QuantRecord, Trade, attach_record, tensor_bytes
 from ptq4cuda.rounding import round_for_output, round_to_nearest
-from ptq4cuda.walk import Inputs, LayerCall, Solution, device_of, walk_graph, walk_modules
+from ptq4cuda.sensitivity import layer_damage, mean_bits, next_step
+from ptq4cuda.walk import Inputs, LayerCall, Solution, walk_graph, walk_modules
 
 DEFAULT_CONFIG = QuantConfig()
 
@@ -50,14 +52,26 @@ def quantize(
     Raises:
         TypeError: model, batches or config are of the wrong kind.
         ValueError: the model is in training mode, has no convolution to quantize, or has NaN or Inf in its weights;
-            the batches are empty or contain NaN or Inf, or a layer's input does.
+            overrides name no layer; the batches are empty or contain NaN or Inf, or a layer's input does.
     """
     start = time.perf_counter()
     check_model(model)
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
     inputs = collect_inputs(model, batches)
-    record = QuantRecord(config, images=sum(_batch_size(i) for i in inputs), float_bytes=tensor_bytes(model))
+    network, record = quantize_once(model, inputs, config, progress)
+    if config.target_sqnr is not None or config.size_budget is not None:
+        network, record = raise_layers(model, inputs, config, progress, network, record)
+    record.seconds = time.perf_counter() - start
+    attach_record(network, record)
+    return network
+
+
+def quantize_once(
+    model: nn.Module, inputs: Inputs, config: QuantConfig, progress: bool
+) -> tuple[nn.Module, QuantRecord]:
+    """Walk the network once and quantize every layer on the way."""
+    record = QuantRecord(config, images=sum(map(batch_size, inputs)), float_bytes=tensor_bytes(model))
 
     def solve(call: LayerCall) -> Solution:
         return solve_layer(call, config)
@@ -65,25 +79,75 @@ def quantize(
     def kept(name: str) -> str:
         return "kept in float by overrides" if config.override_of(name) == FLOAT else ""
 
-    traced, record.reason = graph.trace(model)
-    if not any(graph.layer_kind(module) == "Conv2d" for module in (traced or model).modules()):
-        raise ValueError(f"the model has no nn.Conv2d to quantize ({type(model).__name__})")
-    if traced is not None:
-        record.reason = graph.why_different(model, traced, *inputs[0])
-    network: nn.Module
-    if traced is not None and not record.reason:
-        network = traced
-        record.folded = graph.fold_batch_norm(traced)
-        graph.shortcuts_first(traced)
-        record.layers, noise = walk_graph(traced, inputs, solve, kept, progress)
+    network, record.folded, record.reason = prepare(model, inputs)
+    layers = [name for name, module in network.named_modules() if graph.layer_kind(module)]
+    for pattern in config.overrides:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(f"overrides: no layer is called {pattern!r}; the layers are {', '.join(layers)}")
+    if isinstance(network, fx.GraphModule):
+        record.layers, noise = walk_graph(network, inputs, solve, kept, progress)
     else:
-        network = graph.own_copy(model)
         record.walked_by = "modules"
         record.layers, noise = walk_modules(network, inputs, solve, kept, progress)
     record.sqnr = noise.sqnr
-    record.seconds = time.perf_counter() - start
-    attach_record(network, record)
-    return network
+    record.bytes = tensor_bytes(network)
+    return network, record
+
+
+def prepare(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, int, str]:
+    """Return a copy of the model to quantize: traced and folded where torch.fx can do that.
+
+    Returns:
+        The copy, the number of BatchNorms folded and, where it is not traced, why not.
+    """
+    traced, reason = graph.trace(model)
+    if not any(graph.layer_kind(module) == "Conv2d" for module in (traced or model).modules()):
+        raise ValueError(f"the model has no nn.Conv2d to quantize ({type(model).__name__})")
+    if traced is not None:
+        reason = graph.why_different(model, traced, *inputs[0])
+    if traced is None or reason:
+        return graph.own_copy(model), 0, reason
+    folded = graph.fold_batch_norm(traced)
+    graph.shortcuts_first(traced)
+    return traced, folded, ""
+
+
+def raise_layers(
+    model: nn.Module,
+    inputs: Inputs,
+    config: QuantConfig,
+    progress: bool,
+    network: nn.Module,
+    record: QuantRecord,
+) -> tuple[nn.Module, QuantRecord]:
+    """Raise layers to 8 bits, worst first, until the output is as good as asked or the size is used up.
+
+    Returns:
+        The network and its record, whose `trade` tells what every step cost and bought.
+    """
+    reference, _, _ = prepare(model, inputs)
+    damage = layer_damage(reference, network, inputs)
+    order = [
+        name
+        for name in sorted(damage, key=damage.__getitem__, reverse=True)
+        if config.override_of(name) is None and min(mean_bits(network, name)) < 8
+    ]
+    trade = [Trade((), record.sqnr, record.bytes)]
+    raised = 0
+    while raised < len(order):
+        wanted = next_step(config, trade[-1], record.float_bytes, damage, order, raised, network)
+        if wanted == raised:
+            break
+        overrides = {name: {"weight_bits": 8, "activation_bits": 8} for name in order[:wanted]}
+        network, record = quantize_once(
+            model, inputs, replace(config, overrides={**config.overrides, **overrides}), progress
+        )
+        raised = wanted
+        trade.append(Trade(tuple(order[:raised]), record.sqnr, record.bytes))
+    record.config, record.trade = config, trade
+    for layer in record.layers:
+        layer.damage = damage.get(layer.name)
+    return network, record
 
 
 # --- one layer ------------------------------------------------------------------------------------------------
@@ -196,65 +260,3 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
     count = sum(t.numel() for t in call.outputs) / len(shift)
     bias = torch.zeros_like(shift) if module.bias is None else module.bias.double()
     module.register_buffer("bias", (bias + shift / count).float())
-
-
-# --- arguments ------------------------------------------------------------------------------------------------
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise unless the model can be quantized."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    training = next((name for name, module in model.named_modules() if module.training), None)
-    if training is not None:
-        where = f"its module {training!r} is" if training else "it is"
-        raise ValueError(f"the model must be in evaluation mode, but {where} in training mode: call model.eval()")
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"the model's {name!r} contains NaN or Inf")
-    if any(isinstance(module, QuantModule) for module in model.modules()):
-        raise ValueError("the model is quantized already")
-
-
-def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:
-    """Return args and kwargs of the model for each batch, on the model's device."""
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}: put it in a list")
-    device = device_of(model)
-    inputs = []
-    for index, batch in enumerate(batches):
-        args, kwargs = _as_arguments(model, batch, index)
-        for tensor in (*args, *kwargs.values()):
-            if tensor.dim() == 0 or len(tensor) == 0:
-                raise ValueError(f"calibration batch {index} has the shape {list(tensor.shape)}, without samples")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"calibration batch {index} contains NaN or Inf")
-        args = tuple(t.to(device) for t in args)
-        inputs.append((args, {name: t.to(device) for name, t in kwargs.items()}))
-    if not inputs:
-        raise ValueError("batches is empty: quantization needs at least one batch of calibration data")
-    return inputs
-
-
-def _as_arguments(model: nn.Module, batch: Any, index: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    if isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, Mapping):
-        names = inspect.signature(model.forward).parameters
-        kwargs = {name: batch[name] for name in names if isinstance(batch.get(name), Tensor)}
-        if kwargs:
-            return (), kwargs
-        raise TypeError(
-            f"calibration batch {index} is a dict with the keys {sorted(map(str, batch))}; none is a tensor for an "
-            f"argument of the model's forward ({', '.join(names)})"
-        )
-    raise TypeError(
-        f"calibration batch {index} must be a tensor, a (tensor, target) pair or a dict, got {type(batch).__name__}"
-    )
-
-
-def _batch_size(inputs: tuple[tuple[Tensor, ...], dict[str, Tensor]]) -> int:
-    args, kwargs = inputs
-    return len(next(iter((*args, *kwargs.values()))))

@@ -25,6 +25,7 @@ class LayerRecord:
         bytes: all stored tensors of the layer.
         execution: "simulate" or "float".
         reason: why it stayed in float, or a remark.
+        damage: noise over signal at the network's output with this layer alone quantized, where it was measured.
     """
 
     name: str
@@ -37,6 +38,22 @@ class LayerRecord:
     bytes: int = 0
     execution: str = "float"
     reason: str = ""
+    damage: float | None = None
+
+
+@dataclass(frozen=True)
+class Trade:
+    """What raising layers to 8 bits bought.
+
+    Attributes:
+        raised: names of the layers.
+        sqnr: of the network's output on the calibration data, in dB.
+        bytes: of the quantized network.
+    """
+
+    raised: tuple[str, ...]
+    sqnr: float | None
+    bytes: int
 
 
 @dataclass
@@ -53,6 +70,8 @@ class QuantRecord:
         sqnr: of the network's output on the calibration data, in dB.
         folded: number of BatchNorms folded.
         float_bytes: of all parameters and buffers of the float model.
+        bytes: of all parameters and buffers of the quantized one.
+        trade: what each raising of layers to 8 bits bought, where target_sqnr or size_budget asked for it.
     """
 
     config: QuantConfig
@@ -64,6 +83,8 @@ class QuantRecord:
     sqnr: float | None = None
     folded: int = 0
     float_bytes: int = 0
+    bytes: int = 0
+    trade: list[Trade] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a file's header."""
@@ -75,6 +96,7 @@ class QuantRecord:
         fields = dict(fields)
         fields["config"] = QuantConfig(**fields["config"])
         fields["layers"] = [LayerRecord(**layer) for layer in fields["layers"]]
+        fields["trade"] = [Trade(**{**step, "raised": tuple(step["raised"])}) for step in fields["trade"]]
         return cls(**fields)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ptq4cuda.record import LayerRecord, record_of, tensor_bytes
+from ptq4cuda.record import LayerRecord, QuantRecord, record_of, tensor_bytes
 
 DASH = "–"
 
@@ -49,11 +49,30 @@ def report(network: nn.Module) -> str:
     if record.seconds:
         total += f", {record.seconds:.1f} s"
     lines = [table(header[:columns], [_row(layer)[:columns] for layer in record.layers]), "", total]
+    lines += _trade(record)
     if record.walked_by == "graph":
         lines.append(f"BatchNorm: {record.folded} folded.")
     else:
         lines.append(f"Walked by its modules, BatchNorm not folded: {record.reason}.")
     return "\n".join(lines)
+
+
+def _trade(record: QuantRecord) -> list[str]:
+    """Tell what raising layers to 8 bits cost and bought."""
+    steps = [
+        f"  {len(step.raised)} layers at 8 bits: {_number(step.sqnr, 1)} dB, {step.bytes:,} bytes"
+        for step in record.trade
+    ]
+    if not steps:
+        return []
+    lines = ["Raised to 8 bits, worst first:", *steps]
+    raised = record.trade[-1].raised
+    if raised:
+        lines.append(f"  {', '.join(raised)}")
+    target = record.config.target_sqnr
+    if target is not None and record.sqnr is not None and record.sqnr < target:
+        lines.append(f"  {target:g} dB was not reached.")
+    return lines
 
 
 def _row(layer: LayerRecord) -> tuple[str, ...]:

@@ -84,6 +84,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         if traced is None:
             raise ValueError(f"{path} does not fit the model {type(model).__name__}: {reason}")
         graph.fold_batch_norm(traced)
+        graph.shortcuts_first(traced)
         network = traced
     _check_structure(header["structure"], _structure(network), path)
     for name, entry in header["modules"].items():
