@@ -1,9 +1,15 @@
-"""Per-channel bit allocation (Banner, Nahshan, Soudry 2019, eq. 10-11)."""
+"""Per-channel bit allocation: analytic (Banner, Nahshan, Soudry 2019, eq. 10-11) and by measured gain."""
 
 from __future__ import annotations
 
+import heapq
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
+
+Allocation = Literal["uniform", "analytic", "greedy"]
+ALLOCATIONS = get_args(Allocation)
 
 
 def allocate_bits(spread: Tensor, mean_bits: float, low: int = 0, high: int = 8) -> Tensor:
@@ -48,3 +54,37 @@ def allocate_bits(spread: Tensor, mean_bits: float, low: int = 0, high: int = 8)
         else:
             above = middle
     return bits(below).to(torch.uint8)
+
+
+def allocate_by_gain(errors: Tensor, mean_bits: float, low: int, high: int) -> Tensor:
+    """Give bit after bit to the channel whose error it reduces most, until the mean is the target.
+
+    Args:
+        errors: [C, 9], the error of each channel with 0 to 8 bits, in units in which channels compare.
+        mean_bits: the target; all of floor(mean_bits * C) bits are given out.
+        low: least bits of a channel.
+        high: most bits of a channel.
+
+    Returns:
+        uint8 [C].
+    """
+    if not 0 <= low <= mean_bits <= high <= 8:
+        raise ValueError(f"a mean of {mean_bits} bits cannot be met with {low} to {high} bits a channel")
+    # A table that rises somewhere, as measured ones may, must not hide the fall behind it.
+    table = errors.double().flip(1).cummax(1).values.flip(1).tolist()
+    bits = [low] * len(table)
+
+    def offer(channel: int) -> tuple[float, int]:
+        b = bits[channel]
+        return table[channel][b + 1] - table[channel][b], channel
+
+    offers = [offer(channel) for channel in range(len(table))] if low < high else []
+    heapq.heapify(offers)
+    for _ in range(int(mean_bits * len(table)) - low * len(table)):
+        channel = offers[0][1]
+        bits[channel] += 1
+        if bits[channel] < high:
+            heapq.heapreplace(offers, offer(channel))
+        else:
+            heapq.heappop(offers)
+    return torch.tensor(bits, dtype=torch.uint8, device=errors.device)

@@ -1,9 +1,12 @@
-"""Optimal clip values (Banner, Nahshan, Soudry 2019, section 2).
+"""Clip values: in closed form (Banner, Nahshan, Soudry 2019, section 2), and searched on a histogram.
 
 A tensor clipped to [-α, α] and quantized to M bits loses the tails and rounds the rest. For a density that is
 symmetric about its mean the expected squared error is clip noise + α² / (3·4^M); the clip value that minimises it
 has a closed form for the Laplace distribution and takes a few Newton steps for the Gaussian. M may be any real
 number.
+
+No closed form may be trusted blindly: a histogram shows what a range costs on the values themselves, whatever their
+distribution, and the best range can be searched on it.
 """
 
 from __future__ import annotations
@@ -15,10 +18,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ptq4cuda.statistics import ChannelStatistics
+from ptq4cuda.quantizer import QuantParams
+from ptq4cuda.statistics import ChannelHistogram, ChannelStatistics
 
-ClipRule = Literal["laplace", "gaussian", "minmax"]
+ClosedForm = Literal["laplace", "gaussian", "minmax"]
+ClipRule = Literal["laplace", "gaussian", "minmax", "mse", "percentile", "kld", "mix", "auto"]
 CLIP_RULES = get_args(ClipRule)
+PERCENTILE = 99.9  # of a channel's values, zeros included, that the rule "percentile" keeps
+_EDGES = 128  # limits that a search tries between the ends of a histogram
 
 
 def lambert_w(x: Tensor) -> Tensor:
@@ -80,7 +87,7 @@ IDENTITY = Activation(negative_slope=1.0)
 
 
 def clip_range(
-    statistics: ChannelStatistics, bits: Tensor, rule: ClipRule, activation: Activation = IDENTITY
+    statistics: ChannelStatistics, bits: Tensor, rule: ClosedForm, activation: Activation = IDENTITY
 ) -> tuple[Tensor, Tensor]:
     """Return the range to quantize of activation(x), from the statistics of x ("fused ReLU").
 
@@ -111,3 +118,96 @@ def clip_range(
     else:
         clip_low, clip_high = centre - alpha, centre + alpha
     return torch.maximum(low, activation(clip_low)), torch.minimum(high, activation(clip_high))
+
+
+# --- on a histogram -------------------------------------------------------------------------------------------
+
+
+def clip_error(histogram: ChannelHistogram, low: Tensor, high: Tensor, bits: int, exponent: float = 2.0) -> Tensor:
+    """Return E|x̂ - x|^exponent of each channel, float64 [C], quantized over [low, high]."""
+    codes = torch.full_like(low, bits, dtype=torch.uint8)
+    values = histogram.values.float()
+    quantizer = QuantParams.from_range(low, high, codes, axis=0, constant=histogram.mean)
+    error = (quantizer.fake_quantize(values) - values).abs()
+    return (histogram.density * error.pow(exponent)).sum(1)
+
+
+def search_clip(histogram: ChannelHistogram, bits: int, exponent: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Return the range with the least clip noise plus rounding noise, float64 [C] each.
+
+    The paper's sum for a measured density and for any power k of the error: Σ p |x - limit|^k beyond the limits and
+    P(inside) · (step / 2)^k / (k + 1) between them. Both limits are searched together.
+    """
+    density = histogram.density
+    bins = density.shape[1]
+    edges = torch.linspace(0.0, bins, _EDGES + 1, dtype=torch.float64, device=density.device)
+    zero = -histogram.low / (histogram.high - histogram.low).clamp_min(torch.finfo(torch.float32).tiny) * bins
+    middles = torch.arange(bins, dtype=torch.float64, device=density.device) + 0.5
+    distance = middles[:, None] - edges  # in bins, the same for all channels
+    # Noise that clipping at each edge makes; a range has to contain zero.
+    above = density @ distance.clamp_min(0.0).pow(exponent)
+    below = density @ distance.neg().clamp_min(0.0).pow(exponent)
+    above = torch.where(edges >= zero[:, None], above, torch.inf)
+    below = torch.where(edges <= zero[:, None], below, torch.inf)
+    if bool((histogram.low >= 0).all()):
+        below, lower = below[:, :1], edges[:1]
+    else:
+        lower = edges
+    under = density @ (distance < 0).double()  # share of values under each edge
+    inside = under[:, None, :] - under[:, : len(lower), None]
+    step = (edges[None, :] - lower[:, None]).clamp_min(0.0) / (2.0**bits - 1.0)
+    noise = below[:, :, None] + above[:, None, :] + inside * (step / 2.0).pow(exponent) / (exponent + 1.0)
+    best = noise.flatten(1).argmin(1)
+    width = (histogram.high - histogram.low) / bins
+    low = histogram.low + lower[best // len(edges)] * width
+    high = histogram.low + edges[best % len(edges)] * width
+    return low.clamp_max(0.0), high.clamp_min(0.0)
+
+
+def percentile_clip(histogram: ChannelHistogram, percentile: float = PERCENTILE) -> tuple[Tensor, Tensor]:
+    """Return the range that leaves out (100 - percentile) / 2 percent of the values on either side."""
+    density = histogram.density
+    bins = density.shape[1]
+    outside = (100.0 - percentile) / 200.0
+    width = (histogram.high - histogram.low) / bins
+    first = (density.cumsum(1) <= outside).sum(1)
+    last = bins - (density.flip(1).cumsum(1) <= outside).sum(1)
+    low, high = histogram.low + first * width, histogram.low + last * width
+    return low.clamp_max(0.0), high.clamp_min(0.0)
+
+
+def kld_clip(histogram: ChannelHistogram, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the range whose quantized distribution has the least Kullback-Leibler divergence from the clipped one.
+
+    The calibration of TensorRT (Migacz 2017), which the paper compares with: for each threshold the values beyond it
+    move to the outermost bins (P), all bins of one code share its probability (Q), and Σ P log(P / Q) is compared.
+    """
+    density, values = histogram.density, histogram.values
+    bins = density.shape[1]
+    columns = torch.arange(bins, device=density.device)
+    least = torch.full_like(histogram.low, torch.inf)
+    best = torch.ones_like(least)
+    for part in range(8, _EDGES + 1):
+        share = part / _EDGES
+        low, high = histogram.low * share, histogram.high * share
+        quantizer = QuantParams.from_range(low, high, torch.full_like(low, bits, dtype=torch.uint8), axis=0)
+        codes = quantizer.quantize(values.float()).long()
+        inside = (values >= low[:, None]) & (values <= high[:, None])
+        first = inside.long().argmax(1)
+        last = (inside * columns).argmax(1)
+        nearest = torch.minimum(torch.maximum(columns, first[:, None]), last[:, None])
+        p = torch.zeros_like(density).scatter_add_(1, nearest, density)
+        # Q is made of the values inside alone; empty bins stay empty.
+        kept = density * inside
+        filled = (kept > 0).double()
+        levels = 2**bits
+        mass = torch.zeros(len(p), levels, dtype=p.dtype, device=p.device)
+        size = mass.scatter_add(1, codes, filled)
+        mass = mass.scatter_add(1, codes, kept)
+        q = (mass / size.clamp_min(1.0)).gather(1, codes) * filled
+        p, q = (t / t.sum(1, keepdim=True).clamp_min(1e-30) for t in (p, q))
+        divergence = torch.where(p > 0, p * torch.log(p / q.clamp_min(1e-12)), 0.0).sum(1)
+        better = divergence < least
+        least = torch.where(better, divergence, least)
+        best = torch.where(better, share, best)
+    return histogram.low * best, histogram.high * best

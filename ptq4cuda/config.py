@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+from ptq4cuda.bit_allocation import ALLOCATIONS, Allocation
 from ptq4cuda.clipping import CLIP_RULES, ClipRule
-from ptq4cuda.correction import BIAS_CORRECTIONS, BiasCorrection
+from ptq4cuda.correction import WEIGHT_CORRECTIONS, WeightCorrection
+from ptq4cuda.rounding import ROUNDINGS, Rounding
 
 Granularity = Literal["per_channel", "per_tensor"]
 Execution = Literal["simulate"]
+Target = Literal["weights", "output", "block"]
+WeightRange = Literal["minmax", "mse"]
+BiasCorrection = WeightCorrection | Literal["output"]
+FLOAT = "float"  # an override that leaves a layer in float
+_BITS = ("weight_bits", "activation_bits")
+Override = Mapping[str, int] | Literal["float"]
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How a network is quantized. The default is W4A4 by the paper's methods, in a form that integers can execute.
+    """How a network is quantized. The default is the most accurate W4A4 that integers can execute.
 
     Attributes:
-        weight_bits: bits of weights, 1 to 8 (with bit_allocation: the mean over a layer's output channels).
-        activation_bits: bits of the inputs of layers, 1 to 8 (with bit_allocation: the mean over channels).
+        weight_bits: bits of weights, 1 to 8 (with weight_allocation: the mean over a layer's output channels).
+        activation_bits: bits of the inputs of layers, 1 to 8 (with activation_allocation: the mean over channels).
         first_last_bits: bits of weights and input of the first convolution and of the last layer, 1 to 8.
-        clipping: range of activations: "laplace" or "gaussian" (optimal for that distribution) or "minmax".
-            Tensors of 8 bits and tensors without a known distribution keep their whole range.
+        depthwise_bits: bits of weights and input of depthwise convolutions, 1 to 8; None: those of other layers.
+            They are few of the weights and most of the damage.
+        overrides: by the name of a layer or a pattern ("layer1.*"): "float" leaves it in float, {"weight_bits": 8,
+            "activation_bits": 8} or one of the two sets its bits. The last pattern that fits a name counts.
+        clipping: range of activations: "laplace" or "gaussian" (optimal for that distribution), "mix" (the better of
+            both as measured), "mse" (searched on the histogram), "percentile", "kld", "minmax", or "auto" (of all but
+            kld the one with the least error, tensor by tensor). Tensors of 8 bits keep their whole range, and so do,
+            under laplace and gaussian, tensors without a known distribution.
+        clip_exponent: k of the error E|x̂ - x|^k that "mse" minimises and "mix" and "auto" compare.
         activation_granularity: one scale per channel or one per tensor.
-        bit_allocation: divide bits among channels (eq. 10-11), of activations and of weights below 8 bits.
+        activation_allocation: division of bits among the channels of an activation: "uniform", "analytic"
+            (eq. 10-11) or "greedy" (by measured gain, weighted with what an error costs at the output).
+        weight_allocation: "uniform" or "analytic", among a layer's output channels.
+        channel_bits: fewest and most bits that an allocation gives a channel.
         fold_activation_scale: quantize weights times the scale of their input channel, the form that integers can
             execute. The paper quantizes the weights as they are, which per channel can only be simulated.
-        bias_correction: of weights, "none", "mean" or "mean+variance" (eq. 12-13).
+        target: what the weights are to reproduce: the float "weights", the float "output" of the layer from the
+            quantized input (least squares), or "block": where the output is added to a shortcut, their sum.
+        weight_clipping: range of weights: "minmax" or "mse" (the part of it with the least error).
+        rounding: of weights: "nearest", "compensated" (error-compensated, GPTQ) or "descent" (that and coordinate
+            descent). The last two look at the layer's input.
+        bias_correction: "none", "mean" or "mean+variance" of the weights (eq. 12-13), or "output": the bias matches
+            the mean of the float output.
+        target_sqnr: output SQNR in dB on the calibration data; layers are raised to 8 bits, worst first, until it
+            is met.
         execution: "simulate" computes with dequantized values in floating point.
 
     Raises:
@@ -36,29 +64,61 @@ class QuantConfig:
     weight_bits: int = 4
     activation_bits: int = 4
     first_last_bits: int = 8
-    clipping: ClipRule = "laplace"
+    depthwise_bits: int | None = 8
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+    clipping: ClipRule = "mse"
+    clip_exponent: float = 2.5
     activation_granularity: Granularity = "per_channel"
+    activation_allocation: Allocation = "greedy"
+    weight_allocation: Allocation = "uniform"
+    channel_bits: tuple[int, int] = (1, 8)
     fold_activation_scale: bool = True
-    bit_allocation: bool = True
-    bias_correction: BiasCorrection = "mean"
+    target: Target = "block"
+    weight_clipping: WeightRange = "mse"
+    rounding: Rounding = "descent"
+    bias_correction: BiasCorrection = "output"
+    target_sqnr: float | None = None
     execution: Execution = "simulate"
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "first_last_bits"):
-            bits = getattr(self, name)
-            if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
-                raise ValueError(f"{name} must be an int from 1 to 8, got {bits!r}")
+        for name in ("weight_bits", "activation_bits", "first_last_bits", "depthwise_bits"):
+            if name != "depthwise_bits" or self.depthwise_bits is not None:
+                _check_bits(name, getattr(self, name))
         choices: dict[str, tuple[Any, ...]] = {
             "clipping": CLIP_RULES,
             "activation_granularity": get_args(Granularity),
+            "activation_allocation": ALLOCATIONS,
+            "weight_allocation": tuple(a for a in ALLOCATIONS if a != "greedy"),
             "fold_activation_scale": (True, False),
-            "bit_allocation": (True, False),
-            "bias_correction": BIAS_CORRECTIONS,
+            "target": get_args(Target),
+            "weight_clipping": get_args(WeightRange),
+            "rounding": ROUNDINGS,
+            "bias_correction": (*WEIGHT_CORRECTIONS, "output"),
             "execution": get_args(Execution),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
+        fewest, most = _pair(self.channel_bits)
+        object.__setattr__(self, "channel_bits", (fewest, most))  # a file's header holds a list
+        if not (isinstance(self.clip_exponent, (int, float)) and 1.0 <= self.clip_exponent <= 8.0):
+            raise ValueError(f"clip_exponent must be a number from 1 to 8, got {self.clip_exponent!r}")
+        if self.target_sqnr is not None and not isinstance(self.target_sqnr, (int, float)):
+            raise ValueError(f"target_sqnr must be a number of dB or None, got {self.target_sqnr!r}")
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"overrides must map name patterns to bits or 'float', got {self.overrides!r}")
+        for pattern, override in self.overrides.items():
+            if override == FLOAT:
+                continue
+            if not isinstance(override, Mapping) or not override or set(override) - set(_BITS):
+                raise ValueError(f"overrides[{pattern!r}] must be 'float' or have keys of {_BITS}, got {override!r}")
+            for name, bits in override.items():
+                _check_bits(f"overrides[{pattern!r}][{name!r}]", bits)
+
+    def override_of(self, name: str) -> Override | None:
+        """Return what overrides the bits of a layer, or None."""
+        fitting = [value for pattern, value in self.overrides.items() if fnmatchcase(name, pattern)]
+        return fitting[-1] if fitting else None
 
     @classmethod
     def paper(cls, weight_bits: int = 4, activation_bits: int = 4) -> QuantConfig:
@@ -66,7 +126,15 @@ class QuantConfig:
         return cls(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
+            depthwise_bits=None,
+            clipping="laplace",
+            activation_allocation="analytic",
+            weight_allocation="analytic",
+            channel_bits=(0, 8),
             fold_activation_scale=False,
+            target="weights",
+            weight_clipping="minmax",
+            rounding="nearest",
             bias_correction="mean+variance",
         )
 
@@ -76,11 +144,20 @@ class QuantConfig:
         return cls(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
+            depthwise_bits=None,
             clipping="minmax",
+            activation_allocation="uniform",
             fold_activation_scale=False,
-            bit_allocation=False,
+            target="weights",
+            weight_clipping="minmax",
+            rounding="nearest",
             bias_correction="none",
         )
+
+    @classmethod
+    def fast(cls) -> QuantConfig:
+        """Return closed forms and searches on statistics alone, executable by integers: the quickest good W4A4."""
+        return cls(target="weights", rounding="nearest")
 
     @classmethod
     def w4a8(cls) -> QuantConfig:
@@ -94,4 +171,20 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; QuantConfig(**fields) makes the same configuration."""
-        return asdict(self)
+        return {**asdict(self), "overrides": {k: v if v == FLOAT else dict(v) for k, v in self.overrides.items()}}
+
+
+def _check_bits(name: str, bits: Any) -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
+        raise ValueError(f"{name} must be an int from 1 to 8, got {bits!r}")
+
+
+def _pair(channel_bits: Any) -> tuple[int, int]:
+    if not (
+        isinstance(channel_bits, (tuple, list))
+        and len(channel_bits) == 2
+        and all(isinstance(b, int) for b in channel_bits)
+        and 0 <= channel_bits[0] <= channel_bits[1] <= 8
+    ):
+        raise ValueError(f"channel_bits must be two ints, 0 <= fewest <= most <= 8, got {channel_bits!r}")
+    return channel_bits[0], channel_bits[1]

@@ -1,4 +1,4 @@
-"""Bias correction of quantized weights (Banner, Nahshan, Soudry 2019, eq. 12-13)."""
+"""Bias correction: of quantized weights (Banner, Nahshan, Soudry 2019, eq. 12-13), and of a layer's output."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ptq4cuda.quantizer import QuantizedWeight
 
-BiasCorrection = Literal["none", "mean", "mean+variance"]
-BIAS_CORRECTIONS = get_args(BiasCorrection)
+WeightCorrection = Literal["none", "mean", "mean+variance"]
+WEIGHT_CORRECTIONS = get_args(WeightCorrection)
 
 
-def correct_bias(quantized: QuantizedWeight, weight: Tensor, correction: BiasCorrection) -> QuantizedWeight:
+def correct_bias(quantized: QuantizedWeight, weight: Tensor, correction: WeightCorrection) -> QuantizedWeight:
     """Restore the mean, and the variance, that quantization took from each output channel.
 
     With μ = E[W] - E[Wq] and ξ = ‖W - E[W]‖ / ‖Wq - E[Wq]‖ the weights become ξ (Wq + μ); without the variance

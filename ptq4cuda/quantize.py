@@ -1,4 +1,4 @@
-"""quantize(): from a trained network to a quantized one, as in Banner, Nahshan, Soudry (2019).
+"""quantize(): from a trained network to a quantized one, as in Banner, Nahshan, Soudry (2019), and past it.
 
 batches -> statistics -> clip and bits -> integer weights -> modules
 """
@@ -8,21 +8,25 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptq4cuda import graph
+from ptq4cuda.activation import TensorProfile, fit_activation, needs_histogram
 from ptq4cuda.bit_allocation import allocate_bits
-from ptq4cuda.clipping import clip_range
-from ptq4cuda.config import QuantConfig
+from ptq4cuda.clipping import ClipRule
+from ptq4cuda.config import FLOAT, QuantConfig
 from ptq4cuda.correction import correct_bias
+from ptq4cuda.least_squares import fit_weights
+from ptq4cuda.moments import Moments, layer_moments
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.record import QuantRecord, attach_record, tensor_bytes
-from ptq4cuda.rounding import round_to_nearest
-from ptq4cuda.walk import Inputs, LayerCall, Signal, Solution, device_of, walk_graph, walk_modules
+from ptq4cuda.rounding import round_for_output, round_to_nearest
+from ptq4cuda.walk import Inputs, LayerCall, Solution, device_of, walk_graph, walk_modules
 
 DEFAULT_CONFIG = QuantConfig()
 
@@ -58,6 +62,9 @@ def quantize(
     def solve(call: LayerCall) -> Solution:
         return solve_layer(call, config)
 
+    def kept(name: str) -> str:
+        return "kept in float by overrides" if config.override_of(name) == FLOAT else ""
+
     traced, record.reason = graph.trace(model)
     if not any(graph.layer_kind(module) == "Conv2d" for module in (traced or model).modules()):
         raise ValueError(f"the model has no nn.Conv2d to quantize ({type(model).__name__})")
@@ -67,11 +74,11 @@ def quantize(
     if traced is not None and not record.reason:
         network = traced
         record.folded = graph.fold_batch_norm(traced)
-        record.layers, noise = walk_graph(traced, inputs, solve, progress)
+        record.layers, noise = walk_graph(traced, inputs, solve, kept, progress)
     else:
         network = graph.own_copy(model)
         record.walked_by = "modules"
-        record.layers, noise = walk_modules(network, inputs, solve, progress)
+        record.layers, noise = walk_modules(network, inputs, solve, kept, progress)
     record.sqnr = noise.sqnr
     record.seconds = time.perf_counter() - start
     attach_record(network, record)
@@ -82,54 +89,112 @@ def quantize(
 
 
 def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
-    """Quantize one layer with the paper's methods, all in closed form."""
-    weight_bits = config.first_last_bits if call.first_or_last else config.weight_bits
-    activation_bits = config.first_last_bits if call.first_or_last else config.activation_bits
+    """Quantize one layer: its input, then its weights for that input, then its bias."""
+    weight_bits, activation_bits = bits_of(call, config)
     module = quant_module_for(call.kind).like(call.layer, folded=config.fold_activation_scale)  # type: ignore[arg-type]
     try:
-        quantizer, clip = quantizer_of(call.signal, activation_bits, module.activation_axis, config)
+        quantizer, clip = quantizer_of(call, activation_bits, module.activation_axis, config)
         module.set_activation(quantizer)
-        weight = quantize_weight(module.weight_to_quantize(call.layer.weight.detach()), weight_bits, config)
+        weight = module.weight_to_quantize(call.layer.weight.detach())
     except ValueError as error:
         raise ValueError(f"layer {call.name!r}: {error}") from error
-    module.set_weight(weight, call.layer.bias)
+    halves = None
+    if config.rounding != "nearest" or config.target != "weights":
+        inputs = [quantized for _, quantized in call.signal.streams]
+        halves = layer_moments(module, call.layer, inputs, target_outputs(call, config))
+    module.set_weight(quantize_weight(weight, weight_bits, config, call.layer, halves), call.layer.bias)
+    if config.bias_correction == "output":
+        match_output(module, call, config)
     return Solution(module, clip)
 
 
-def quantizer_of(signal: Signal, bits: int, axis: int, config: QuantConfig) -> tuple[QuantParams, str]:
-    """Return the quantizer of a tensor and its clip rule; layers that read one tensor share its quantizer."""
+def bits_of(call: LayerCall, config: QuantConfig) -> tuple[int, int]:
+    """Return the bits of a layer's weights and of its input."""
+    bits = {"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}
+    groups = getattr(call.layer, "groups", 1)
+    if call.first_or_last:
+        bits = dict.fromkeys(bits, config.first_last_bits)
+    elif config.depthwise_bits is not None and groups > 1 and call.layer.weight.shape[1] == 1:
+        bits = dict.fromkeys(bits, config.depthwise_bits)
+    override = config.override_of(call.name)
+    if isinstance(override, Mapping):
+        bits.update(override)
+    return bits["weight_bits"], bits["activation_bits"]
+
+
+def quantizer_of(call: LayerCall, bits: int, axis: int, config: QuantConfig) -> tuple[QuantParams, ClipRule]:
+    """Return the quantizer of a layer's input and its clip rule; layers that read one tensor share its quantizer."""
+    signal = call.signal
     if (bits, axis) not in signal.quantizers:
-        signal.quantizers[bits, axis] = fit_activation(signal, bits, axis, config)
+        channel_axis = axis if config.activation_granularity == "per_channel" else None
+        statistics = signal.statistics(channel_axis)
+        if not bool(torch.isfinite(statistics.mean).all()):
+            raise ValueError("its input contains NaN or Inf on the calibration data")
+        profile = TensorProfile(
+            statistics=statistics,
+            activation=signal.activation,
+            known=signal.before is not None or not bool((statistics.min >= 0).all()),
+            histogram=signal.histogram(channel_axis) if needs_histogram(bits, config) else None,
+            importance=call.importance.to(statistics.mean.device)
+            if channel_axis is not None
+            else torch.ones_like(statistics.mean),
+        )
+        signal.quantizers[bits, axis] = fit_activation(profile, bits, axis, config)
     return signal.quantizers[bits, axis]
 
 
-def fit_activation(signal: Signal, mean_bits: int, axis: int, config: QuantConfig) -> tuple[QuantParams, str]:
-    """Fit the quantizer of a layer's input: statistics, bits of each channel, clip values."""
-    per_channel = config.activation_granularity == "per_channel"
-    statistics = signal.statistics(axis if per_channel else None)
-    if not bool(torch.isfinite(statistics.mean).all()):
-        raise ValueError("its input contains NaN or Inf on the calibration data")
-    spread = statistics.std if config.clipping == "gaussian" else statistics.absdev
-    bits = torch.full_like(spread, mean_bits, dtype=torch.uint8)
-    if config.bit_allocation and per_channel and mean_bits < 8:
-        bits = allocate_bits(spread, mean_bits)
-
-    rule = config.clipping
-    # 8 bits need no clipping; and values that are never negative, made by something other than a known activation,
-    # are not spread symmetrically about their mean as the closed forms assume.
-    if mean_bits == 8 or (signal.before is None and bool((statistics.min >= 0).all())):
-        rule = "minmax"
-    low, high = clip_range(statistics, bits, rule, signal.activation)
-    constant = signal.activation(statistics.mean)
-    return QuantParams.from_range(low, high, bits, axis, constant), rule
+def target_outputs(call: LayerCall, config: QuantConfig) -> list[Tensor]:
+    """Return what the layer's output is to be, for each chunk."""
+    if config.target != "block" or call.added is None:
+        return call.outputs
+    # The layer is the last of its block to be quantized: let it make up for the error of what is added to it.
+    return [y + (x - quantized) for y, (x, quantized) in zip(call.outputs, call.added, strict=True)]
 
 
-def quantize_weight(weight: Tensor, mean_bits: int, config: QuantConfig) -> QuantizedWeight:
-    """Quantize weights [O, ...]: bits of each output channel, rounding, bias correction."""
+def quantize_weight(
+    weight: Tensor,
+    mean_bits: int,
+    config: QuantConfig,
+    layer: nn.Conv2d | nn.Linear,
+    halves: tuple[Moments, Moments] | None,
+) -> QuantizedWeight:
+    """Quantize weights [O, ...]: bits of each output channel, what to reproduce, rounding, correction."""
     bits = torch.full((len(weight),), mean_bits, dtype=torch.uint8, device=weight.device)
-    if config.bit_allocation and mean_bits < 8:
-        bits = allocate_bits(weight.flatten(1).double().std(dim=1, correction=0), mean_bits)
-    return correct_bias(round_to_nearest(weight, bits), weight, config.bias_correction)
+    if config.weight_allocation == "analytic" and mean_bits < 8:
+        fewest, most = config.channel_bits
+        bits = allocate_bits(weight.flatten(1).double().std(dim=1, correction=0), mean_bits, fewest, most)
+    if config.rounding == "nearest" and config.weight_clipping == "minmax":
+        quantized = round_to_nearest(weight, bits)
+    else:
+        groups = getattr(layer, "groups", 1)
+        rows = weight.reshape(groups, len(weight) // groups, -1).double()
+        covariance = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device).expand(groups, -1, -1)
+        if halves is not None:
+            covariance = (halves[0] + halves[1]).covariance
+            if config.target != "weights":
+                fit = fit_weights(rows, halves)
+                rows, covariance = fit.weight, fit.covariance
+        quantized = round_for_output(rows, bits, covariance, config.rounding)
+        quantized = replace(quantized, codes=quantized.codes.view(weight.shape))
+    if config.bias_correction == "output":
+        return quantized
+    return correct_bias(quantized, weight, config.bias_correction)
+
+
+def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> None:
+    """Set the bias so that the mean of each output channel is that of the target."""
+    axis = module.activation_axis
+    shift: Tensor | None = None
+    for target, (_, quantized) in zip(target_outputs(call, config), call.signal.streams, strict=True):
+        device = module.weight_scale.device
+        missing = target.to(device) - module(quantized.to(device))
+        others = [d for d in range(missing.dim()) if d != axis % missing.dim()]
+        part = missing.sum(others, dtype=torch.float64)
+        shift = part if shift is None else shift + part
+    assert shift is not None
+    count = sum(t.numel() for t in call.outputs) / len(shift)
+    bias = torch.zeros_like(shift) if module.bias is None else module.bias.double()
+    module.register_buffer("bias", (bias + shift / count).float())
 
 
 # --- arguments ------------------------------------------------------------------------------------------------

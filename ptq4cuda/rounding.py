@@ -1,10 +1,33 @@
-"""From float weights to integer codes."""
+"""From float weights to integer codes: row o has the values scale_o * (code + offset_o).
+
+Codes have b bits. Offsets lie on a grid, so that (code + offset) * 2^(7 - b) is an int8 without further rounding and an
+integer convolution needs no term for the offset: multiples of 2^(b - 7) below 8 bits, -128 at 8.
+
+Beyond rounding to nearest, codes are chosen to keep the layer's output: the error of a row is (w - w*) H (w - w*)ᵀ with
+H the covariance of the layer's input. Error-compensated rounding takes the inputs one by one and lets those that are
+not rounded yet make up for the error (Frantar et al. 2022, GPTQ); coordinate descent then revisits every code, given all
+others, and the best scale and offset for the codes in closed form, until nothing improves.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
 
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
+
+Rounding = Literal["nearest", "compensated", "descent"]
+ROUNDINGS = get_args(Rounding)
+
+_BLOCK = 64  # inputs that are rounded before the rest of the row is brought up to date
+_SHRINKS = [i / 40 for i in range(12, 41)]  # of a row's range, tried for the scale to start from
+_STARTS = (0.85, 1.0, 1.2)  # times that scale
+_SWEEPS = 4
+_DAMPING = 0.01  # of the mean diagonal, for the inverse in compensated rounding
 
 
 def round_to_nearest(weight: Tensor, bits: Tensor) -> QuantizedWeight:
@@ -12,10 +35,209 @@ def round_to_nearest(weight: Tensor, bits: Tensor) -> QuantizedWeight:
 
     Args:
         weight: [O, ...], finite; the channels that a kernel reads together lie innermost ([O, R, S, C]).
-        bits: uint8 [O]. A channel of 0 bits becomes its mean.
+        bits: uint8 [O]. A channel of 0 bits becomes its mean, one of 8 bits has a range symmetric about zero.
     """
     rows = weight.flatten(1)
     low, high = rows.aminmax(dim=1)
+    widest = torch.maximum(-low, high)
+    full = bits == 8
+    low, high = torch.where(full, -widest * (128 / 127), low), torch.where(full, widest, high)
     quantizer = QuantParams.from_range(low, high, bits, axis=0, constant=rows.double().mean(1))
     codes = quantizer.quantize(weight.float())
     return QuantizedWeight(codes, bits, quantizer.scale, -quantizer.zero_point.float())
+
+
+def round_for_output(weight: Tensor, bits: Tensor, covariance: Tensor, rounding: Rounding) -> QuantizedWeight:
+    """Quantize rows so that the layer's output changes least.
+
+    Args:
+        weight: float64 [G, R, d], rows of each group.
+        bits: uint8 [G * R], 1 to 8.
+        covariance: H of the input, float64 [G, d, d], positive semidefinite.
+        rounding: "nearest" only searches the scale; "compensated" and "descent" choose codes too.
+
+    Returns:
+        Codes [G * R, d].
+    """
+    h = covariance.float()
+    # An input that never varies costs nothing, whatever its weight: keep it near the float one.
+    mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    h = h + torch.diag_embed((1e-6 * mean)[:, None].expand(h.shape[:2]))
+    rows = _Rows.start(weight.float(), bits.view(weight.shape[:2]).float(), h)
+    if rounding != "nearest":
+        rows = rows.repeated(_STARTS)
+        rows.compensate()
+        if rounding == "descent":
+            for _ in range(_SWEEPS):
+                rows.rescale()
+                if not rows.descend():
+                    break
+        rows.rescale()
+        rows = rows.best(len(_STARTS))
+    return QuantizedWeight(
+        rows.codes.flatten(0, 1).to(torch.uint8), bits, rows.scale.flatten(), rows.offset.flatten()
+    )
+
+
+def _snap(offset: Tensor, bits: Tensor) -> Tensor:
+    """Move offsets to the grid, inside of the range in which zero is between the codes."""
+    grid = torch.exp2(bits - 7.0)
+    snapped = (torch.round(offset / grid) * grid).clamp_max(0.0)
+    return torch.where(bits == 8, -128.0, torch.maximum(snapped, 1.0 - torch.exp2(bits)))
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Rows under way: float32 codes [G, R, d], scale, offset and qmax [G, R], target weights and H."""
+
+    weight: Tensor
+    bits: Tensor
+    h: Tensor
+    scale: Tensor
+    offset: Tensor
+    codes: Tensor
+
+    @classmethod
+    def start(cls, weight: Tensor, bits: Tensor, h: Tensor) -> _Rows:
+        """Round to nearest with the scale, a part of the row's range, that does least harm.
+
+        The inputs count by their variances alone here: this runs once for each scale that is tried.
+        """
+        qmax = torch.exp2(bits) - 1.0
+        low, high = weight.amin(-1).clamp_max(0.0), weight.amax(-1).clamp_min(0.0)
+        symmetric = torch.maximum(-low / 128.0, high / 127.0)
+        step = torch.where(bits == 8, symmetric, (high - low) / qmax).clamp_min(torch.finfo(torch.float32).tiny)
+        best: _Rows | None = None
+        least = torch.full_like(step, torch.inf)
+        for shrink in _SHRINKS:
+            scale = step * shrink
+            rows = cls(weight, bits, h, scale, _snap(low / step, bits), torch.empty(0))
+            rows.codes = rows.nearest(weight)
+            error = (rows.difference().square() * h.diagonal(dim1=1, dim2=2)[:, None, :]).sum(-1)
+            if best is None:
+                best = rows
+            better = error < least
+            least = torch.where(better, error, least)
+            best.take(rows, better)
+        assert best is not None
+        return best
+
+    def take(self, other: _Rows, where: Tensor) -> None:
+        """Take over scale, offset and codes of some rows."""
+        self.scale = torch.where(where, other.scale, self.scale)
+        self.offset = torch.where(where, other.offset, self.offset)
+        self.codes = torch.where(where[..., None], other.codes, self.codes)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Return the codes closest to weights [G, R, ...]."""
+        shape = (*self.scale.shape, *(1,) * (weight.dim() - 2))
+        scale, offset, bits = (t.view(shape) for t in (self.scale, self.offset, self.bits))
+        return torch.minimum(torch.round(weight / scale - offset).clamp_min(0.0), torch.exp2(bits) - 1.0)
+
+    def difference(self) -> Tensor:
+        """Return w - w* [G, R, d]."""
+        return (self.codes + self.offset[..., None]) * self.scale[..., None] - self.weight
+
+    def error(self) -> Tensor:
+        """Return (w - w*) H (w - w*)ᵀ [G, R]."""
+        difference = self.difference()
+        return ((difference @ self.h) * difference).sum(-1)
+
+    def repeated(self, factors: tuple[float, ...]) -> _Rows:
+        """Return the rows once for each factor on their scale; the offset keeps the lower end of the range."""
+        n = len(factors)
+        factor = torch.tensor(factors, device=self.scale.device).repeat_interleave(self.scale.shape[1])
+        bits = self.bits.repeat(1, n)
+        return _Rows(
+            self.weight.repeat(1, n, 1),
+            bits,
+            self.h,
+            self.scale.repeat(1, n) * factor,
+            _snap(self.offset.repeat(1, n) / factor, bits),
+            self.codes.repeat(1, n, 1),
+        )
+
+    def best(self, n: int) -> _Rows:
+        """Return of n repetitions of each row the one with the least error."""
+        groups, rows = self.codes.shape[:2]
+        pick = self.error().view(groups, n, rows // n).argmin(1)
+
+        def picked(tensor: Tensor) -> Tensor:
+            tensor = tensor.view(groups, n, rows // n, -1)
+            index = pick[:, None, :, None].expand(groups, 1, rows // n, tensor.shape[-1])
+            return tensor.gather(1, index).squeeze(1)
+
+        vectors = (picked(t).squeeze(-1) for t in (self.bits, self.scale, self.offset))
+        bits, scale, offset = vectors
+        return _Rows(picked(self.weight), bits, self.h, scale, offset, picked(self.codes))
+
+    def compensate(self) -> None:
+        """Choose codes input by input, each error made up for by the inputs that follow.
+
+        The inputs go in the order of falling variance. With U the upper Cholesky factor of H⁻¹, rounding input j with
+        the error e moves the inputs i > j by -e U_ji / U_jj.
+        """
+        diagonal = self.h.diagonal(dim1=1, dim2=2)
+        order = diagonal.argsort(dim=1, descending=True, stable=True)
+        h = self.h.gather(1, order[:, :, None].expand_as(self.h)).gather(2, order[:, None, :].expand_as(self.h))
+        damping = _DAMPING * diagonal.double().mean(1, keepdim=True).expand_as(diagonal)
+        lower = torch.linalg.cholesky(h.double() + torch.diag_embed(damping))
+        u = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+        index = order[:, None, :].expand_as(self.weight)
+        left = self.weight.gather(2, index)
+        codes = torch.empty_like(left)
+        for first, end in _blocks(left.shape[2]):
+            block, inner = left[:, :, first:end].contiguous(), u[:, first:end, first:end]
+            errors = torch.empty_like(block)
+            for j in range(end - first):
+                code = self.nearest(block[:, :, j])
+                codes[:, :, first + j] = code
+                error = (block[:, :, j] - (code + self.offset) * self.scale) / inner[:, j, j, None]
+                block[:, :, j + 1 :] -= error[:, :, None] * inner[:, j, None, j + 1 :]
+                errors[:, :, j] = error
+            left[:, :, end:] -= errors @ u[:, first:end, end:]
+        self.codes = torch.empty_like(codes).scatter_(2, index, codes)
+
+    def descend(self) -> bool:
+        """Choose each code once, given all others; tell whether any changed."""
+        gradient = self.difference() @ self.h
+        curvature = self.h.diagonal(dim1=1, dim2=2)[:, None, :]
+        changed = torch.zeros((), dtype=torch.bool, device=self.h.device)
+        for first, end in _blocks(self.codes.shape[2]):
+            block, inner = gradient[:, :, first:end].contiguous(), self.h[:, first:end, first:end]
+            moves = torch.empty_like(block)
+            for j in range(end - first):
+                old = self.codes[:, :, first + j]
+                value = (old + self.offset) * self.scale
+                new = self.nearest(value - block[:, :, j] / curvature[:, :, first + j])
+                move = (new - old) * self.scale
+                self.codes[:, :, first + j] = new
+                block += move[:, :, None] * inner[:, j, None, :]
+                moves[:, :, j] = move
+            gradient += moves @ self.h[:, first:end, :]
+            changed |= (moves != 0).any()
+        return bool(changed)
+
+    def rescale(self) -> None:
+        """Set scale and offset to the least squares fit of the target by codes and ones, in the metric of H."""
+        ones = torch.ones_like(self.codes)
+        target = self.weight @ self.h
+        codes_h, ones_h = self.codes @ self.h, ones @ self.h
+        cc, c1, oo = (codes_h * self.codes).sum(-1), (codes_h * ones).sum(-1), (ones_h * ones).sum(-1)
+        ct, ot = (target * self.codes).sum(-1), (target * ones).sum(-1)
+        determinant = cc * oo - c1 * c1
+        slope, shift = (ct * oo - ot * c1) / determinant, (cc * ot - c1 * ct) / determinant
+        usable = (determinant > 1e-6 * cc * oo) & (slope > 0)
+        offset = torch.where(usable, _snap(shift / slope, self.bits), self.offset)
+        # The best scale for the offset that the grid allows.
+        along = ct + offset * ot
+        square = cc + 2.0 * offset * c1 + offset.square() * oo
+        scale = along / square
+        candidate = _Rows(self.weight, self.bits, self.h, scale, offset, self.codes)
+        better = (scale > 0) & torch.isfinite(scale) & (candidate.error() < self.error())
+        self.take(candidate, better)
+
+
+def _blocks(width: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, width, _BLOCK):
+        yield first, min(first + _BLOCK, width)

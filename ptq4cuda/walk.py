@@ -34,8 +34,9 @@ from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.record import LayerRecord, tensor_bytes
-from ptq4cuda.statistics import ChannelStatistics
+from ptq4cuda.statistics import ChannelHistogram, ChannelStatistics
 
+Layer = nn.Conv2d | nn.Linear
 FRONTIER_LIMIT = 8 << 30  # bytes of the frontier in host memory; beyond it tensors go to memory-mapped files
 
 
@@ -60,6 +61,10 @@ class Signal:
         chunks = self.before if self.before is not None else [value for value, _ in self.streams]
         return ChannelStatistics.over(lambda: chunks, axis)
 
+    def histogram(self, axis: int | None) -> ChannelHistogram:
+        """Count the values of the tensor as quantized so far, as its readers see it."""
+        return ChannelHistogram.over(lambda: [quantized for _, quantized in self.streams], axis)
+
 
 @dataclass(eq=False)
 class LayerCall:
@@ -71,13 +76,21 @@ class LayerCall:
         kind: "Conv2d" or "Linear".
         signal: its input.
         first_or_last: True for the first convolution and the last layer.
+        outputs: its float output, for each chunk.
+        added: what is added to the output next (the shortcut of a residual block), both streams for each chunk, where
+            it is known by then.
+        importance: float64 [C], what a squared error of each channel of the signal costs, in the layers to quantize
+            that read it.
     """
 
     name: str
-    layer: nn.Conv2d | nn.Linear
+    layer: Layer
     kind: str
     signal: Signal
     first_or_last: bool
+    outputs: list[Tensor]
+    added: list[tuple[Tensor, Tensor]] | None
+    importance: Tensor
 
 
 @dataclass(eq=False)
@@ -88,6 +101,7 @@ class Solution:
     clip: str
 
 
+Kept = Callable[[str], str]  # why a layer that could be quantized stays in float, or ""
 Solver = Callable[[LayerCall], Solution]
 Inputs = Sequence[tuple[tuple[Any, ...], dict[str, Any]]]  # args and kwargs of each calibration batch
 
@@ -172,6 +186,7 @@ def walk_graph(
     network: fx.GraphModule,
     inputs: Inputs,
     solve: Solver,
+    kept: Kept,
     progress: bool,
 ) -> tuple[list[LayerRecord], Noise]:
     """Quantize the layers of a traced network in place.
@@ -179,7 +194,7 @@ def walk_graph(
     Returns:
         The records of its layers in execution order and the noise of its output.
     """
-    walk = _GraphWalk(network, inputs, solve)
+    walk = _GraphWalk(network, inputs, solve, kept)
     with torch.no_grad(), _progress(len(walk.layers), progress) as bar:
         for node in network.graph.nodes:
             walk.visit(node)
@@ -189,17 +204,18 @@ def walk_graph(
 
 
 class _GraphWalk:
-    def __init__(self, network: fx.GraphModule, inputs: Inputs, solve: Solver) -> None:
-        self.network, self.inputs, self.solve = network, inputs, solve
+    def __init__(self, network: fx.GraphModule, inputs: Inputs, solve: Solver, kept: Kept) -> None:
+        self.network, self.inputs, self.solve, self.kept = network, inputs, solve, kept
         self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
         self.frontier = Frontier(device_of(network), FRONTIER_LIMIT)
         self.signals: dict[fx.Node, Signal] = {}
         self.records: list[LayerRecord] = []
         self.noise = Noise()
 
-        self.layers = [node for node in network.graph.nodes if graph.why_float_call(node, network) == ""]
+        self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
         convolutions = [node for node in self.layers if isinstance(self._module(node), nn.Conv2d)]
         self.ends = {*convolutions[:1], *self.layers[-1:]}
+        self.costs = graph.output_importance(network, inputs[0])
         # The values that are not needed any more once a node has run.
         self.last_uses: dict[fx.Node, list[fx.Node]] = {}
         seen: set[fx.Node] = set()
@@ -212,9 +228,14 @@ class _GraphWalk:
     def _module(self, node: fx.Node) -> nn.Module:
         return self.network.get_submodule(str(node.target))
 
+    def _why_float(self, node: fx.Node) -> str | None:
+        """Return "" for a layer to quantize, a reason for what stays in float, None for all other nodes."""
+        reason = graph.why_float_call(node, self.network)
+        return self.kept(str(node.target)) if reason == "" else reason
+
     def visit(self, node: fx.Node) -> None:
         """Run one node on all chunks of both streams."""
-        reason = graph.why_float_call(node, self.network)
+        reason = self._why_float(node)
         if node.op == "placeholder":
             signal = self._placeholder(node)
         elif node.op == "output":
@@ -278,17 +299,49 @@ class _GraphWalk:
         assert isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(source, fx.Node)
         kind = graph.layer_kind(layer)
         assert kind is not None
-        call = LayerCall(str(node.target), layer, kind, self.signals[source], node in self.ends)
+        signal = self.signals[source]
+        call = LayerCall(
+            str(node.target),
+            layer,
+            kind,
+            signal,
+            first_or_last=node in self.ends,
+            outputs=[self.frontier.hold(layer(self.frontier.fetch(x))) for x, _ in signal.streams],
+            added=self._added(node),
+            importance=self._importance(source),
+        )
         solution = self.solve(call)
         streams, noise = [], Noise()
-        for x, quantized in call.signal.streams:
-            y = layer(self.frontier.fetch(x))
-            y_quantized = solution.module(self.frontier.fetch(quantized))
+        for y, (_, quantized) in zip(call.outputs, signal.streams, strict=True):
+            y_quantized = self.frontier.hold(solution.module(self.frontier.fetch(quantized)))
             noise.add(y, y_quantized)
-            streams.append((self.frontier.hold(y), self.frontier.hold(y_quantized)))
+            streams.append((y, y_quantized))
         self.network.set_submodule(call.name, solution.module)
         self.records.append(record_solution(call, solution, noise))
         return Signal(streams)
+
+    def _importance(self, source: fx.Node) -> Tensor:
+        readers = [node for node in source.users if node in self.layers]
+        costs = []
+        for reader in readers:
+            layer = self._module(reader)
+            assert isinstance(layer, (nn.Conv2d, nn.Linear))
+            costs.append(
+                graph.layer_importance(
+                    layer, self.costs.get(reader, layer.weight.new_ones(len(layer.weight)).double())
+                )
+            )
+        return torch.stack(costs).sum(0)
+
+    def _added(self, node: fx.Node) -> list[tuple[Tensor, Tensor]] | None:
+        """Return both streams of what is added to a node's value and to nothing else of it, if it is known already."""
+        users = list(node.users)
+        if len(users) != 1 or not graph.is_addition(users[0]):
+            return None
+        others = [operand for operand in users[0].all_input_nodes if operand is not node]
+        if len(others) != 1 or others[0] not in self.signals:
+            return None
+        return self.signals[others[0]].streams
 
     def _set_activation(self, node: fx.Node, signal: Signal) -> None:
         """Remember what the value was before its activation, also through nodes that only move values."""
@@ -319,7 +372,7 @@ class _GraphWalk:
 
 
 def walk_modules(
-    network: nn.Module, inputs: Inputs, solve: Solver, progress: bool
+    network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool
 ) -> tuple[list[LayerRecord], Noise]:
     """Quantize the layers of any network in place, in one forward of all calibration samples.
 
@@ -328,7 +381,7 @@ def walk_modules(
     Returns:
         The records of its layers in the order of their first call and the noise of its output.
     """
-    names = {module: name for name, module in network.named_modules() if graph.layer_kind(module) is not None}
+    names = {module: name for name, module in network.named_modules() if graph.layer_kind(module) and not kept(name)}
     order, functions = _calling_order(network, names, inputs[0])
     walk = _ModuleWalk(names, order, solve, samples=sum(len(tree_leaves(i)[0]) for i in inputs))
     hooks = [module.register_forward_hook(walk.on_layer, with_kwargs=True) for module in names]
@@ -347,7 +400,7 @@ def walk_modules(
         network.set_submodule(names[module], solution.module)
     records = walk.records()
     for name, module in network.named_modules():
-        reason = graph.why_float(module)
+        reason = graph.why_float(module) or (kept(name) if graph.layer_kind(module) else "")
         if module in names and module not in walk.solved:
             reason = walk.left.get(module, "never called as a module")
         if reason:
@@ -460,7 +513,16 @@ class _ModuleWalk:
             assert isinstance(module, (nn.Conv2d, nn.Linear))
             kind = graph.layer_kind(module)
             assert kind is not None
-            self.calls[module] = LayerCall(self.names[module], module, kind, signal, module in self.ends)
+            self.calls[module] = LayerCall(
+                self.names[module],
+                module,
+                kind,
+                signal,
+                first_or_last=module in self.ends,
+                outputs=[_split(output)[0]],
+                added=None,
+                importance=graph.layer_importance(module, torch.ones(len(module.weight), dtype=torch.float64)),
+            )
             self.solved[module] = self.solve(self.calls[module])
             self.calls[module].signal = Signal([])  # let the tensors go
             self.noise[module] = Noise()

@@ -1,9 +1,11 @@
 """torch.fx passes: trace into canonical form, fold BatchNorm, find what to quantize and how tensors come about."""
 
 from ptq4cuda.graph.fold import fold_batch_norm
+from ptq4cuda.graph.importance import layer_importance, output_importance
 from ptq4cuda.graph.layers import (
     activation_of,
     call_name,
+    is_addition,
     is_transparent,
     is_weighted,
     layer_kind,
@@ -17,10 +19,13 @@ __all__ = [
     "activation_of",
     "call_name",
     "fold_batch_norm",
+    "is_addition",
     "is_transparent",
     "is_weighted",
+    "layer_importance",
     "layer_kind",
     "module_activation",
+    "output_importance",
     "own_copy",
     "trace",
     "why_different",

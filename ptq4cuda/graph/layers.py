@@ -170,3 +170,8 @@ def is_transparent(node: fx.Node, network: fx.GraphModule) -> bool:
     if node.op == "call_function":
         return node.target in _TRANSPARENT_FUNCTIONS
     return node.op == "call_method" and node.target in _TRANSPARENT_METHODS
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Tell whether a node adds two values, elementwise and unscaled."""
+    return node.target in (operator.add, torch.add, "add") and not node.kwargs

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ptq4cuda.correction import BiasCorrection
+from ptq4cuda.correction import WeightCorrection
 from ptq4cuda.nn.quant_module import QuantModule
 from ptq4cuda.quantizer import QuantParams
 
@@ -86,7 +86,7 @@ class QuantConv2d(QuantModule):
         activation: QuantParams | None = None,
         *,
         weight_bits: int | Tensor = 4,
-        bias_correction: BiasCorrection = "mean",
+        bias_correction: WeightCorrection = "mean",
         folded: bool = True,
     ) -> QuantConv2d:
         """Quantize a trained convolution.

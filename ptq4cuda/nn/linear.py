@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4cuda.correction import BiasCorrection
+from ptq4cuda.correction import WeightCorrection
 from ptq4cuda.nn.quant_module import QuantModule
 from ptq4cuda.quantizer import QuantParams
 
@@ -53,7 +53,7 @@ class QuantLinear(QuantModule):
         activation: QuantParams | None = None,
         *,
         weight_bits: int | Tensor = 4,
-        bias_correction: BiasCorrection = "mean",
+        bias_correction: WeightCorrection = "mean",
         folded: bool = True,
     ) -> QuantLinear:
         """Quantize a trained layer; arguments as for QuantConv2d.from_float."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda import ops
-from ptq4cuda.correction import BiasCorrection, correct_bias
+from ptq4cuda.correction import WeightCorrection, correct_bias
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.rounding import round_to_nearest
 
@@ -110,7 +110,7 @@ class QuantModule(nn.Module):
         layer: nn.Conv2d | nn.Linear,
         activation: QuantParams | None,
         weight_bits: int | Tensor,
-        bias_correction: BiasCorrection,
+        bias_correction: WeightCorrection,
     ) -> None:
         """Take over a float layer's weights, rounded to the nearest code, its bias and a quantizer of its input."""
         if isinstance(weight_bits, int):
@@ -190,6 +190,18 @@ class QuantModule(nn.Module):
         if self.folded and self.activation_scale is not None:
             weight = weight / input_scale_of_weights(self.activation_scale, self.weight_shape, self.groups)
         return weight
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return the quantized input, in units of its codes (q - z) where the scale is folded into the weights."""
+        activation = self.activation
+        if activation is None:
+            return x
+        x = activation.fake_quantize(x)
+        if not self.folded:
+            return x
+        shape = [1] * x.dim()
+        shape[self.activation_axis] = -1
+        return x / activation.scale.view(shape)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the quantized input, weights and bias in the input's dtype."""

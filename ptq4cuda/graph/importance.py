@@ -1,0 +1,123 @@
+"""What an error of each channel of each tensor costs at the network's output, without gradients.
+
+Squared errors that are independent of each other pass a layer with its squared weights, an activation with the squared
+slope that its inputs see on average, a mean over n values divided by n². One walk from the output back adds it up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ptq4cuda.graph.layers import activation_of, layer_kind
+
+
+@dataclass(frozen=True)
+class _Seen:
+    shape: torch.Size
+    positive: Tensor  # share of positive values of each channel
+
+
+class _Probe(fx.Interpreter):
+    """Runs the network and remembers of each tensor its shape and how much of it is positive."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.seen: dict[fx.Node, _Seen] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point():
+            others = [d for d in range(value.dim()) if d != _axis(value.shape)]
+            share = (value > 0).double().mean(others) if others else (value > 0).double()
+            self.seen[n] = _Seen(value.shape, share)
+        return value
+
+
+def _axis(shape: torch.Size) -> int:
+    return 1 if len(shape) in (2, 4) else len(shape) - 1
+
+
+def layer_importance(layer: nn.Conv2d | nn.Linear, outputs: Tensor) -> Tensor:
+    """Return what a squared error of each input channel costs, given what one of each output channel does [O].
+
+    An input of a convolution is read once for each position of the kernel that meets it: r·s / (stride²) times.
+    """
+    squares = layer.weight.detach().double().square()
+    if isinstance(layer, nn.Linear):
+        return outputs @ squares
+    energy = squares.sum((2, 3)).view(layer.groups, -1, squares.shape[1])  # [G, O / G, C / G]
+    cost = (outputs.view(layer.groups, -1, 1) * energy).sum(1).flatten()
+    return cost / (layer.stride[0] * layer.stride[1])
+
+
+def output_importance(network: fx.GraphModule, example: Any) -> dict[fx.Node, Tensor]:
+    """Return what a squared error of each channel of each node's value costs at the output, float64 [C].
+
+    Args:
+        network: a traced network.
+        example: args and kwargs of one batch.
+    """
+    args, kwargs = example
+    names = [str(n.target) for n in network.graph.nodes if n.op == "placeholder"]
+    probe = _Probe(network)
+    with torch.no_grad():
+        probe.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+    seen = probe.seen
+    costs: dict[fx.Node, Tensor] = {}
+    for node in reversed(network.graph.nodes):
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                if source in seen:
+                    _add(costs, source, torch.ones_like(seen[source].positive))
+        elif node in costs:
+            for source in node.all_input_nodes:
+                if source in seen:
+                    _add(costs, source, _back(network, node, source, seen, costs[node]))
+    return costs
+
+
+def _add(costs: dict[fx.Node, Tensor], node: fx.Node, cost: Tensor) -> None:
+    costs[node] = costs[node] + cost if node in costs else cost
+
+
+def _back(
+    network: fx.GraphModule, node: fx.Node, source: fx.Node, seen: dict[fx.Node, _Seen], cost: Tensor
+) -> Tensor:
+    """Return what a node makes a squared error of one of its inputs cost."""
+    module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if module is not None and layer_kind(module) is not None:
+        return layer_importance(module, cost)  # type: ignore[arg-type]
+    shape, positive = seen[source].shape, seen[source].positive
+    activation = activation_of(node, network)
+    if activation is not None:
+        return cost * (positive + (1.0 - positive) * activation.negative_slope**2)
+    # Everything else: pooling, moving, adding. A value that several become one of counts for its share.
+    outputs = seen[node].shape
+    if len(shape) == 4:
+        area = shape[2] * shape[3] / (outputs[2] * outputs[3] if len(outputs) == 4 else 1)
+        flattened = len(outputs) == 2 and len(cost) == shape[1] * shape[2] * shape[3]
+        maximum = "max" in f"{type(module).__name__} {node.target}".lower()
+        if area > 1 and not flattened:
+            cost = cost / (area if maximum else area**2)
+    channels = len(positive)
+    if len(cost) == channels:
+        return cost
+    if len(cost) % channels == 0 and len(outputs) == 2:  # flattened
+        return cost.view(channels, -1).mean(1)
+    if node.target in (torch.cat, torch.concat):
+        return _part_of_concatenation(node, source, seen, cost)
+    return torch.full_like(positive, float(cost.mean()))
+
+
+def _part_of_concatenation(node: fx.Node, source: fx.Node, seen: dict[fx.Node, _Seen], cost: Tensor) -> Tensor:
+    first, total = 0, torch.zeros_like(seen[source].positive)
+    for operand in node.args[0]:  # type: ignore[union-attr]
+        size = len(seen[operand].positive) if operand in seen else 0  # type: ignore[index]
+        if operand is source and first + size <= len(cost):
+            total = total + cost[first : first + size]
+        first += size
+    return total

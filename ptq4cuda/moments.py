@@ -1,0 +1,158 @@
+"""Second moments of a layer: what the solvers of weights know about the data.
+
+With u the layer's input as the quantized network delivers it (a patch of a convolution's input, in code units where
+the scale is folded into the weights) and t the output to reproduce, the squared error of weights W is, once the bias
+has matched the means,
+
+    E|t - W u|² = const - 2 tr(W Bᵀ) + tr(W H Wᵀ),    H = cov(u, u),  B = cov(t, u).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptq4cuda.nn import QuantModule
+
+MAX_SAMPLES = 32768  # positions of output maps that are looked at; neighbours tell much the same
+MIN_SAMPLES = 8192
+SAMPLES_PER_INPUT = 64
+_CHUNK = 8192  # rows of a float32 product before it is added in float64
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of G groups of d inputs and R outputs each, float64; sums over n samples add up.
+
+    Attributes:
+        count: n.
+        uu: Σ u uᵀ [G, d, d].
+        tu: Σ t uᵀ [G, R, d].
+        u: Σ u [G, d].
+        t: Σ t [G, R].
+    """
+
+    count: int
+    uu: Tensor
+    tu: Tensor
+    u: Tensor
+    t: Tensor
+
+    @classmethod
+    def of(cls, u: Tensor, t: Tensor) -> Moments:
+        """Sum up samples u float32 [G, n, d] and t float32 [G, n, R]."""
+        return cls(
+            u.shape[1],
+            (u.mT @ u).double(),
+            (t.mT @ u).double(),
+            u.sum(1, dtype=torch.float64),
+            t.sum(1, dtype=torch.float64),
+        )
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the moments of both sets of samples."""
+        return Moments(
+            self.count + other.count, self.uu + other.uu, self.tu + other.tu, self.u + other.u, self.t + other.t
+        )
+
+    @property
+    def mean_u(self) -> Tensor:
+        """E u [G, d]."""
+        return self.u / self.count
+
+    @property
+    def mean_t(self) -> Tensor:
+        """E t [G, R]."""
+        return self.t / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """H = cov(u, u) [G, d, d]."""
+        mean = self.mean_u
+        return self.uu / self.count - mean[:, :, None] * mean[:, None, :]
+
+    @property
+    def cross(self) -> Tensor:
+        """B = cov(t, u) [G, R, d]."""
+        return self.tu / self.count - self.mean_t[:, :, None] * self.mean_u[:, None, :]
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """Return the bias [G, R] with which weights [G, R, d] match the mean of t."""
+        return self.mean_t - (weight.double() @ self.mean_u[:, :, None]).squeeze(2)
+
+
+def layer_moments(
+    module: QuantModule,
+    layer: nn.Conv2d | nn.Linear,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+) -> tuple[Moments, Moments]:
+    """Measure a layer over all chunks, once for the samples of even and once for those of odd number.
+
+    Two halves of different samples let a solver judge on one what it fitted on the other.
+
+    Args:
+        module: quantizes the input.
+        layer: the float layer, for its geometry.
+        inputs: the input of each chunk, on any device.
+        targets: the output to reproduce, [N, O, H, W] or [..., O] for each chunk.
+    """
+    groups = getattr(layer, "groups", 1)
+    width = layer.weight[0].numel()
+    positions = sum(t.numel() // layer.weight.shape[0] for t in targets)
+    limit = min(MAX_SAMPLES, max(MIN_SAMPLES, SAMPLES_PER_INPUT * width))
+    generator = torch.Generator().manual_seed(0)
+    halves: list[Moments | None] = [None, None]
+    for x, target in zip(inputs, targets, strict=True):
+        u = module.quantized_input(x.to(layer.weight.device))
+        t = target.to(layer.weight.device)
+        if isinstance(layer, nn.Conv2d) and u.dim() == 3:
+            u, t = u.unsqueeze(0), t.unsqueeze(0)
+        t = t.movedim(1, -1) if isinstance(layer, nn.Conv2d) else t
+        rows = t[..., 0].numel()
+        picked = torch.arange(rows)
+        if positions > limit:
+            picked = torch.randperm(rows, generator=generator)[: max(2, rows * limit // positions)].sort().values
+        odd = picked // max(1, rows // len(t)) % 2 == 1  # by the sample, so that no image is in both halves
+        for half, part in enumerate((picked[~odd], picked[odd])):
+            for some in part.split(_CHUNK):
+                if len(some):
+                    moments = _moments_at(layer, u, t, some.to(u.device), groups)
+                    previous = halves[half]
+                    halves[half] = moments if previous is None else previous + moments
+    a, b = halves
+    assert a is not None
+    return a, b if b is not None else a
+
+
+def _moments_at(layer: nn.Conv2d | nn.Linear, u: Tensor, t: Tensor, rows: Tensor, groups: int) -> Moments:
+    if isinstance(layer, nn.Conv2d):
+        patches = _patches(layer, u)
+        _, height, width = t.shape[:3]
+        inputs = patches[rows // (height * width), rows // width % height, rows % width]  # [n, R, S, C]
+    else:
+        inputs = u.reshape(-1, u.shape[-1])[rows]
+    n = len(rows)
+    channels = inputs.shape[-1] // groups
+    inputs = inputs.reshape(n, -1, groups, channels).permute(2, 0, 1, 3).reshape(groups, n, -1)
+    outputs = t.reshape(-1, t.shape[-1])[rows].view(n, groups, -1).permute(1, 0, 2)
+    return Moments.of(inputs.float(), outputs.float())
+
+
+def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """View the patches that a convolution reads of x [N, C, H, W] as [N, H', W', R, S, C]."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padding = layer._reversed_padding_repeated_twice
+    x = F.pad(x, padding, mode=mode) if any(padding) else x
+    x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    n, height, width, channels = x.shape
+    (r, s), (sy, sx), (dy, dx) = layer.kernel_size, layer.stride, layer.dilation
+    out = ((height - dy * (r - 1) - 1) // sy + 1, (width - dx * (s - 1) - 1) // sx + 1)
+    steps = x.stride()
+    return x.as_strided(
+        (n, *out, r, s, channels),
+        (steps[0], steps[1] * sy, steps[2] * sx, steps[1] * dy, steps[2] * dx, steps[3]),
+    )
