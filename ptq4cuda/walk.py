@@ -229,7 +229,7 @@ class _GraphWalk:
         return self.network.get_submodule(str(node.target))
 
     def _why_float(self, node: fx.Node) -> str | None:
-        """Return "" for a layer to quantize, a reason for one that stays in float, None for all other nodes."""
+        """Return "" for a layer to quantize, a reason for what stays in float, None for all other nodes."""
         reason = graph.why_float_call(node, self.network)
         return self.kept(str(node.target)) if reason == "" else reason
 

@@ -174,4 +174,4 @@ def is_transparent(node: fx.Node, network: fx.GraphModule) -> bool:
 
 def is_addition(node: fx.Node) -> bool:
     """Tell whether a node adds two values, elementwise and unscaled."""
-    return node.target in (operator.add, operator.iadd, torch.add, "add", "add_") and not node.kwargs
+    return node.target in (operator.add, torch.add, "add") and not node.kwargs
