@@ -37,48 +37,42 @@ struct Taps {
     int64_t count, words;
 };
 
-// sums[p][o] of `pixels` addresses and one panel.
-using DotTile = void (*)(const uint8_t* const* pixels, int count, Taps taps, int64_t span, const int8_t* panel,
-                         int32_t* sums);
+// Adds to sums[p][o] of `count` pixels, from a channel on, and one panel.
+using DotTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t span,
+                         const int8_t* panel, int32_t* sums);
 
-// A depthwise block is kBlock channels; weights are [pairs of taps][2][kBlock], a missing last tap zero.
-// sums[b][p][o] of output 16 b + o of the block and pixel p.
+// A depthwise block is kBlock channels. Weights are [pairs of taps][2][kBlock], a missing last tap zero. Adds to
+// sums[b][p][o] of channel 16 b + o of the block and pixel p.
 constexpr int kBlock = 2 * kPanelOutputs;
-using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, const int64_t* offsets, int64_t pairs,
-                               int64_t span, const int8_t* weights, int32_t* sums);
+struct TapPairs {
+    const int64_t* offsets;  // of both taps of every pair
+    int64_t count;
+};
+using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, TapPairs pairs, int64_t span,
+                               const int8_t* weights, int64_t channels, int32_t* sums);
 
 // --- any processor -------------------------------------------------------------------------------------------------
 
-struct PortableDot {
-    static PTQ_INLINE void run(const uint8_t* const* pixels, int count, Taps taps, const int8_t* panel,
-                               int32_t* __restrict sums) {
-        for (int p = 0; p < count; ++p) {
-            int32_t sum[kPanelOutputs] = {};
-            const int8_t* w = panel;
-            for (int64_t t = 0; t < taps.count; ++t) {
-                const uint8_t* x = pixels[p] + taps.offsets[t];
-                for (int64_t i = 0; i < taps.words; ++i, x += kWordChannels)
-                    for (int o = 0; o < kPanelOutputs; ++o)
-                        for (int c = 0; c < kWordChannels; ++c) sum[o] += x[c] * *w++;
-            }
-            std::memcpy(sums + p * kPanelOutputs, sum, sizeof sum);
+inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t,
+                     const int8_t* panel, int32_t* sums) {
+    for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
+        const int8_t* w = panel;
+        for (int64_t t = 0; t < taps.count; ++t) {
+            const uint8_t* x = pixels[p] + channel + taps.offsets[t];
+            for (int64_t i = 0; i < taps.words; ++i, x += kWordChannels)
+                for (int o = 0; o < kPanelOutputs; ++o)
+                    for (int c = 0; c < kWordChannels; ++c) sums[o] += x[c] * *w++;
         }
     }
-};
-inline void dot_tile(const uint8_t* const* pixels, int count, Taps taps, int64_t, const int8_t* panel,
-                     int32_t* sums) {
-    PortableDot::run(pixels, count, taps, panel, sums);
 }
 
-// Reads the channels of a block that exist: C may be less than a block.
-template <class Index>
-void depthwise_tile(const uint8_t* const* pixels, int count, const int64_t* offsets, int64_t pairs, Index channels,
-                    const int8_t* weights, int32_t* sums) {
+inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, TapPairs pairs, int64_t,
+                           const int8_t* weights, int64_t channels, int32_t* sums) {
     for (int p = 0; p < count; ++p)
-        for (int c = 0; c < channels; ++c) {
-            int32_t sum = 0;
-            for (int64_t t = 0; t < 2 * pairs; ++t) sum += pixels[p][offsets[t] + c] * weights[t * kBlock + c];
-            sums[(c / kPanelOutputs * kTilePixels + p) * kPanelOutputs + c % kPanelOutputs] = sum;
+        for (int64_t c = 0; c < channels; ++c) {
+            int32_t& sum = sums[(c / kPanelOutputs * kTilePixels + p) * kPanelOutputs + c % kPanelOutputs];
+            for (int64_t t = 0; t < 2 * pairs.count; ++t)
+                sum += pixels[p][channel + pairs.offsets[t] + c] * weights[t * kBlock + c];
         }
 }
 
@@ -86,6 +80,8 @@ void depthwise_tile(const uint8_t* const* pixels, int count, const int64_t* offs
 
 #if defined(__x86_64__)
 #define PTQ_AVX2_INLINE PTQ_TARGET_AVX2 inline __attribute__((always_inline))
+
+PTQ_AVX2_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
 // Adds 16-bit sums to 32-bit ones in memory and starts them anew.
 template <int P>
@@ -103,11 +99,9 @@ PTQ_AVX2_INLINE void widen_sums(__m256i (&narrow)[P][2], int32_t* sums) {
         }
 }
 
-// kNibble: -1 for whole codes, 1 for their high nibbles, 0 for the low ones. Adds to the sums.
-template <int P, int kNibble>
-PTQ_AVX2_INLINE void dot_pass(const uint8_t* const* pixels, Taps taps, int64_t span, const int8_t* panel,
-                              int32_t* sums) {
-    const __m256i low_half = _mm256_set1_epi8(0x0f);
+template <int P>
+PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel, Taps taps, int64_t span,
+                                   const int8_t* panel, int32_t* sums) {
     __m256i narrow[P][2];
     const uint8_t* x[P];
 #pragma GCC unroll 6
@@ -117,19 +111,17 @@ PTQ_AVX2_INLINE void dot_pass(const uint8_t* const* pixels, Taps taps, int64_t s
     }
     int64_t left = span;  // products that the narrow sums still take
     for (int64_t t = 0; t < taps.count; ++t) {
-        int64_t at = taps.offsets[t];
+        int64_t at = channel + taps.offsets[t];
         for (int64_t word = 0; word < taps.words;) {
             const int64_t n = std::min(left, taps.words - word);
             for (const int8_t* end = panel + n * kPanelOutputs * kWordChannels; panel != end; panel += 64, at += 4) {
-                const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
-                const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32));
+                const __m256i w0 = load_bytes(panel);
+                const __m256i w1 = load_bytes(panel + 32);
 #pragma GCC unroll 6
                 for (int p = 0; p < P; ++p) {
                     int32_t channels;
                     std::memcpy(&channels, x[p] + at, sizeof channels);
-                    __m256i codes = _mm256_set1_epi32(channels);
-                    if (kNibble == 1) codes = _mm256_srli_epi16(codes, 4);
-                    if (kNibble >= 0) codes = _mm256_and_si256(codes, low_half);
+                    const __m256i codes = _mm256_set1_epi32(channels);
                     narrow[p][0] = _mm256_add_epi16(narrow[p][0], _mm256_maddubs_epi16(codes, w0));
                     narrow[p][1] = _mm256_add_epi16(narrow[p][1], _mm256_maddubs_epi16(codes, w1));
                 }
@@ -145,25 +137,15 @@ PTQ_AVX2_INLINE void dot_pass(const uint8_t* const* pixels, Taps taps, int64_t s
     if (left != span) widen_sums<P>(narrow, sums);
 }
 
-template <int P>
-PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, Taps taps, int64_t span, const int8_t* panel,
-                                   int32_t* sums) {
-    std::memset(sums, 0, sizeof(int32_t) * P * kPanelOutputs);
-    if (span > 0) return dot_pass<P, -1>(pixels, taps, span, panel, sums);
-    dot_pass<P, 1>(pixels, taps, kNibbleSpan, panel, sums);
-    for (int i = 0; i < P * kPanelOutputs; ++i) sums[i] *= 16;
-    dot_pass<P, 0>(pixels, taps, kNibbleSpan, panel, sums);
-}
-
-inline void dot_tile_avx2(const uint8_t* const* pixels, int count, Taps taps, int64_t span, const int8_t* panel,
-                          int32_t* sums) {
+inline void dot_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t span,
+                          const int8_t* panel, int32_t* sums) {
     switch (count) {
-        case 1: return dot_tile_avx2<1>(pixels, taps, span, panel, sums);
-        case 2: return dot_tile_avx2<2>(pixels, taps, span, panel, sums);
-        case 3: return dot_tile_avx2<3>(pixels, taps, span, panel, sums);
-        case 4: return dot_tile_avx2<4>(pixels, taps, span, panel, sums);
-        case 5: return dot_tile_avx2<5>(pixels, taps, span, panel, sums);
-        default: return dot_tile_avx2<6>(pixels, taps, span, panel, sums);
+        case 1: return dot_tile_avx2<1>(pixels, channel, taps, span, panel, sums);
+        case 2: return dot_tile_avx2<2>(pixels, channel, taps, span, panel, sums);
+        case 3: return dot_tile_avx2<3>(pixels, channel, taps, span, panel, sums);
+        case 4: return dot_tile_avx2<4>(pixels, channel, taps, span, panel, sums);
+        case 5: return dot_tile_avx2<5>(pixels, channel, taps, span, panel, sums);
+        default: return dot_tile_avx2<6>(pixels, channel, taps, span, panel, sums);
     }
 }
 
@@ -178,45 +160,33 @@ PTQ_AVX2_INLINE void widen_block(__m256i (&narrow)[2], __m256i (&wide)[4]) {
     narrow[0] = narrow[1] = _mm256_setzero_si256();
 }
 
-template <int kNibble>
-PTQ_AVX2_INLINE void depthwise_pass(const uint8_t* x, const int64_t* offsets, int64_t pairs, int64_t span,
-                                    const int8_t* weights, __m256i (&wide)[4]) {
-    const __m256i low_half = _mm256_set1_epi8(0x0f);
-    __m256i narrow[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int64_t pair = 0, left = span; pair < pairs; ++pair) {
-        const __m256i* w = reinterpret_cast<const __m256i*>(weights + pair * 2 * kBlock);
-        const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
-        __m256i x0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + offsets[2 * pair]));
-        __m256i x1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + offsets[2 * pair + 1]));
-        if (kNibble == 1) x0 = _mm256_srli_epi16(x0, 4), x1 = _mm256_srli_epi16(x1, 4);
-        if (kNibble >= 0) x0 = _mm256_and_si256(x0, low_half), x1 = _mm256_and_si256(x1, low_half);
-        narrow[0] = _mm256_add_epi16(
-            narrow[0], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(x0, x1), _mm256_unpacklo_epi8(w0, w1)));
-        narrow[1] = _mm256_add_epi16(
-            narrow[1], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(x0, x1), _mm256_unpackhi_epi8(w0, w1)));
-        if (--left == 0) {
-            widen_block(narrow, wide);
-            left = span;
-        }
-    }
-    widen_block(narrow, wide);
-}
-
-inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, int count, const int64_t* offsets,
-                                                int64_t pairs, int64_t span, const int8_t* weights, int32_t* sums) {
+// Takes blocks of all 32 channels.
+inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel,
+                                                TapPairs pairs, int64_t span, const int8_t* weights, int64_t,
+                                                int32_t* sums) {
     for (int p = 0; p < count; ++p) {
-        __m256i wide[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
-                           _mm256_setzero_si256()};
-        if (span > 0) {
-            depthwise_pass<-1>(pixels[p], offsets, pairs, span, weights, wide);
-        } else {
-            depthwise_pass<1>(pixels[p], offsets, pairs, kNibbleSpan, weights, wide);
-            for (__m256i& sum : wide) sum = _mm256_slli_epi32(sum, 4);
-            depthwise_pass<0>(pixels[p], offsets, pairs, kNibbleSpan, weights, wide);
+        const uint8_t* x = pixels[p] + channel;
+        __m256i narrow[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        __m256i wide[4];
+        __m256i* const of_panel[2] = {reinterpret_cast<__m256i*>(sums + p * kPanelOutputs),
+                                      reinterpret_cast<__m256i*>(sums + (kTilePixels + p) * kPanelOutputs)};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) wide[i] = _mm256_loadu_si256(of_panel[i / 2] + i % 2);
+        for (int64_t t = 0, left = span; t < pairs.count; ++t) {
+            const __m256i w0 = load_bytes(weights + 2 * t * kBlock), w1 = load_bytes(weights + (2 * t + 1) * kBlock);
+            const __m256i x0 = load_bytes(x + pairs.offsets[2 * t]), x1 = load_bytes(x + pairs.offsets[2 * t + 1]);
+            const __m256i low = _mm256_maddubs_epi16(_mm256_unpacklo_epi8(x0, x1), _mm256_unpacklo_epi8(w0, w1));
+            const __m256i high = _mm256_maddubs_epi16(_mm256_unpackhi_epi8(x0, x1), _mm256_unpackhi_epi8(w0, w1));
+            narrow[0] = _mm256_add_epi16(narrow[0], low);
+            narrow[1] = _mm256_add_epi16(narrow[1], high);
+            if (--left == 0) {
+                widen_block(narrow, wide);
+                left = span;
+            }
         }
-        for (int i = 0; i < 4; ++i)
-            _mm256_storeu_si256(
-                reinterpret_cast<__m256i*>(sums + (i / 2 * kTilePixels + p) * kPanelOutputs + i % 2 * 8), wide[i]);
+        widen_block(narrow, wide);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) _mm256_storeu_si256(of_panel[i / 2] + i % 2, wide[i]);
     }
 }
 #endif
