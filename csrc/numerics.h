@@ -84,6 +84,14 @@ struct Dequantize {
     }
 };
 
+// What follows the integer sum of a convolution, each step rounded: scale, bias, then min(x if x > 0 else slope * x,
+// upper), which is every piecewise linear activation. A sum beyond 2^24 is rounded to the nearest float.
+PTQ_INLINE float scaled_sum(int32_t sum, float scale, float bias) { return static_cast<float>(sum) * scale + bias; }
+PTQ_INLINE float activated(float x, float negative_slope, float upper) {
+    x = x > 0.0f ? x : negative_slope * x;
+    return upper < x ? upper : x;
+}
+
 // Two 4-bit codes in a byte, low nibble first.
 PTQ_INLINE uint8_t pack_nibbles(uint8_t low, uint8_t high) { return static_cast<uint8_t>(low | (high << 4)); }
 PTQ_INLINE uint8_t low_nibble(uint8_t byte) { return byte & 0x0f; }

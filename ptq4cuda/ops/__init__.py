@@ -19,11 +19,13 @@ import math
 import torch
 from torch import Tensor
 
+from ptq4cuda.ops import panels
 from ptq4cuda.ops import registration as _registration
 
 __all__ = [
     "channel_histogram",
     "channel_statistics",
+    "conv2d_integer",
     "fake_quantize",
     "pack_codes",
     "quantize",
@@ -258,6 +260,126 @@ def unpack_codes(packed: Tensor, bits: Tensor, length: int, offsets: Tensor | No
         if total != packed.numel():
             raise ValueError(f"packed has {packed.numel()} bytes; {len(bits)} rows of {length} codes take {total}")
     return _ops.unpack_codes(packed, bits, offsets, length)  # type: ignore[no-any-return]
+
+
+def conv2d_integer(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    *,
+    zero_sums: Tensor | None = None,
+    span: int = panels.NIBBLES,
+    negative_slope: float = 1.0,
+    upper: float = math.inf,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_zero_point: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_bits: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Convolve unsigned codes with signed 8-bit weights, and finish the integer sums in the same pass.
+
+        y_o = activation(scale_o * Σ weight * (code - zero_point) + bias_o + residual_o)
+
+    The sums are exact. They are rounded to float32 (which changes them beyond 2^24), multiplied by the scale, added
+    to the bias, added to the residual, each step rounded; every device returns the same bits. IntegerConv2d prepares
+    the arguments.
+
+    Args:
+        x: uint8 [N, C, H, W] codes; channels_last is read without a copy. Zero padding pads with the value zero.
+        weight: int8, as panels.weight_panels arranges [O, R, S, C / groups].
+        scale: float32 [O].
+        bias: float32 [O].
+        kernel_size: R, S.
+        stride: of rows and columns.
+        padding: of rows and columns, on both sides.
+        dilation: of rows and columns.
+        groups: as in torch.nn.Conv2d.
+        zero_sums: int32 [R * S, O]: Σ weight * zero_point over the channels of x, of each tap. Default: x has no
+            zero points.
+        span: what panels.span_of_sums returns for weight and x; the default holds for all.
+        negative_slope: of the activation min(y if y > 0 else negative_slope * y, upper); 1 for none, 0 for a ReLU.
+        upper: of the activation.
+        residual: uint8 [N, O, H', W'] codes.
+        residual_scale: float32 [O] or [1], with a residual.
+        residual_zero_point: int32 [O] or [1], with a residual.
+        out_scale: float32 [O] or [1]: the output is quantized with this scale, exactly as `quantize` would.
+        out_zero_point: int32 [O] or [1], with out_scale.
+        out_bits: uint8 [O] or [1], with out_scale.
+        dtype: of the output, without out_scale: float32, float16 or bfloat16.
+
+    Returns:
+        [N, O, H', W'], channels_last: values, or uint8 codes where out_scale is given.
+    """
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
+        raise TypeError(f"x must be a uint8 tensor [N, C, H, W], got {_describe(x)}")
+    for name, pair, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} must be two numbers from {least} on, got {pair}")
+    outputs = scale.shape[0] if isinstance(scale, Tensor) and scale.dim() == 1 else 0
+    check_vector("scale", scale, torch.float32, (outputs,), x)
+    check_vector("bias", bias, torch.float32, (outputs,), x)
+    if groups < 1 or x.shape[1] % groups or outputs % groups or not x.shape[1]:
+        raise ValueError(f"{x.shape[1]} input and {outputs} output channels do not make {groups} groups")
+    size = [x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1 for d in (0, 1)]
+    if min(size) < 0:
+        raise ValueError(f"the kernel {kernel_size} is larger than the padded input {list(x.shape)}")
+    shape = panels.shape_of_panels(outputs, kernel_size, x.shape[1] // groups, groups)
+    if not isinstance(weight, Tensor) or weight.dtype != torch.int8 or tuple(weight.shape) != shape:
+        raise ValueError(f"weight must be int8 {list(shape)}, got {_describe(weight)}")
+    taps = kernel_size[0] * kernel_size[1]
+    if zero_sums is not None and (zero_sums.dtype != torch.int32 or tuple(zero_sums.shape) != (taps, outputs)):
+        raise ValueError(f"zero_sums must be int32 {[taps, outputs]}, got {_describe(zero_sums)}")
+    if span < 0:
+        raise ValueError(f"span must not be negative, got {span}")
+    if residual is not None:
+        expected = (x.shape[0], outputs, *(size[d] // stride[d] + 1 for d in (0, 1)))
+        if residual.dtype != torch.uint8 or tuple(residual.shape) != expected:
+            raise ValueError(f"residual must be uint8 {list(expected)}, got {_describe(residual)}")
+        if residual_scale is None or residual_zero_point is None:
+            raise ValueError("residual needs residual_scale and residual_zero_point")
+        _parameters(x, outputs, residual_scale, residual_zero_point, 8)
+    if out_scale is not None:
+        if out_zero_point is None or out_bits is None:
+            raise ValueError("out_scale needs out_zero_point and out_bits")
+        _parameters(x, outputs, out_scale, out_zero_point, out_bits)
+    elif dtype not in FLOATING:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    return _ops.conv2d_integer(  # type: ignore[no-any-return]
+        x,
+        weight,
+        zero_sums,
+        scale,
+        bias,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        span,
+        negative_slope,
+        upper,
+        residual,
+        residual_scale,
+        residual_zero_point,
+        out_scale,
+        out_zero_point,
+        out_bits,
+        dtype,
+    )
 
 
 # --- argument checks ------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq4cuda.ops.panels import weight_of_panels
+
 # Columns of channel_statistics.
 STATISTICS = ("count", "min", "max", "mean", "m2", "absdev", "positive")
 
@@ -142,3 +144,46 @@ def unpack_codes(packed: Tensor, bits: Tensor, offsets: Tensor, length: int) -> 
         stream = ((stream[:, None] >> place) & 1).flatten()[: length * width].view(length, width)
         row.copy_((stream << place[:width]).sum(1))
     return codes
+
+
+def conv2d_integer(
+    x: Tensor,
+    weight: Tensor,
+    zero_sums: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    span: int,
+    negative_slope: float,
+    upper: float,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_zero_point: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero_point: Tensor | None,
+    out_bits: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Convolve codes with integer weights; values, or the codes of the next layer, channels innermost in memory."""
+    weight = weight_of_panels(weight, scale.numel(), kernel_size, x.shape[1] // groups, groups)
+    # float64 adds integers exactly up to 2^53.
+    sums = torch.conv2d(x.double(), weight.movedim(-1, 1).double(), None, stride, padding, dilation, groups)
+    if zero_sums is not None:  # the share of the zero points, of those taps that are inside of the image
+        inside = torch.ones_like(x[:1, :1], dtype=torch.float64)
+        kernel = zero_sums.t().reshape(-1, 1, *kernel_size).double()
+        sums = sums - torch.conv2d(inside, kernel, None, stride, padding, dilation)
+    y = sums.float() * _along(scale, x, 1) + _along(bias, x, 1)
+    if residual is not None:
+        assert residual_scale is not None and residual_zero_point is not None
+        y = y + (residual.float() - _along(residual_zero_point, x, 1).float()) * _along(residual_scale, x, 1)
+    y = torch.where(y > 0, y, negative_slope * y).clamp_max(upper)
+    if out_scale is not None:
+        assert out_zero_point is not None and out_bits is not None
+        y = quantize(y, out_scale, out_zero_point, out_bits, 1)
+        dtype = torch.uint8
+    out = x.new_empty((y.shape[0], *y.shape[2:], y.shape[1]), dtype=dtype).movedim(-1, 1)
+    return out.copy_(y)

@@ -7,6 +7,7 @@ devices and builds that have no kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ SCHEMAS = (
     f"unpack_dequantize.out(Tensor packed, {_QUANTIZER}, int axis, *, Tensor(a!) out) -> ()",
     "pack_codes(Tensor codes, Tensor bits, Tensor offsets, int packed_bytes) -> Tensor",
     "unpack_codes(Tensor packed, Tensor bits, Tensor offsets, int length) -> Tensor",
+    "conv2d_integer(Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, int span, float negative_slope, float upper, "
+    "Tensor? residual, Tensor? residual_scale, Tensor? residual_zero_point, "
+    "Tensor? out_scale, Tensor? out_zero_point, Tensor? out_bits, ScalarType dtype) -> Tensor",
 )
 
 
@@ -79,6 +84,26 @@ def _fake_unpack_codes(packed: Tensor, bits: Tensor, offsets: Tensor, length: in
     return packed.new_empty((bits.shape[0], length))
 
 
+def _fake_conv2d_integer(
+    x: Tensor,
+    weight: Tensor,
+    zero_sums: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    *arguments: Any,
+) -> Tensor:
+    out_scale, dtype = arguments[-4], arguments[-1]
+    size = [
+        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
+    ]
+    dtype = dtype if out_scale is None else torch.uint8
+    return x.new_empty((x.shape[0], *size, scale.shape[0]), dtype=dtype).movedim(-1, 1)
+
+
 def _fake_out(*args: object, out: Tensor) -> None:
     return None
 
@@ -122,6 +147,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "unpack_dequantize": _fake_unpack_dequantize,
     "pack_codes": _fake_pack_codes,
     "unpack_codes": _fake_unpack_codes,
+    "conv2d_integer": _fake_conv2d_integer,
 }
 
 

@@ -1,0 +1,186 @@
+// conv2d_integer before its kernel runs, the same for every backend: arguments are checked, the input becomes
+// channels_last, the output is allocated.
+//
+//     y_o = activation(scale_o * (sum_o - zeros_o) + bias_o + residual_o),   sum_o = Σ weight * code over the window
+//
+// Codes are unsigned bytes, weights signed ones, sums int32. Zero padding pads with the code 0, not with the zero
+// point: what the zero points of the input add, zeros_o = Σ weight * zero_point, is summed over those taps that are
+// inside of the image. So zero points may have any value, also one that no code has.
+#pragma once
+
+#include "ops.h"
+
+namespace ptq4cuda {
+
+constexpr int kPanelOutputs = 16;  // ptq4cuda/ops/panels.py says how weights are laid out
+constexpr int kWordChannels = 4;
+
+struct Extent {
+    int64_t height, width;
+
+    int64_t area() const { return height * width; }
+};
+
+struct ConvShape {
+    int64_t batch, channels, out_channels, groups;
+    Extent in, out, kernel, stride, padding, dilation;
+
+    int64_t group_channels() const { return channels / groups; }
+    int64_t group_outputs() const { return out_channels / groups; }
+    bool depthwise() const { return groups > 1 && channels == groups && out_channels == groups; }
+    int64_t panels_per_group() const { return ceil_div(group_outputs(), kPanelOutputs); }
+    int64_t words_per_tap() const { return ceil_div(group_channels(), kWordChannels); }
+    int64_t panel_words() const { return kernel.area() * words_per_tap(); }
+    int64_t pixels() const { return batch * out.area(); }
+};
+
+struct Activation {
+    float negative_slope, upper;
+};
+
+struct ConvProblem {
+    ConvShape shape;
+    const uint8_t* x;          // [N, H, W, C]
+    const int8_t* weight;      // panels, or [R * S, C] if depthwise
+    const int32_t* zero_sums;  // [R * S, O], or nullptr: all zero points are 0
+    int64_t span;              // products that fit into 16 bits; 0: only nibble by nibble
+    const float *scale, *bias;
+    Activation activation;
+    const uint8_t* residual;  // [N, out H, out W, O], or nullptr
+    QuantizerTable residual_quantizer;
+    QuantizerTable out_quantizer;  // if the output is codes
+};
+
+// The backend's
+//     template <class T>
+//     static void conv(const Tensor& x, const ConvProblem&, T* y)
+// fills y [N, out H, out W, O], which is not empty.
+template <class Backend>
+struct ConvOps {
+    using Pair = std::vector<int64_t>;
+
+    static Tensor conv2d_integer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums,
+                                 const Tensor& scale, const Tensor& bias, Pair kernel_size, Pair stride, Pair padding,
+                                 Pair dilation, int64_t groups, int64_t span, double negative_slope, double upper,
+                                 std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
+                                 std::optional<Tensor> residual_zero_point, std::optional<Tensor> out_scale,
+                                 std::optional<Tensor> out_zero_point, std::optional<Tensor> out_bits,
+                                 ScalarType dtype) {
+        const char* op = "conv2d_integer";
+        ConvProblem problem{};
+        ConvShape& shape = problem.shape;
+        shape = conv_shape(op, x, scale, kernel_size, stride, padding, dilation, groups);
+        const Tensor source = channels_last(x);
+
+        const auto [rows, columns] = shape.depthwise()
+                                         ? std::pair(shape.kernel.area(), shape.channels)
+                                         : std::pair(groups * shape.panels_per_group(), shape.panel_words());
+        const bool fits = weight.scalar_type() == ScalarType::Char && weight.dim() == (shape.depthwise() ? 2 : 4) &&
+                          weight.size(0) == rows && weight.size(1) == columns &&
+                          (shape.depthwise() || (weight.size(2) == kPanelOutputs && weight.size(3) == kWordChannels));
+        STD_TORCH_CHECK(fits, op, ": weight must be int8 in panels (", rows, ", ", columns, ", ...), got ",
+                        shape_of(weight));
+        check_same_device(op, "weight", weight, x);
+        const Tensor panels = torch::stable::contiguous(weight);
+
+        std::optional<Tensor> zeros;
+        if (zero_sums) {
+            STD_TORCH_CHECK(zero_sums->scalar_type() == ScalarType::Int && zero_sums->dim() == 2 &&
+                                zero_sums->size(0) == shape.kernel.area() && zero_sums->size(1) == shape.out_channels,
+                            op, ": zero_sums must be int32 [", shape.kernel.area(), ", ", shape.out_channels,
+                            "], its shape is ", shape_of(*zero_sums));
+            check_same_device(op, "zero_sums", *zero_sums, x);
+            zeros = torch::stable::contiguous(*zero_sums);
+        }
+        const Tensor factors = vector(op, "scale", scale, shape.out_channels, x);
+        const Tensor offsets = vector(op, "bias", bias, shape.out_channels, x);
+        STD_TORCH_CHECK(span >= 0, op, ": span is ", span);
+
+        const std::vector<int64_t> sizes = {shape.batch, shape.out_channels, shape.out.height, shape.out.width};
+        std::optional<Tensor> added;
+        std::optional<QuantizerArguments> added_quantizer, out_quantizer;
+        if (residual) {
+            STD_TORCH_CHECK(residual->scalar_type() == ScalarType::Byte && residual->dim() == 4 &&
+                                std::equal(sizes.begin(), sizes.end(), residual->sizes().begin()),
+                            op, ": residual must be uint8 of the output's shape, got ", shape_of(*residual));
+            STD_TORCH_CHECK(residual_scale && residual_zero_point, op, ": residual has no scale or no zero point");
+            check_same_device(op, "residual", *residual, x);
+            added = channels_last(*residual);
+            added_quantizer.emplace(op, x, *residual_scale, *residual_zero_point, std::nullopt, shape.out_channels);
+            problem.residual = added->const_data_ptr<uint8_t>();
+            problem.residual_quantizer = added_quantizer->table();
+        }
+        if (out_scale) {
+            STD_TORCH_CHECK(out_zero_point && out_bits, op, ": out_scale has no out_zero_point or no out_bits");
+            out_quantizer.emplace(op, x, *out_scale, *out_zero_point, out_bits, shape.out_channels);
+            problem.out_quantizer = out_quantizer->table();
+            dtype = ScalarType::Byte;
+        } else {
+            STD_TORCH_CHECK(is_floating(dtype), op, ": dtype must be float32, float16 or bfloat16");
+        }
+
+        const int64_t width = shape.out.width * shape.out_channels;
+        const std::vector<int64_t> strides = {shape.out.height * width, 1, width, shape.out_channels};
+        Tensor y = empty_strided(sizes, strides, dtype, x);
+        if (y.numel() == 0) return y;
+        problem.x = source.const_data_ptr<uint8_t>();
+        problem.weight = panels.const_data_ptr<int8_t>();
+        problem.zero_sums = zeros ? zeros->const_data_ptr<int32_t>() : nullptr;
+        problem.span = span;
+        problem.scale = factors.const_data_ptr<float>();
+        problem.bias = offsets.const_data_ptr<float>();
+        problem.activation = {static_cast<float>(negative_slope), static_cast<float>(upper)};
+        if (dtype == ScalarType::Byte) {
+            Backend::conv(source, problem, y.mutable_data_ptr<uint8_t>());
+        } else {
+            dispatch_floating(dtype, [&](auto type) {
+                Backend::conv(source, problem, static_cast<decltype(type)*>(y.data_ptr()));
+            });
+        }
+        return y;
+    }
+
+private:
+    static Tensor channels_last(const Tensor& t) {
+        return is_channels_last(t) ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+    }
+
+    static Tensor vector(const char* op, const char* name, const Tensor& t, int64_t length, const Tensor& x) {
+        STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == length, op, ": ", name,
+                        " must be float32 [", length, "], its shape is ", shape_of(t));
+        check_same_device(op, name, t, x);
+        return torch::stable::contiguous(t);
+    }
+
+    static Extent extent(const char* op, const char* name, const Pair& pair, int64_t least) {
+        STD_TORCH_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least, op, ": ", name,
+                        " must be two numbers from ", least, " on");
+        return {pair[0], pair[1]};
+    }
+
+    static ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& scale, const Pair& kernel_size,
+                                const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups) {
+        STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4 && x.size(1) > 0, op,
+                        ": x must be uint8 [N, C, H, W], got ", shape_of(x));
+        ConvShape s;
+        s.batch = x.size(0);
+        s.channels = x.size(1);
+        s.out_channels = scale.numel();
+        s.groups = groups;
+        STD_TORCH_CHECK(groups > 0 && s.channels % groups == 0 && s.out_channels % groups == 0, op, ": ", s.channels,
+                        " input and ", s.out_channels, " output channels do not make ", groups, " groups");
+        s.in = {x.size(2), x.size(3)};
+        s.kernel = extent(op, "kernel_size", kernel_size, 1);
+        s.stride = extent(op, "stride", stride, 1);
+        s.padding = extent(op, "padding", padding, 0);
+        s.dilation = extent(op, "dilation", dilation, 1);
+        const Extent room = {s.in.height + 2 * s.padding.height - s.dilation.height * (s.kernel.height - 1) - 1,
+                             s.in.width + 2 * s.padding.width - s.dilation.width * (s.kernel.width - 1) - 1};
+        STD_TORCH_CHECK(room.height >= 0 && room.width >= 0, op, ": the kernel is larger than the padded input ",
+                        shape_of(x));
+        s.out = {room.height / s.stride.height + 1, room.width / s.stride.width + 1};
+        return s;
+    }
+};
+
+}  // namespace ptq4cuda

@@ -1,0 +1,206 @@
+"""Integer execution of quantized convolutions: from the weights of QuantConv2d to the arguments of conv2d_integer.
+
+A quantized layer is y_o = D_o · Σ (k + m_o) · (q - z_c) + b_o, with codes k and q. Where every m_o is a multiple of
+2^(b - 7), b the bits of the weights, (k + m_o) · 2^(7 - b) is an integer, and mostly one of 8 bits: a signed byte.
+The kernel multiplies these bytes with the codes of the input and needs no sum over the window for m_o; the powers of
+two go into D_o.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ptq4cuda import ops
+from ptq4cuda.clipping import IDENTITY, Activation
+from ptq4cuda.nn.conv import QuantConv2d
+from ptq4cuda.ops import panels
+from ptq4cuda.quantizer import QuantizedWeight, QuantParams
+
+
+def weight_bytes(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Return weights as signed bytes and their scales: value = byte * scale, exactly.
+
+    Raises:
+        ValueError: code + offset, in units of 2^(bits - 7) (of 1 for 8 bits), is no signed byte somewhere.
+    """
+    unit = torch.exp2((weight.bits.float() - 7.0).clamp_max(0.0))
+    shape = (-1,) + (1,) * (weight.codes.dim() - 1)
+    steps = (weight.codes.double() + weight.offset.double().view(shape)) / unit.double().view(shape)
+    rounded = steps.round().clamp(-128, 127)
+    bad = (rounded != steps).flatten(1).any(1)
+    if bool(bad.any()):
+        o = int(bad.nonzero()[0])
+        raise ValueError(
+            f"the weights of output channel {o}, {int(weight.bits[o])} bits with offset {float(weight.offset[o])}, "
+            f"are no signed bytes in units of {float(unit[o])}"
+        )
+    return rounded.to(torch.int8), weight.scale * unit
+
+
+class IntegerConv2d(nn.Module):
+    """A convolution that reads codes and computes in integers: what a QuantConv2d becomes in a lowered network.
+
+    Args:
+        weight: int8 [O, R, S, C / groups].
+        scale: float32 [O]; weight * scale is the value of the weight, times the scale of the input.
+        bias: float32 [O] or None.
+        source: the quantizer of the input: bits and zero points ([C] or [1]) are used, the scale is part of `scale`.
+        stride, padding, dilation, groups: as in torch.nn.Conv2d; the padding has the value zero.
+        activation: follows the convolution, and the residual if there is one.
+        residual: the quantizer of the codes that forward adds ([O] or [1]).
+        out: the quantizer of the output ([O] or [1]); None returns values.
+        dtype: of these values.
+
+    Raises:
+        ValueError: a parameter does not fit, or a sum could leave 32 bits.
+    """
+
+    weight: Tensor
+    zero_sums: Tensor | None
+    scale: Tensor
+    bias: Tensor
+    residual_scale: Tensor | None
+    residual_zero_point: Tensor | None
+    out_scale: Tensor | None
+    out_zero_point: Tensor | None
+    out_bits: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        source: QuantParams,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        *,
+        activation: Activation = IDENTITY,
+        residual: QuantParams | None = None,
+        out: QuantParams | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if weight.dtype != torch.int8 or weight.dim() != 4:
+            raise ValueError(f"weight must be int8 [O, R, S, C / groups], got {weight.dtype} {list(weight.shape)}")
+        outputs, rows, columns, per_group = weight.shape
+        if outputs % groups:
+            raise ValueError(f"{outputs} output channels do not make {groups} groups")
+        if not bool(torch.isfinite(scale).all()) or (bias is not None and not bool(torch.isfinite(bias).all())):
+            raise ValueError("scale and bias must be finite")
+        self.kernel_size, self.stride, self.padding, self.dilation = (rows, columns), stride, padding, dilation
+        self.groups, self.activation, self.dtype = groups, activation, dtype
+        channels = per_group * groups
+        codes = (1 << source.bits.to(torch.int32)) - 1
+        codes, zero_point = codes.expand(channels), source.zero_point.expand(channels)
+        zero_sums = self._sum_of_zero_points(weight, zero_point)
+        largest = (weight.to(torch.int64).abs() * _by_output(codes, outputs, groups)).sum((1, 2, 3))
+        reach = largest + zero_sums.abs().sum(0)
+        if outputs and int(reach.max()) >= 1 << 31:
+            raise ValueError(f"the sums of output channel {int(reach.argmax())} can leave 32 bits")
+
+        self.register_buffer("weight", panels.weight_panels(weight, groups))
+        self.span = panels.span_of_sums(self.weight, codes, self.kernel_size, groups)
+        self.register_buffer("zero_sums", zero_sums.to(torch.int32) if bool(zero_sums.any()) else None)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", torch.zeros_like(scale) if bias is None else bias)
+        for name, params in (("residual", residual), ("out", out)):
+            for field in ("scale", "zero_point", "bits"):
+                self.register_buffer(f"{name}_{field}", None if params is None else getattr(params, field))
+
+    @classmethod
+    def from_quantized(
+        cls,
+        layer: QuantConv2d,
+        *,
+        activation: Activation = IDENTITY,
+        residual: QuantParams | None = None,
+        out: QuantParams | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> IntegerConv2d:
+        """Lower a quantized layer.
+
+        Raises:
+            ValueError: the layer cannot be executed in integers; the message says why.
+        """
+        source = layer.activation
+        if source is None:
+            raise ValueError("its input is not quantized")
+        padding: object = layer.padding
+        if isinstance(padding, str):
+            padding = same_padding(layer.kernel_size, layer.dilation) if padding == "same" else (0, 0)
+        if layer.padding_mode != "zeros" or padding is None:
+            raise ValueError(f"its padding is {layer.padding!r} of mode {layer.padding_mode!r}")
+        weight, scale = weight_bytes(layer.quantized_weight())
+        if not layer.folded:
+            if source.scale.numel() > 1 and layer.weight_shape[1] > 1:
+                raise ValueError("its input has a scale per channel, which is not folded into the weights")
+            # One input channel per group: its scale is common to all products of an output channel.
+            inputs = source.scale.expand(layer.groups) if source.scale.numel() == 1 else source.scale
+            scale = scale * inputs.repeat_interleave(len(scale) // layer.groups)
+        return cls(
+            weight,
+            scale,
+            layer.bias,
+            source,
+            layer.stride,  # type: ignore[arg-type]
+            padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            layer.groups,
+            activation=activation,
+            residual=residual,
+            out=out,
+            dtype=dtype,
+        )
+
+    def _sum_of_zero_points(self, weight: Tensor, zero_point: Tensor) -> Tensor:
+        """Return Σ weight * zero_point over the channels, of each tap and output: int64 [R * S, O]."""
+        zeros = _by_output(zero_point.to(torch.int64), weight.shape[0], self.groups)
+        return (weight.to(torch.int64) * zeros).sum(-1).flatten(1).t().contiguous()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the convolution of codes x, uint8 [N, C, H, W], plus the residual's values, channels_last."""
+        if (residual is None) != (self.residual_scale is None):
+            raise ValueError("a residual comes with its quantizer, and only with it")
+        return ops.conv2d_integer(
+            x,
+            self.weight,
+            self.scale,
+            self.bias,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            zero_sums=self.zero_sums,
+            span=self.span,
+            negative_slope=self.activation.negative_slope,
+            upper=self.activation.upper,
+            residual=residual,
+            residual_scale=self.residual_scale,
+            residual_zero_point=self.residual_zero_point,
+            out_scale=self.out_scale,
+            out_zero_point=self.out_zero_point,
+            out_bits=self.out_bits,
+            dtype=self.dtype,
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the geometry, as `print(module)` shows it."""
+        return (
+            f"{len(self.scale)} outputs, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
+        )
+
+
+def _by_output(values: Tensor, outputs: int, groups: int) -> Tensor:
+    """View what belongs to input channels [C] so that it broadcasts over weights [O, R, S, C / groups]."""
+    return values.view(groups, -1).repeat_interleave(outputs // groups, 0)[:, None, None]
+
+
+def same_padding(kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the padding that torch.nn.Conv2d calls "same", or None if it differs between the sides."""
+    total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)

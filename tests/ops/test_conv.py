@@ -1,0 +1,290 @@
+"""conv2d_integer against sums of Python's making, on every backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ops import oracle
+from ops.backends import Backend
+from ptq4cuda.ops import panels
+
+Pair = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A convolution, its codes and its weights at random or at their limits."""
+
+    channels: int
+    outputs: int
+    size: Pair = (7, 9)
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    batch: int = 2
+    bits: int = 4  # of the codes
+    weight: int = 127  # the largest
+    zero_point: bool = True
+    extreme: bool = False  # all codes and weights as large as can be
+
+    def make(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, weights [O, R, S, C / groups] and zero points, some that no code has."""
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randint(0, 1 << self.bits, (self.batch, self.channels, *self.size), dtype=torch.uint8, generator=g)
+        shape = (self.outputs, *self.kernel, self.channels // self.groups)
+        weight = torch.randint(-self.weight - 1, self.weight + 1, shape, dtype=torch.int8, generator=g)
+        if self.extreme:
+            x.fill_((1 << self.bits) - 1)
+            weight.copy_(
+                torch.where(torch.arange(self.outputs) % 2 == 0, self.weight, -self.weight - 1)[:, None, None, None]
+            )
+        zero_point = torch.randint(-20, 256, (self.channels,), dtype=torch.int32, generator=g)
+        return x, weight, zero_point if self.zero_point else torch.zeros_like(zero_point)
+
+    def span(self, weight: Tensor) -> int:
+        codes = torch.full((self.channels,), (1 << self.bits) - 1)
+        return panels.span_of_sums(panels.weight_panels(weight, self.groups), codes, self.kernel, self.groups)
+
+    def sums(self, x: Tensor, weight: Tensor, zero_point: Tensor) -> Any:
+        """Return Σ weight * (code - zero_point), int64 [N, O, H', W'], tap by tap."""
+        values = x.numpy().astype(np.int64) - zero_point.numpy().astype(np.int64)[:, None, None]
+        rows, columns = self.padding
+        values = np.pad(values, ((0, 0), (0, 0), (rows, rows), (columns, columns)))
+        values = values.reshape(self.batch, self.groups, -1, *values.shape[2:])
+        kernel = weight.numpy().astype(np.int64).reshape(self.groups, -1, *self.kernel, weight.shape[-1])
+        end = [values.shape[3 + d] - self.dilation[d] * (self.kernel[d] - 1) for d in (0, 1)]
+        total: Any = 0
+        for r, s in itertools.product(*map(range, self.kernel)):
+            top, left = r * self.dilation[0], s * self.dilation[1]
+            read = values[..., top : top + end[0] : self.stride[0], left : left + end[1] : self.stride[1]]
+            total = total + np.einsum("ngchw,goc->ngohw", read, kernel[:, :, r, s])
+        return total.reshape(self.batch, self.outputs, *total.shape[3:])
+
+    def arguments(self, weight: Tensor, zero_point: Tensor, span: int | None = None) -> dict[str, Any]:
+        """Return the arguments of the operator from weight on, by name, with plain scales."""
+        zeros = zero_point.view(self.groups, 1, 1, 1, -1).to(torch.int64)
+        zeros = (weight.view(self.groups, -1, *weight.shape[1:]).to(torch.int64) * zeros).sum(-1).flatten(0, 1)
+        return {
+            "weight": panels.weight_panels(weight, self.groups),
+            "zero_sums": zeros.flatten(1).t().contiguous().to(torch.int32) if self.zero_point else None,
+            "scale": torch.ones(self.outputs),
+            "bias": torch.zeros(self.outputs),
+            "kernel_size": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "span": self.span(weight) if span is None else span,
+            "negative_slope": 1.0,
+            "upper": float("inf"),
+            "residual": None,
+            "residual_scale": None,
+            "residual_zero_point": None,
+            "out_scale": None,
+            "out_zero_point": None,
+            "out_bits": None,
+            "dtype": torch.float32,
+        }
+
+
+def run(backend: Backend, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    result: Tensor = backend.conv2d_integer(x, *arguments.values())
+    return result
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return oracle.arrange(x, "channels_last")
+
+
+GEOMETRIES = {
+    "1x1": Case(64, 32),
+    "1x1 odd": Case(13, 21, batch=3),
+    "1x1 stride": Case(20, 24, stride=(2, 3)),
+    "1x1 padded": Case(8, 16, padding=(1, 2)),
+    "3x3": Case(32, 48, kernel=(3, 3), padding=(1, 1)),
+    "3x3 unpadded": Case(12, 16, kernel=(3, 3)),
+    "3x3 stride": Case(16, 16, kernel=(3, 3), padding=(1, 1), stride=(2, 2), size=(13, 12)),
+    "3x3 dilated": Case(8, 18, kernel=(3, 3), padding=(2, 3), dilation=(2, 3), size=(11, 10)),
+    "first": Case(3, 32, kernel=(7, 7), padding=(3, 3), stride=(2, 2), size=(21, 30), bits=8),
+    "1x7": Case(6, 5, kernel=(1, 7), padding=(0, 3)),
+    "even kernel": Case(5, 7, kernel=(2, 4), padding=(1, 2), stride=(3, 1)),
+    "kernel over the edge": Case(4, 4, kernel=(5, 5), padding=(4, 4), size=(2, 3), stride=(2, 1)),
+    "padding beyond the kernel": Case(4, 4, kernel=(2, 2), padding=(3, 4), size=(2, 2), dilation=(2, 1)),
+    "groups": Case(24, 40, kernel=(3, 3), padding=(1, 1), groups=4),
+    "groups odd": Case(15, 9, kernel=(3, 2), padding=(1, 1), groups=3),
+    "depthwise": Case(40, 40, kernel=(3, 3), padding=(1, 1), groups=40),
+    "depthwise narrow": Case(9, 9, kernel=(3, 3), padding=(1, 1), groups=9),
+    "depthwise 5x5": Case(64, 64, kernel=(5, 5), padding=(2, 2), stride=(2, 2), groups=64, size=(11, 12)),
+    "depthwise unpadded": Case(96, 96, kernel=(2, 3), dilation=(2, 1), groups=96),
+    "depthwise multiplied": Case(8, 24, kernel=(3, 3), padding=(1, 1), groups=8),
+    "one channel": Case(1, 1, kernel=(3, 3), padding=(1, 1)),
+    "one pixel": Case(70, 33, size=(1, 1), batch=5),
+    "a row": Case(7, 3, size=(1, 200), kernel=(1, 3)),
+    "wide": Case(16, 16, size=(3, 130), kernel=(3, 3), padding=(1, 1), batch=1),
+    "deep": Case(600, 20, size=(3, 3), kernel=(3, 3), padding=(1, 1), batch=1),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_sums_are_exact(backend: Backend, name: str) -> None:
+    for zero_point in (True, False):
+        case = dataclasses.replace(GEOMETRIES[name], zero_point=zero_point)
+        x, weight, zeros = case.make()
+        y = run(backend, channels_last(x), case.arguments(weight, zeros))
+        assert oracle.same(y, torch.from_numpy(case.sums(x, weight, zeros)).float())
+        assert y.movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    "name", ["1x1", "3x3", "first", "groups odd", "depthwise", "depthwise 5x5", "depthwise narrow"]
+)
+def test_codes_and_weights_at_their_limits(backend: Backend, name: str, bits: int) -> None:
+    """No instruction may saturate, whatever span the weights allow."""
+    for weight_limit in (127, 7):
+        case = dataclasses.replace(GEOMETRIES[name], bits=bits, extreme=True, weight=weight_limit)
+        x, weight, zeros = case.make()
+        expected = torch.from_numpy(case.sums(x, weight, zeros)).float()
+        for span in {case.span(weight), panels.NIBBLES}:
+            assert oracle.same(run(backend, channels_last(x), case.arguments(weight, zeros, span)), expected), span
+
+
+def test_spans() -> None:
+    def span(weight: list[list[int]], code: int, groups: int = 1) -> int:
+        w = torch.tensor(weight, dtype=torch.int8)[:, None, None, :]
+        codes = torch.full((w.shape[-1] * groups,), code)
+        return panels.span_of_sums(panels.weight_panels(w, groups), codes, (1, 1), groups)
+
+    assert span([[127] * 64], 15) == 8  # 8 pairs of 3810, not 16
+    assert span([[-128] * 64], 15) == 8
+    assert span([[127] * 64], 17) == 4
+    assert span([[-128] * 64], 63) == 2
+    assert span([[-128] * 64], 127) == panels.NIBBLES  # two pairs do not fit
+    assert span([[127] * 64], 255) == panels.NIBBLES  # not even one
+    assert span([[127, -127] * 32], 15) == 16  # all there are: positive and negative products bound a sum apart
+    assert span([[127, -127] * 32, [127] * 64], 15) == 8
+    assert span([[1] * 6], 255) == 2
+    # Depthwise: pairs of taps, of which one is enough.
+    weight = torch.full((64, 3, 3, 1), 127, dtype=torch.int8)
+    for code, expected in ((15, 8), (31, 4), (127, 1), (129, 1), (255, panels.NIBBLES)):
+        rows = panels.weight_panels(weight, 64)
+        assert panels.span_of_sums(rows, torch.full((64,), code), (3, 3), 64) == expected
+
+
+def finished(case: Case, sums: Any, a: dict[str, Any], residual: Tensor | None) -> Tensor:
+    """The epilogue, operation by operation in float32."""
+    along = lambda p: p.numpy().reshape(-1, 1, 1)  # noqa: E731
+    with np.errstate(over="ignore"):
+        y = sums.astype(np.float32) * along(a["scale"]) + along(a["bias"])
+        if residual is not None:
+            difference = residual.numpy().astype(np.float32) - along(a["residual_zero_point"]).astype(np.float32)
+            y = y + difference * along(a["residual_scale"])
+        y = np.minimum(np.where(y > 0, y, y * np.float32(a["negative_slope"])), np.float32(a["upper"]))
+    assert y.dtype == np.float32
+    return torch.from_numpy(y)
+
+
+@pytest.mark.parametrize("activation", [(1.0, float("inf")), (0.0, float("inf")), (0.0, 6.0), (0.1, 40.0)], ids=str)
+@pytest.mark.parametrize("name", ["1x1 odd", "3x3", "groups odd", "depthwise", "depthwise narrow"])
+def test_epilogue(backend: Backend, name: str, activation: tuple[float, float]) -> None:
+    case = GEOMETRIES[name]
+    x, weight, zeros = case.make()
+    sums = case.sums(x, weight, zeros)
+    g = torch.Generator().manual_seed(3)
+    a = case.arguments(weight, zeros)
+    a["scale"] = torch.rand(case.outputs, generator=g) * 0.01
+    a["bias"] = torch.randn(case.outputs, generator=g)
+    a["negative_slope"], a["upper"] = activation
+    x = channels_last(x)
+    for residual in (None, torch.randint(0, 256, sums.shape, dtype=torch.uint8, generator=g)):
+        if residual is not None:
+            a["residual"] = channels_last(residual)
+            a["residual_scale"], a["residual_zero_point"], _ = oracle.quantizer(case.outputs, 4)
+        y = finished(case, sums, a, residual)
+        for dtype in oracle.DTYPES:
+            assert oracle.same(run(backend, x, a | {"dtype": dtype}), y.to(dtype))
+        for few in (False, True):
+            scale, zero_point, bits = (p[:1] if few else p for p in oracle.quantizer(case.outputs, 5))
+            codes = run(backend, x, a | {"out_scale": scale, "out_zero_point": zero_point, "out_bits": bits})
+            assert oracle.same(codes, oracle.quantize(y, scale, zero_point, bits, 1))
+            assert codes.movedim(1, -1).is_contiguous()
+
+
+def test_sums_beyond_two_to_the_24_are_rounded_once(backend: Backend) -> None:
+    case = Case(2100, 16, size=(2, 2), bits=8, batch=1, zero_point=False)
+    x, weight, zeros = case.make()
+    x, weight = x | 0xC1, (weight & 0x7F) | 0x61
+    sums = case.sums(x, weight, zeros)
+    assert (abs(sums) > 1 << 24).any()
+    y = run(backend, channels_last(x), case.arguments(weight, zeros))
+    assert oracle.same(y, torch.from_numpy(sums.astype(np.float32)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "strided", "misaligned"])
+def test_any_layout(backend: Backend, layout: str) -> None:
+    for name in ("1x1 odd", "3x3", "depthwise"):
+        case = GEOMETRIES[name]
+        x, weight, zeros = case.make()
+        a = case.arguments(weight, zeros)
+        assert oracle.same(
+            run(backend, oracle.arrange(x, layout), a), torch.from_numpy(case.sums(x, weight, zeros)).float()
+        )
+
+
+def test_reads_stay_inside_of_the_input(backend: Backend) -> None:
+    """What lies around the input in memory has no influence, also on channels that do not fill a word."""
+    for name in ("1x1 odd", "3x3", "first", "groups odd", "depthwise", "depthwise narrow"):
+        case = GEOMETRIES[name]
+        x, weight, zeros = case.make()
+        a = case.arguments(weight, zeros)
+        inside, raw = oracle.guarded(tuple(x.shape), torch.uint8, channels_last(x).stride(), 64)
+        inside.copy_(x)
+        expected = run(backend, channels_last(x), a)
+        assert oracle.same(run(backend, inside, a), expected)
+        raw[:64] = raw[-64:] = 0xFF
+        assert oracle.same(run(backend, inside, a), expected)
+
+
+@pytest.mark.parametrize("name", ["1x1", "3x3", "depthwise"])
+def test_empty_batch(backend: Backend, name: str) -> None:
+    case = GEOMETRIES[name]
+    x, weight, zeros = case.make()
+    y = run(backend, channels_last(x)[:0], case.arguments(weight, zeros))
+    assert y.shape[0] == 0
+    assert y.shape[1] == case.outputs
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_the_work(cpu: Backend, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for case in (
+            Case(64, 200, size=(40, 41), batch=3),
+            Case(33, 70, size=(30, 57), kernel=(3, 3), padding=(1, 1), batch=2),
+            Case(80, 80, size=(50, 33), kernel=(3, 3), padding=(1, 1), groups=80),
+            Case(512, 300, size=(2, 2), kernel=(3, 3), padding=(1, 1), batch=1),
+        ):
+            x, weight, zeros = case.make()
+            y = run(cpu, channels_last(x), case.arguments(weight, zeros))
+            assert oracle.same(y, torch.from_numpy(case.sums(x, weight, zeros)).float())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_panels_and_back() -> None:
+    for name, case in GEOMETRIES.items():
+        _, weight, _ = case.make()
+        there = panels.weight_panels(weight, case.groups)
+        assert tuple(there.shape) == panels.shape_of_panels(case.outputs, case.kernel, weight.shape[-1], case.groups)
+        back = panels.weight_of_panels(there, case.outputs, case.kernel, weight.shape[-1], case.groups)
+        assert torch.equal(back, weight), name
