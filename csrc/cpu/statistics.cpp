@@ -1,15 +1,18 @@
 // channel_statistics on the CPU.
 //
-// The work is cut into units whose bounds depend on the shape alone, and the values of a unit are dealt to lanes in
-// turn. Lanes are summed side by side, each in its own order, and merged in a fixed order: the result depends neither
-// on the number of threads nor on the instruction set. Sums are float64 about a value of the unit itself, so that a
-// large mean costs no precision.
+// Two passes: the sum, and sums of distances from the mean. The sums are float64. No shift is needed for the first:
+// where the values are close to each other and far from zero, float32 values add up exactly in float64, and where
+// they are not, there is no precision to lose.
 //
-//   long rows (NCHW):           a unit is a stretch of one channel; its lanes share what they are summed about
+// The work is cut into units whose bounds depend on the shape alone, and the values of a unit are dealt to lanes in
+// turn. Lanes are summed side by side, each in its own order, and added up in a fixed order: the result depends
+// neither on the number of threads nor on the instruction set.
+//
+//   long rows (NCHW):           a unit is a stretch of one channel
 //   short rows (channels_last): a unit is a stretch of pixels, with a lane for each column
 //
-// The two passes over a value cost some three vector instructions each, nearly the time that memory takes to deliver
-// it. So a tile is summed while the next one is on its way.
+// A value costs some three vector instructions, which takes about as long as its way from memory. So the next tile is
+// fetched while one is summed.
 #include "../entry.h"
 #include "simd.h"
 
@@ -20,73 +23,70 @@ constexpr int64_t kLanes = 64;       // of a unit of long rows; at least of a un
 constexpr int kRows = 8;             // values of a lane that are added up in registers
 constexpr int64_t kTile = 2048;      // values
 constexpr int64_t kUnit = 1 << 16;   // values of a unit of long rows
-constexpr int64_t kUnits = 64;       // units of short rows, at most: enough for the threads, few to merge
+constexpr int64_t kUnits = 64;       // units of short rows, at most: enough for the threads, few to add up
 constexpr int64_t kShortRow = 16;    // values
 constexpr int64_t kGather = 512;     // values; rows that are shorter are gathered into tiles
 constexpr int64_t kLarge = 1 << 16;  // values worth threads
 
-struct LanePointers {
-    double *about, *sum, *squares;
-    int32_t* positive;
-    float *min, *max;
-};
+// Both passes add kCount rows of n values, `stride` apart, to lanes j and following.
 
-// What lanes are summed about, and their sums. Deviations use the first two.
-struct Lanes {
-    std::vector<double> about, sum, squares;
-    std::vector<int32_t> positive;
-    std::vector<float> min, max;
-    std::vector<float> tile;  // room for one that is gathered
+struct FirstPass {
+    struct Lanes {
+        double* sum;
+        float *min, *max;
+        int32_t* positive;
+    };
 
-    Lanes(int64_t width, int64_t tile_)
-        : about(width), sum(width), squares(width), positive(width), min(width), max(width), tile(tile_) {}
-
-    LanePointers cleared() {
-        std::fill(sum.begin(), sum.end(), 0.0);
-        std::fill(squares.begin(), squares.end(), 0.0);
-        std::fill(positive.begin(), positive.end(), 0);
-        std::fill(min.begin(), min.end(), INFINITY);
-        std::fill(max.begin(), max.end(), -INFINITY);
-        return {about.data(), sum.data(), squares.data(), positive.data(), min.data(), max.data()};
-    }
-};
-
-// Adds kCount rows of n values, `stride` apart, to n lanes.
-struct AddMoments {
     template <int kCount>
-    static PTQ_INLINE void rows(const float* __restrict x, int64_t stride, int64_t n, const double* __restrict about,
-                                double* __restrict sum, double* __restrict squares, int32_t* __restrict positive,
-                                float* __restrict min, float* __restrict max) {
+    static PTQ_INLINE void add(const float* x, int64_t stride, int64_t j, int64_t n, const Lanes& to) {
+        rows<kCount>(x, stride, n, to.sum + j, to.min + j, to.max + j, to.positive + j);
+    }
+    template <int kCount>
+    static PTQ_INLINE void rows(const float* __restrict x, int64_t stride, int64_t n, double* __restrict sum,
+                                float* __restrict min, float* __restrict max, int32_t* __restrict positive) {
         for (int64_t j = 0; j < n; ++j) {
-            double s = sum[j], q = squares[j];
-            int32_t p = positive[j];
+            double s = sum[j];
             float low = min[j], high = max[j];
+            int32_t p = positive[j];
             for (int r = 0; r < kCount; ++r) {
                 const float v = x[r * stride + j];
-                const double d = static_cast<double>(v) - about[j];
-                s += d;
-                q = __builtin_fma(d, d, q);  // on every instruction set, or they would differ
-                p += v > 0.0f;
+                s += v;
                 low = v < low ? v : low;  // passes over NaN
                 high = v > high ? v : high;
+                p += v > 0.0f;
             }
             sum[j] = s;
-            squares[j] = q;
-            positive[j] = p;
             min[j] = low;
             max[j] = high;
+            positive[j] = p;
         }
     }
 };
 
-struct AddDeviations {
+// Deviations are taken about a centre, which is the mean unless kCentre.
+template <bool kCentre>
+struct SecondPass {
+    struct Lanes {
+        double *mean, *centre, *squares, *deviations;
+    };
+
     template <int kCount>
-    static PTQ_INLINE void rows(const float* __restrict x, int64_t stride, int64_t n, const double* __restrict about,
-                                double* __restrict sum, double*, int32_t*, float*, float*) {
+    static PTQ_INLINE void add(const float* x, int64_t stride, int64_t j, int64_t n, const Lanes& to) {
+        rows<kCount>(x, stride, n, to.mean + j, to.centre + j, to.squares + j, to.deviations + j);
+    }
+    template <int kCount>
+    static PTQ_INLINE void rows(const float* __restrict x, int64_t stride, int64_t n, const double* __restrict mean,
+                                const double* __restrict centre, double* __restrict squares,
+                                double* __restrict deviations) {
         for (int64_t j = 0; j < n; ++j) {
-            double s = sum[j];
-            for (int r = 0; r < kCount; ++r) s += std::fabs(static_cast<double>(x[r * stride + j]) - about[j]);
-            sum[j] = s;
+            double q = squares[j], a = deviations[j];
+            for (int r = 0; r < kCount; ++r) {
+                const double v = x[r * stride + j], d = v - mean[j];
+                q = __builtin_fma(d, d, q);  // on every instruction set, or they would differ
+                a += std::fabs(kCentre ? v - centre[j] : d);
+            }
+            squares[j] = q;
+            deviations[j] = a;
         }
     }
 };
@@ -100,28 +100,36 @@ struct Tile {
 
 // Adds a tile to its lanes. The next one is fetched in the order of its addresses, a little at a time: rows that are
 // read side by side make more streams than the processor follows by itself.
-template <class Add>
+template <class Pass>
 struct AddTile {
-    static PTQ_INLINE void run(Tile tile, int64_t width, LanePointers lanes) {
-        const int64_t rows = tile.n / width, rest = tile.n % width;
+    static PTQ_INLINE void run(Tile tile, int64_t width, typename Pass::Lanes lanes) {
+        const int64_t rows = tile.n / width;
+        const float* x = tile.x;
         int64_t row = 0;
-        for (; row + kRows <= rows; row += kRows) {
+        for (; row + kRows <= rows; row += kRows, x += kRows * width) {
             for (int64_t j = 0; j < width; j += kLanes) {
                 const int64_t n = std::min(kLanes, width - j);
                 simd::prefetch(tile.next, tile.next_end, n * kRows * static_cast<int64_t>(sizeof(float)));
-                add<kRows>(tile.x + row * width, width, j, n, lanes);
+                Pass::template add<kRows>(x + j, width, j, n, lanes);
             }
         }
-        for (; row < rows; ++row) add<1>(tile.x + row * width, width, 0, width, lanes);
-        add<1>(tile.x + rows * width, width, 0, rest, lanes);
+        for (; row < rows; ++row, x += width) Pass::template add<1>(x, width, 0, width, lanes);
+        Pass::template add<1>(x, width, 0, tile.n % width, lanes);
     }
+};
 
-private:
-    template <int kCount>
-    static PTQ_INLINE void add(const float* x, int64_t stride, int64_t j, int64_t n, const LanePointers& lanes) {
-        Add::template rows<kCount>(x + j, stride, n, lanes.about + j, lanes.sum + j, lanes.squares + j,
-                                   lanes.positive + j, lanes.min + j, lanes.max + j);
-    }
+// What a unit adds to a channel.
+struct Sums {
+    double sum = 0.0, squares = 0.0, deviations = 0.0;
+    int64_t positive = 0;
+    float min = INFINITY, max = -INFINITY;
+};
+
+// Room for the lanes of a unit, and for a tile.
+struct Workspace {
+    std::vector<double> sum, mean, centre, squares, deviations;
+    std::vector<float> min, max, tile;
+    std::vector<int32_t> positive;
 };
 
 // How a tensor is cut. Groups share no channel; all units of a group are needed to finish its channels. The values of
@@ -129,70 +137,88 @@ private:
 template <class T>
 class Units {
 public:
-    Units(const T* x, const ChannelLayout& layout) : layout(layout), x_(x), rows_(layout) {
-        columns = layout.inner < kShortRow && layout.channels > 1 && layout.numel() > 0;
-        if (columns) {
-            // Short periods are repeated, to fill the lanes.
-            const int64_t period = layout.channels * layout.inner;
-            width = period * ceil_div(kLanes, period);
+    Units(const T* x, const ChannelLayout& layout) : x_(x), rows_(layout), inner_(layout.inner) {
+        columns_ = layout.inner < kShortRow && layout.channels > 1 && layout.numel() > 0;
+        if (columns_) {
             channels = layout.channels;
             rows_ = {1, 1, layout.numel()};
-            unit_ = std::max<int64_t>(4 * kRows, ceil_div(ceil_div(layout.numel(), width), kUnits)) * width;
+            // Short periods are repeated, to fill the lanes.
+            const int64_t period = layout.channels * layout.inner;
+            width_ = period * ceil_div(kLanes, period);
+            unit_ = std::max<int64_t>(4 * kRows, ceil_div(ceil_div(layout.numel(), width_), kUnits)) * width_;
         }
         groups = rows_.channels;
         units = ceil_div(rows_.per_channel(), unit_);
-        tile_ = std::max<int64_t>(kRows, kTile / width) * width;
+        tile_ = std::max<int64_t>(kRows, kTile / width_) * width_;
     }
 
-    ChannelLayout layout;
-    bool columns;
-    int64_t groups, units;   // groups; units of a group
-    int64_t width = kLanes;  // lanes of a unit
-    int64_t channels = 1;    // of a group
+    int64_t groups, units;  // groups; units of a group
+    int64_t channels = 1;   // of a group
 
-    // Of a group, by lane.
-    int64_t channel(int64_t lane) const { return columns ? lane / layout.inner % channels : 0; }
+    Workspace workspace() const {
+        const std::vector<double> lanes(width_);
+        const std::vector<float> floats(width_);
+        return {lanes,
+                lanes,
+                lanes,
+                lanes,
+                lanes,
+                floats,
+                floats,
+                std::vector<float>(tile_),
+                std::vector<int32_t>(width_)};
+    }
 
-    Lanes lanes() const { return Lanes(width, tile_); }
-
-    // Of each channel of the group. Its lanes are summed about the same value, so that their sums simply add.
-    void moments(int64_t group, int64_t unit, Lanes& lanes, Moments* result) const {
-        const int64_t begin = unit * unit_, end = end_of(unit);
-        for (int64_t j = 0; j < width; ++j) {
-            const int64_t first = begin + (columns ? channel(j) * layout.inner : 0);
-            lanes.about[j] = first < end ? simd::to_float(*at(group, first)) : 0.0;
+    // For each channel of the group.
+    void first_pass(int64_t group, int64_t unit, Workspace& w, Sums* result) const {
+        std::fill(w.sum.begin(), w.sum.end(), 0.0);
+        std::fill(w.min.begin(), w.min.end(), INFINITY);
+        std::fill(w.max.begin(), w.max.end(), -INFINITY);
+        std::fill(w.positive.begin(), w.positive.end(), 0);
+        add<FirstPass>(group, unit, w, {w.sum.data(), w.min.data(), w.max.data(), w.positive.data()});
+        bool nan = false;
+        for (int64_t j = 0; j < width_; ++j) {
+            Sums& s = result[channel(j)];
+            s.sum += w.sum[j];
+            s.positive += w.positive[j];
+            s.min = nan_min(s.min, w.min[j]);
+            s.max = nan_max(s.max, w.max[j]);
+            nan |= w.sum[j] != w.sum[j];
         }
-        add<AddMoments>(group, unit, lanes);
-
         // Lanes whose sum is NaN met one, or infinities of both signs: look again.
-        if (std::any_of(lanes.sum.begin(), lanes.sum.end(), [](double s) { return s != s; }))
-            mark_nan(group, unit, lanes);
-
-        const int64_t rows = (end - begin) / width, rest = (end - begin) % width;
-        std::fill_n(result, channels, Moments());
-        for (int64_t j = 0; j < width; ++j) {
-            Moments& m = result[channel(j)];
-            m.count += static_cast<double>(rows + (j < rest));
-            m.mean += lanes.sum[j];
-            m.m2 += lanes.squares[j];
-            m.positive += lanes.positive[j];
-            m.min = nan_min(m.min, lanes.min[j]);
-            m.max = nan_max(m.max, lanes.max[j]);
-        }
-        for (int64_t j = 0; j < (columns ? channels * layout.inner : 1); j += layout.inner) {
-            Moments& m = result[channel(j)];
-            m = from_shifted_sums(m.count, lanes.about[j], m.mean, m.m2, m.positive, m.min, m.max);
+        for (int64_t i = unit * unit_; nan && i < end_of(unit); ++i) {
+            const float v = simd::to_float(*at(group, i));
+            Sums& s = result[channel((i - unit * unit_) % width_)];
+            if (v != v) s.min = s.max = v;
         }
     }
 
-    // About lanes.about, for each channel of the group.
-    void deviations(int64_t group, int64_t unit, Lanes& lanes, double* result) const {
-        add<AddDeviations>(group, unit, lanes);
-        std::fill_n(result, channels, 0.0);
-        for (int64_t j = 0; j < width; ++j) result[channel(j)] += lanes.sum[j];
+    // About values of each channel of the group; centre may be nullptr.
+    void second_pass(int64_t group, int64_t unit, Workspace& w, const double* mean, const double* centre,
+                     Sums* result) const {
+        for (int64_t j = 0; j < width_; ++j) {
+            w.mean[j] = mean[channel(j) * kStatistics];
+            if (centre) w.centre[j] = centre[channel(j)];
+        }
+        std::fill(w.squares.begin(), w.squares.end(), 0.0);
+        std::fill(w.deviations.begin(), w.deviations.end(), 0.0);
+        if (centre) {
+            add<SecondPass<true>>(group, unit, w,
+                                  {w.mean.data(), w.centre.data(), w.squares.data(), w.deviations.data()});
+        } else {
+            add<SecondPass<false>>(group, unit, w,
+                                   {w.mean.data(), w.centre.data(), w.squares.data(), w.deviations.data()});
+        }
+        for (int64_t j = 0; j < width_; ++j) {
+            result[channel(j)].squares += w.squares[j];
+            result[channel(j)].deviations += w.deviations[j];
+        }
     }
 
 private:
+    // Of a group, by lane.
+    int64_t channel(int64_t lane) const { return columns_ ? lane / inner_ % channels : 0; }
+
     const T* at(int64_t group, int64_t i) const {
         return x_ + (i / rows_.inner * rows_.channels + group) * rows_.inner + i % rows_.inner;
     }
@@ -200,18 +226,17 @@ private:
     int64_t neighbours(int64_t i, int64_t end) const { return std::min(end - i, rows_.inner - i % rows_.inner); }
     int64_t end_of(int64_t unit) const { return std::min((unit + 1) * unit_, rows_.per_channel()); }
 
-    template <class Add>
-    void add(int64_t group, int64_t unit, Lanes& lanes) const {
-        const LanePointers pointers = lanes.cleared();
+    template <class Pass>
+    void add(int64_t group, int64_t unit, Workspace& w, typename Pass::Lanes lanes) const {
         const int64_t end = end_of(unit);
         for (int64_t i = unit * unit_; i < end;) {
-            Tile tile = tile_at(group, i, end, lanes.tile.data());
+            Tile tile = tile_at(group, i, end, w.tile.data());
             i += tile.n;
             if (i < end) {
                 tile.next = reinterpret_cast<const char*>(at(group, i));
                 tile.next_end = tile.next + std::min(neighbours(i, end), tile_) * sizeof(T);
             }
-            simd::run<AddTile<Add>>(tile, width, pointers);
+            simd::run<AddTile<Pass>>(tile, width_, lanes);
         }
     }
 
@@ -229,25 +254,11 @@ private:
         return {buffer, n, nullptr, nullptr};
     }
 
-    void mark_nan(int64_t group, int64_t unit, Lanes& lanes) const {
-        const int64_t begin = unit * unit_, end = end_of(unit);
-        for (int64_t i = begin; i < end; ++i) {
-            const float v = simd::to_float(*at(group, i));
-            const int64_t j = columns ? (i - begin) % width : 0;
-            if (v != v) lanes.min[j] = lanes.max[j] = v;
-        }
-    }
-
     const T* x_;
     ChannelLayout rows_;  // how the values of a group lie in memory
-    int64_t unit_ = kUnit, tile_;
+    int64_t inner_, width_ = kLanes, unit_ = kUnit, tile_;
+    bool columns_;
 };
-
-template <class F>
-void for_range(bool parallel, int64_t n, const F& f) {
-    if (!parallel) return f(int64_t{0}, n);
-    torch::stable::parallel_for(0, n, 1, f);
-}
 
 template <class T>
 void reduce(const T* x, const ChannelLayout& layout, const double* centre, double* out) {
@@ -256,39 +267,63 @@ void reduce(const T* x, const ChannelLayout& layout, const double* centre, doubl
     const bool by_group = units.groups >= static_cast<int64_t>(torch::stable::get_num_threads());
 
     // Both passes over a group before the next group begins: the second read comes from cache.
-    for_range(large && by_group, units.groups, [&](int64_t group, int64_t last_group) {
-        std::vector<Moments> moments(units.units * units.channels);
-        std::vector<double> deviations(units.units * units.channels);
+    const auto finish_groups = [&](int64_t group, int64_t last_group) {
+        Workspace mine = units.workspace();
+        std::vector<Sums> sums(units.units * units.channels);
+        const auto for_units = [&](const auto& f) {
+            if (!large || by_group) return f(int64_t{0}, units.units, mine);
+            torch::stable::parallel_for(0, units.units, 1, [&](int64_t begin, int64_t end) {
+                Workspace its = units.workspace();
+                f(begin, end, its);
+            });
+        };
         for (; group < last_group; ++group) {
             const int64_t first = group * units.channels;
-            for_range(large && !by_group, units.units, [&](int64_t u, int64_t end) {
-                Lanes lanes = units.lanes();
-                for (; u < end; ++u) units.moments(group, u, lanes, &moments[u * units.channels]);
+            std::fill(sums.begin(), sums.end(), Sums());
+            for_units([&](int64_t u, int64_t end, Workspace& w) {
+                for (; u < end; ++u) units.first_pass(group, u, w, &sums[u * units.channels]);
             });
             for (int64_t c = 0; c < units.channels; ++c) {
-                Moments m;
-                for (int64_t u = 0; u < units.units; ++u) m = merge(m, moments[u * units.channels + c]);
-                const double row[] = {m.count, m.min, m.max, m.mean, m.m2, 0.0, m.positive / std::max(m.count, 1.0)};
-                std::copy(row, row + kStatistics, out + (first + c) * kStatistics);
+                Sums total;
+                for (int64_t u = 0; u < units.units; ++u) {
+                    const Sums& s = sums[u * units.channels + c];
+                    total.sum += s.sum;
+                    total.positive += s.positive;
+                    total.min = nan_min(total.min, s.min);
+                    total.max = nan_max(total.max, s.max);
+                }
+                double* row = out + (first + c) * kStatistics;
+                const double count = static_cast<double>(layout.per_channel()), divisor = std::max(count, 1.0);
+                row[kCount] = count;
+                row[kMin] = total.min;
+                row[kMax] = total.max;
+                row[kMean] = total.sum / divisor;
+                row[kPositive] = static_cast<double>(total.positive) / divisor;
             }
 
             // Backwards: what was read last may still be in cache.
-            for_range(large && !by_group, units.units, [&](int64_t begin, int64_t u) {
-                Lanes lanes = units.lanes();
-                for (int64_t j = 0; j < units.width; ++j) {
-                    const int64_t c = first + units.channel(j);
-                    lanes.about[j] = centre ? centre[c] : out[c * kStatistics + kMean];
-                }
-                while (u-- > begin) units.deviations(group, u, lanes, &deviations[u * units.channels]);
+            for_units([&](int64_t begin, int64_t u, Workspace& w) {
+                while (u-- > begin)
+                    units.second_pass(group, u, w, out + first * kStatistics + kMean,
+                                      centre ? centre + first : nullptr, &sums[u * units.channels]);
             });
             for (int64_t c = 0; c < units.channels; ++c) {
-                double sum = 0.0;
-                for (int64_t u = 0; u < units.units; ++u) sum += deviations[u * units.channels + c];
+                double squares = 0.0, deviations = 0.0;
+                for (int64_t u = 0; u < units.units; ++u) {
+                    squares += sums[u * units.channels + c].squares;
+                    deviations += sums[u * units.channels + c].deviations;
+                }
                 double* row = out + (first + c) * kStatistics;
-                row[kAbsDev] = sum / std::max(row[kCount], 1.0);
+                row[kM2] = squares;
+                row[kAbsDev] = deviations / std::max(row[kCount], 1.0);
             }
         }
-    });
+    };
+    if (large && by_group) {
+        torch::stable::parallel_for(0, units.groups, 1, finish_groups);
+    } else {
+        finish_groups(0, units.groups);
+    }
 }
 
 struct Cpu {
