@@ -7,32 +7,39 @@
 //   short rows (channels_last): a task is a range of channels in a piece of the rows; there are ranges if the
 //                               histograms are too large for each thread to have its own
 //
-// Every piece but the first counts into a histogram of its own. They are added up at the end.
+// Every piece counts into a histogram of its own. They are added up at the end.
 #include "../entry.h"
 #include "simd.h"
 
 namespace ptq4cuda {
 namespace {
 
-constexpr int64_t kBatch = 1024;     // values whose bins are computed at once
-constexpr int64_t kTask = 1 << 15;   // values worth a thread
-constexpr int64_t kShortRow = 32;    // of values
-constexpr int64_t kCacheLine = 64;   // bytes
-constexpr int kCopies = 4;           // of a histogram: equal neighbours are counted in different ones
-constexpr int64_t kPiece = 1 << 30;  // values that 32 bits count, whatever they are
+constexpr int64_t kBatch = simd::kBlock;  // values whose bins are computed at once
+constexpr int64_t kTask = 1 << 15;        // values worth a thread
+constexpr int64_t kShortRow = 32;         // of values
+constexpr int64_t kCacheLine = 64;        // bytes
+constexpr int64_t kPadding = 16;          // bins between histograms, lest all of them compete for the same cache sets
+constexpr int kCopies = 4;                // of a histogram: equal neighbours are counted in different ones
+constexpr int64_t kPiece = 1 << 30;       // values that 32 bits count, whatever they are
 
-template <class T>
+template <class Value>
 struct RowBins {
-    static PTQ_INLINE void run(const T* __restrict x, int64_t n, Binning b, int32_t* __restrict bins) {
+    static PTQ_INLINE void run(const Value* __restrict x, int64_t n, Binning b, int32_t* __restrict bins) {
         for (int64_t i = 0; i < n; ++i) bins[i] = bin(simd::to_float(x[i]), b);
     }
 };
 
-template <class T>
+// Places in the histograms of neighbouring channels; what is NaN goes to the padding.
+template <class Value>
 struct ColumnBins {
-    static PTQ_INLINE void run(const T* __restrict x, int64_t n, const float* __restrict low,
-                               const float* __restrict factor, float last, int32_t* __restrict bins) {
-        for (int64_t i = 0; i < n; ++i) bins[i] = bin(simd::to_float(x[i]), {low[i], factor[i], last});
+    static PTQ_INLINE void run(const Value* __restrict x, int64_t n, const float* __restrict low,
+                               const float* __restrict factor, const int32_t* __restrict first, int32_t bins,
+                               int32_t* __restrict places) {
+        const float last = static_cast<float>(bins - 1);
+        for (int64_t i = 0; i < n; ++i) {
+            const int32_t b = bin(simd::to_float(x[i]), {low[i], factor[i], last});
+            places[i] = first[i] + (b < 0 ? bins : b);
+        }
     }
 };
 
@@ -55,8 +62,6 @@ private:
     int64_t bins_;
     std::vector<uint32_t> counts_;
 };
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // [pieces, channels, bins]; the first piece is the result itself.
 class Pieces {
@@ -90,6 +95,7 @@ void count_rows(const T* x, const ChannelLayout& layout, const BinTable& table, 
     const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(step, 1));
     torch::stable::parallel_for(0, layout.channels * pieces, grain, [&](int64_t task, int64_t last_task) {
         Copies copies(table.bins);
+        simd::Block<T> values;
         int32_t bins[kBatch];
         for (; task < last_task; ++task) {
             const int64_t channel = task / pieces, piece = task % pieces;
@@ -101,7 +107,7 @@ void count_rows(const T* x, const ChannelLayout& layout, const BinTable& table, 
                 const int64_t offset = i % layout.inner;
                 const int64_t n = std::min({end - i, layout.inner - offset, kBatch});
                 const T* row = x + (i / layout.inner * layout.channels + channel) * layout.inner + offset;
-                simd::run<RowBins<T>>(row, n, binning, bins);
+                simd::run<RowBins<typename simd::Block<T>::Value>>(values.read(row, n), n, binning, bins);
                 if (small) {
                     for (int64_t k = 0; k < n; ++k)
                         if (bins[k] >= 0) ++to[bins[k]];
@@ -119,45 +125,58 @@ void count_rows(const T* x, const ChannelLayout& layout, const BinTable& table, 
 template <class T>
 void count_columns(const T* x, const ChannelLayout& layout, const BinTable& table, int64_t* out) {
     const int64_t threads = torch::stable::get_num_threads(), width = layout.channels * layout.inner;
+    const int64_t stride = table.bins + kPadding;  // from one histogram to the next
     const int64_t tasks = std::clamp<int64_t>(layout.numel() / kTask, 1, threads);
     // To add up the pieces must cost less than to count.
-    const int64_t pieces =
+    const int64_t wanted =
         std::clamp<int64_t>(layout.numel() / (4 * layout.channels * table.bins), 1, std::min(tasks, layout.outer));
+    const int64_t pieces = std::max(wanted, ceil_div(layout.per_channel(), kPiece));
     const int64_t line = std::max<int64_t>(1, kCacheLine / static_cast<int64_t>(sizeof(T)) / layout.inner);
-    const int64_t step = std::max(ceil_div(layout.channels, ceil_div(tasks, pieces)), line);  // channels of a range
+    const int64_t step = std::min(std::max(ceil_div(layout.channels, ceil_div(tasks, pieces)), line),
+                                  INT32_MAX / stride);  // channels of a range
     const int64_t ranges = ceil_div(layout.channels, step);
-    Pieces counts(out, layout.channels * table.bins, pieces);
+    std::vector<uint32_t> counts(pieces * layout.channels * stride);
     torch::stable::parallel_for(0, pieces * ranges, 1, [&](int64_t task, int64_t last_task) {
         for (; task < last_task; ++task) {
-            const int64_t piece = task / ranges, first = task % ranges * step;
-            const int64_t columns = (std::min(first + step, layout.channels) - first) * layout.inner;
+            const int64_t piece = task / ranges, channel = task % ranges * step;
+            const int64_t columns = (std::min(channel + step, layout.channels) - channel) * layout.inner;
             // Where a range is all channels, rows are neighbours in memory and several make a batch.
             const int64_t rows = columns == width ? std::max<int64_t>(1, kBatch / width) : 1;
             std::vector<float> low, factor;
-            std::vector<int64_t*> to;
+            std::vector<int32_t> first;
             for (int64_t i = 0; i < rows * columns; ++i) {
-                const int64_t channel = first + i % columns / layout.inner;
-                const Binning binning = table[channel];
+                const int64_t c = i % columns / layout.inner;
+                const Binning binning = table[channel + c];
                 low.push_back(binning.low);
                 factor.push_back(binning.factor);
-                to.push_back(counts[piece] + channel * table.bins);
+                first.push_back(static_cast<int32_t>(c * stride));
             }
-            const float last = static_cast<float>(table.bins - 1);
+            uint32_t* to = counts.data() + (piece * layout.channels + channel) * stride;
             const int64_t end = (piece + 1) * layout.outer / pieces;
-            int32_t bins[kBatch];
+            simd::Block<T> values;
+            int32_t places[kBatch];
             for (int64_t row = piece * layout.outer / pieces; row < end; row += rows) {
-                const T* from = x + row * width + first * layout.inner;
+                const T* from = x + row * width + channel * layout.inner;
                 const int64_t count = std::min(rows, end - row) * columns;
                 for (int64_t i = 0; i < count; i += kBatch) {
                     const int64_t n = std::min(count - i, kBatch);
-                    simd::run<ColumnBins<T>>(from + i, n, low.data() + i, factor.data() + i, last, bins);
-                    for (int64_t k = 0; k < n; ++k)
-                        if (bins[k] >= 0) ++to[i + k][bins[k]];
+                    simd::run<ColumnBins<typename simd::Block<T>::Value>>(values.read(from + i, n), n, low.data() + i,
+                                                                          factor.data() + i, first.data() + i,
+                                                                          static_cast<int32_t>(table.bins), places);
+                    for (int64_t k = 0; k < n; ++k) ++to[places[k]];
                 }
             }
         }
     });
-    counts.add_up();
+    torch::stable::parallel_for(0, layout.channels, kTask / table.bins, [&](int64_t c, int64_t end) {
+        for (; c < end; ++c)
+            for (int64_t b = 0; b < table.bins; ++b) {
+                int64_t total = 0;
+                for (int64_t piece = 0; piece < pieces; ++piece)
+                    total += counts[(piece * layout.channels + c) * stride + b];
+                out[c * table.bins + b] = total;
+            }
+    });
 }
 
 struct Cpu {

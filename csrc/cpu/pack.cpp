@@ -12,7 +12,10 @@
 namespace ptq4cuda {
 namespace {
 
-constexpr int64_t kPixels = 128;      // neighbouring pixels handled together
+constexpr int64_t kPixels = 128;      // neighbouring pixels handled together,
+constexpr int64_t kWords = 16;        // and words of a pixel: a cache line
+constexpr int kWord = 8;              // codes in 32 bits
+constexpr int64_t kStream = 1 << 25;  // bytes of a result that no cache would keep
 constexpr int64_t kBuffer = 1 << 13;  // codes held in the first-level cache between two steps
 
 // Pairs of bytes are handled as 16-bit words, low code in the low byte (x86 and Arm are little-endian).
@@ -34,17 +37,28 @@ struct UnpackNibbles {  // n code pairs
     }
 };
 
-// Eight channels of one pixel are a 32-bit word of the packed tensor: where pixels are neighbours in memory (NCHW),
-// the codes of a channel are shifted to their place in the words of many pixels at once.
-template <class T>
-struct AddToWords {
-    static PTQ_INLINE void run(const T* __restrict x, uint32_t* __restrict words, int64_t n, Quantizer q, int shift) {
-        for (int64_t i = 0; i < n; ++i) words[i] |= static_cast<uint32_t>(int_code(simd::to_float(x[i]), q)) << shift;
+// Eight channels of one pixel are a 32-bit word of the packed tensor. Where pixels are neighbours in memory (NCHW),
+// the words of many pixels are made at once.
+template <class Value>
+struct WordRows {
+    const Value* row[kWord];
+    Quantizer quantizer[kWord];
+};
+template <class Value>
+struct MakeWords {
+    static PTQ_INLINE void run(WordRows<Value> x, uint32_t* __restrict words, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) {
+            uint32_t word = 0;
+            for (int k = 0; k < kWord; ++k)
+                word |= static_cast<uint32_t>(int_code(simd::to_float(x.row[k][i]), x.quantizer[k])) << 4 * k;
+            words[i] = word;
+        }
     }
 };
-template <class T>
+template <class Value>
 struct TakeFromWords {
-    static PTQ_INLINE void run(const uint32_t* __restrict words, T* __restrict x, int64_t n, Quantizer q, int shift) {
+    static PTQ_INLINE void run(const uint32_t* __restrict words, Value* __restrict x, int64_t n, Quantizer q,
+                               int shift) {
         for (int64_t i = 0; i < n; ++i)
             simd::store(value(static_cast<float>(static_cast<int32_t>(words[i] >> shift & 15u)), q), x[i]);
     }
@@ -71,19 +85,26 @@ void unpack_rows(const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t ch
     }
 }
 
-// Calls f(n, first pixel, pixels, first channel, channels) for groups of up to eight channels of a [N, C, spatial]
-// tensor. All groups of a few pixels come one after the other, so that the packed rows that they share stay in cache.
+// Some pixels of a [N, C, spatial] tensor, and some of their words: the first of up to eight channels each.
+struct WordTile {
+    int64_t n, pixel, pixels, channel, words;
+};
+
+// Calls f(tile, next tile) for all tiles, those of the same pixels one after the other: their rows of packed codes
+// stay in cache. The last tile has itself as its next.
 template <class F>
-void for_each_word(const PackLayout& layout, const F& f) {
-    const int64_t tiles = ceil_div(layout.spatial, kPixels);
+void for_each_tile(const PackLayout& layout, const F& f) {
+    const int64_t words = ceil_div(layout.channels, kWord), across = ceil_div(words, kWords);
+    const int64_t stretches = ceil_div(layout.spatial, kPixels);
+    const auto tile = [&](int64_t t) -> WordTile {
+        const int64_t word = t % across * kWords, stretch = t / across % stretches;
+        const int64_t pixel = stretch * kPixels;
+        return {t / across / stretches, pixel, std::min(kPixels, layout.spatial - pixel), word * kWord,
+                std::min(kWords, words - word)};
+    };
     const int64_t grain = kGrain / (layout.channels * std::min(layout.spatial, kPixels)) + 1;
-    torch::stable::parallel_for(0, layout.batch * tiles, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            const int64_t n = t / tiles, pixel = t % tiles * kPixels;
-            const int64_t pixels = std::min(kPixels, layout.spatial - pixel);
-            for (int64_t c = 0; c < layout.channels; c += 8)
-                f(n, pixel, pixels, c, std::min<int64_t>(8, layout.channels - c));
-        }
+    torch::stable::parallel_for(0, layout.batch * stretches, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin * across; t < end * across; ++t) f(tile(t), tile(std::min(t + 1, end * across - 1)));
     });
 }
 
@@ -111,18 +132,39 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
                 }
             });
     } else {
-        for_each_word(layout, [&](int64_t n, int64_t pixel, int64_t pixels, int64_t channel, int64_t count) {
-            uint32_t words[kPixels];
-            std::fill_n(words, pixels, count % 2 ? static_cast<uint32_t>(pad_of(n)) << 4 * count : 0u);
-            for (int64_t k = 0; k < count; ++k)
-                simd::run<AddToWords<T>>(x + (n * channels + channel + k) * spatial + pixel,
-                                         static_cast<uint32_t*>(words), pixels, table[axis == 0 ? n : channel + k],
-                                         static_cast<int>(4 * k));
-            uint8_t* to = packed + (n * spatial + pixel) * bytes + channel / 2;
-            if (count == 8) {
-                for (int64_t p = 0; p < pixels; ++p) std::memcpy(to + p * bytes, &words[p], 4);
-            } else {
-                for (int64_t p = 0; p < pixels; ++p) std::memcpy(to + p * bytes, &words[p], (count + 1) / 2);
+        using Value = typename simd::Block<T, kPixels>::Value;
+        const auto row_of = [&](const WordTile& tile, int64_t channel) {
+            return x + (tile.n * channels + channel) * spatial + tile.pixel;
+        };
+        for_each_tile(layout, [&](const WordTile& tile, const WordTile& next) {
+            // Eight rows at a time are more streams than the processor follows by itself.
+            const auto fetch = [&](const WordTile& from, int64_t channel) {
+                for (int64_t c = channel; c < std::min(channel + kWord, channels); ++c) {
+                    const char* row = reinterpret_cast<const char*>(row_of(from, c));
+                    simd::prefetch(row, row + from.pixels * sizeof(T), kPixels * sizeof(T));
+                }
+            };
+            uint32_t words[kWords * kPixels];
+            simd::Block<T, kPixels> values[kWord];
+            for (int64_t w = 0; w < tile.words; ++w) {
+                const int64_t channel = tile.channel + w * kWord,
+                              count = std::min<int64_t>(kWord, channels - channel);
+                w + 1 < tile.words ? fetch(tile, channel + kWord) : fetch(next, next.channel);
+                WordRows<Value> rows;
+                for (int64_t k = 0; k < kWord; ++k) {
+                    rows.row[k] = k < count ? values[k].read(row_of(tile, channel + k), tile.pixels) : rows.row[0];
+                    rows.quantizer[k] = table[axis == 0 ? tile.n : channel + std::min(k, count - 1)];
+                    // The codes of missing channels do not depend on what is read in their place.
+                    if (k >= count) rows.quantizer[k].inv_scale = 0.0f;
+                }
+                simd::run<MakeWords<Value>>(rows, words + w * kPixels, tile.pixels);
+            }
+            const int64_t whole = std::min(tile.words, (channels - tile.channel) / kWord);
+            uint8_t* to = packed + (tile.n * spatial + tile.pixel) * bytes + tile.channel / 2;
+            for (int64_t p = 0; p < tile.pixels; ++p, to += bytes) {
+                for (int64_t w = 0; w < whole; ++w) std::memcpy(to + 4 * w, &words[w * kPixels + p], 4);
+                if (whole < tile.words)
+                    std::memcpy(to + 4 * whole, &words[whole * kPixels + p], (channels % kWord + 1) / 2);
             }
         });
     }
@@ -146,18 +188,30 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
                 }
             });
     } else {
-        for_each_word(layout, [&](int64_t n, int64_t pixel, int64_t pixels, int64_t channel, int64_t count) {
-            uint32_t words[kPixels] = {};
-            const uint8_t* from = packed + (n * spatial + pixel) * bytes + channel / 2;
-            if (count == 8) {
-                for (int64_t p = 0; p < pixels; ++p) std::memcpy(&words[p], from + p * bytes, 4);
-            } else {
-                for (int64_t p = 0; p < pixels; ++p) std::memcpy(&words[p], from + p * bytes, (count + 1) / 2);
+        const bool stream = batch * channels * spatial * static_cast<int64_t>(sizeof(T)) >= kStream;
+        for_each_tile(layout, [&](const WordTile& tile, const WordTile&) {
+            uint32_t words[kWords * kPixels];
+            const int64_t whole = std::min(tile.words, (channels - tile.channel) / kWord);
+            const uint8_t* from = packed + (tile.n * spatial + tile.pixel) * bytes + tile.channel / 2;
+            for (int64_t p = 0; p < tile.pixels; ++p, from += bytes) {
+                for (int64_t w = 0; w < whole; ++w) std::memcpy(&words[w * kPixels + p], from + 4 * w, 4);
+                if (whole < tile.words)
+                    std::memcpy(&words[whole * kPixels + p], from + 4 * whole, (channels % kWord + 1) / 2);
             }
-            for (int64_t k = 0; k < count; ++k)
-                simd::run<TakeFromWords<T>>(static_cast<const uint32_t*>(words),
-                                            x + (n * channels + channel + k) * spatial + pixel, pixels,
-                                            table[axis == 0 ? n : channel + k], static_cast<int>(4 * k));
+            const int64_t end = std::min(tile.channel + tile.words * kWord, channels);
+            simd::Block<T, kPixels> values;
+            T streamed[kPixels];
+            for (int64_t c = tile.channel; c < end; ++c) {
+                const int64_t place = c - tile.channel;
+                T* row = x + (tile.n * channels + c) * spatial + tile.pixel;
+                T* to = stream ? streamed : row;
+                simd::run<TakeFromWords<typename simd::Block<T, kPixels>::Value>>(
+                    static_cast<const uint32_t*>(words + place / kWord * kPixels), values.begin(to), tile.pixels,
+                    table[axis == 0 ? tile.n : c], static_cast<int>(4 * (place % kWord)));
+                values.finish(to, tile.pixels);
+                if (stream) simd::stream(streamed, row, tile.pixels * sizeof(T));
+            }
+            if (stream) simd::finish_stream();
         });
     }
 }

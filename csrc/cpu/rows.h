@@ -33,18 +33,21 @@ public:
 
     // Elements begin to end of the flattened layout; x and y point at element `begin`.
     void operator()(const In* x, Out* y, int64_t begin, int64_t end) const {
+        simd::Block<In> in;
+        simd::Block<Out> out;
+        const int64_t length = period_ ? period_ : layout_.inner;
         while (begin < end) {
-            int64_t count = end - begin;
+            const int64_t p = begin % length;
+            const int64_t count = std::min({end - begin, length - p, in.kMaximum, out.kMaximum});
+            const Source* from = in.read(x, count);
+            Target* to = out.begin(y);
             if (period_) {
-                const int64_t p = begin % period_;
-                count = std::min(count, period_ - p);
-                simd::run<PeriodicRow>(x, y, count, fields_[0].data() + p, fields_[1].data() + p,
+                simd::run<PeriodicRow>(from, to, count, fields_[0].data() + p, fields_[1].data() + p,
                                        fields_[2].data() + p, fields_[3].data() + p);
             } else {
-                const int64_t row = begin / layout_.inner;
-                count = std::min(count, (row + 1) * layout_.inner - begin);
-                simd::run<Row>(x, y, count, table_[row % layout_.channels]);
+                simd::run<Row>(from, to, count, table_[begin / layout_.inner % layout_.channels]);
             }
+            out.finish(y, count);
             x += count;
             y += count;
             begin += count;
@@ -56,15 +59,17 @@ private:
     static constexpr int64_t kMinimumPeriod = 1024;
     static constexpr int64_t kMaximumPeriod = 1 << 16;
 
+    using Source = typename simd::Block<In>::Value;
+    using Target = typename simd::Block<Out>::Value;
     using Result = std::conditional_t<std::is_same_v<Out, uint8_t>, uint8_t, float>;
 
     struct Row {
-        static PTQ_INLINE void run(const In* __restrict x, Out* __restrict y, int64_t n, Quantizer q) {
+        static PTQ_INLINE void run(const Source* __restrict x, Target* __restrict y, int64_t n, Quantizer q) {
             for (int64_t i = 0; i < n; ++i) simd::store(Op::template apply<Result>(simd::to_float(x[i]), q), y[i]);
         }
     };
     struct PeriodicRow {
-        static PTQ_INLINE void run(const In* __restrict x, Out* __restrict y, int64_t n,
+        static PTQ_INLINE void run(const Source* __restrict x, Target* __restrict y, int64_t n,
                                    const float* __restrict inv_scale, const float* __restrict scale,
                                    const float* __restrict zero_point, const float* __restrict qmax) {
             for (int64_t i = 0; i < n; ++i) {

@@ -5,10 +5,15 @@
 // `run` calls must be always-inlined too (PTQ_INLINE), or it stays scalar.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../numerics.h"
 
@@ -74,124 +79,170 @@ void run(Args... args) {
 
 // --- 16-bit floats -------------------------------------------------------------------------------------------------
 //
-// Conversions without branches, so that loops over them vectorise. Written once for scalars (uint32_t, float) and for
-// the vectors of eight below. Magnitudes are compared as signed numbers: AVX2 has no comparison of unsigned ones.
-// Results go out by reference: returning a vector by value has no settled ABI where its instruction set is off.
+// Conversions without branches, so that loops over them vectorise. Magnitudes are compared as signed numbers: AVX2
+// has no comparison of unsigned ones.
 
-constexpr int kLanes = 8;
-using Float8 = float __attribute__((vector_size(32)));
-using Int8 = int32_t __attribute__((vector_size(32)));
-using UInt8 = uint32_t __attribute__((vector_size(32)));
-
-template <class U>
-using Signed = std::conditional_t<std::is_same_v<U, uint32_t>, int32_t, Int8>;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 template <class To, class From>
-PTQ_INLINE void reinterpret(const From& from, To& to) {
+PTQ_INLINE To reinterpret(const From& from) {
     static_assert(sizeof(To) == sizeof(From));
+    To to;
     std::memcpy(&to, &from, sizeof(To));
-}
-
-template <class U, class F>
-PTQ_INLINE void widen(const torch::headeronly::BFloat16*, const U& bits, F& v) {
-    reinterpret(U(bits << 16), v);
-}
-
-// A subnormal half is a normal float. It is made from 0.5 + magnitude * 2^-24 and so without subnormal floats, which
-// the processor may be told to flush to zero.
-template <class U, class F>
-PTQ_INLINE void widen(const torch::headeronly::Half*, const U& bits, F& v) {
-    const U magnitude = bits & 0x7fff;
-    const Signed<U> size = (Signed<U>)magnitude;
-    F half;
-    reinterpret(U(magnitude | 126u << 23), half);
-    U subnormal;
-    reinterpret(F(half - 0.5f), subnormal);
-    U result = size < 0x0400 ? subnormal : U((magnitude << 13) + (112u << 23));
-    result = size > 0x7bff ? U(magnitude << 13 | 0x7f800000u) : result;
-    reinterpret(U(result | (bits & 0x8000) << 16), v);
-}
-
-// Round half to even; NaN stays NaN.
-template <class U, class F>
-PTQ_INLINE void narrow(const F& v, const torch::headeronly::BFloat16*, U& bits) {
-    U word;
-    reinterpret(v, word);
-    const Signed<U> size = (Signed<U>)(word & 0x7fffffff);
-    const U rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    bits = size > 0x7f800000 ? U(rounded | 0x7fff) : rounded;
-}
-
-template <class U, class F>
-PTQ_INLINE void narrow(const F& v, const torch::headeronly::Half*, U& bits) {
-    U word;
-    reinterpret(v, word);
-    const U magnitude = word & 0x7fffffff;
-    const Signed<U> size = (Signed<U>)magnitude;
-    F positive;
-    reinterpret(magnitude, positive);
-    U subnormal;  // the sum is a multiple of 2^-24, which is what a subnormal half counts
-    reinterpret(F(positive + 0.5f), subnormal);
-    bits = size < 113 << 23 ? U(subnormal - (126u << 23))
-                            : U((magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13);
-    bits = size > 0x477fefff ? U(bits * 0 + 0x7c00) : bits;  // 65520 and above are infinite
-    bits = size > 0x7f800000 ? U(bits | 0x7e00) : bits;
-    bits |= word >> 16 & 0x8000;
+    return to;
 }
 
 PTQ_INLINE float to_float(float x) { return x; }
 PTQ_INLINE float to_float(uint8_t x) { return static_cast<float>(x); }
-template <class T>
-PTQ_INLINE float to_float(const T& x) {
-    float v;
-    widen(&x, static_cast<uint32_t>(x.x), v);
-    return v;
+PTQ_INLINE float to_float(const BFloat16& x) { return reinterpret<float>(static_cast<uint32_t>(x.x) << 16); }
+
+// A subnormal half is a normal float. It is made from 0.5 + magnitude * 2^-24 and so without subnormal floats, which
+// the processor may be told to flush to zero.
+PTQ_INLINE float to_float(const Half& x) {
+    const uint32_t bits = x.x, magnitude = bits & 0x7fff;
+    const int32_t size = static_cast<int32_t>(magnitude);
+    const uint32_t subnormal = reinterpret<uint32_t>(reinterpret<float>(magnitude | 126u << 23) - 0.5f);
+    uint32_t result = size < 0x0400 ? subnormal : (magnitude << 13) + (112u << 23);
+    result = size > 0x7bff ? magnitude << 13 | 0x7f800000u : result;
+    return reinterpret<float>(result | (bits & 0x8000) << 16);
 }
 
+// Round half to even; NaN stays NaN.
 PTQ_INLINE void store(uint8_t v, uint8_t& y) { y = v; }
 PTQ_INLINE void store(float v, float& y) { y = v; }
-template <class T>
-PTQ_INLINE void store(float v, T& y) {
-    uint32_t bits;
-    narrow(v, &y, bits);
-    y.x = static_cast<uint16_t>(bits);
+PTQ_INLINE void store(float v, BFloat16& y) {
+    const uint32_t word = reinterpret<uint32_t>(v);
+    const int32_t size = static_cast<int32_t>(word & 0x7fffffff);
+    const uint32_t rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    y.x = static_cast<uint16_t>(size > 0x7f800000 ? rounded | 0x7fff : rounded);
+}
+PTQ_INLINE void store(float v, Half& y) {
+    const uint32_t word = reinterpret<uint32_t>(v), magnitude = word & 0x7fffffff;
+    const int32_t size = static_cast<int32_t>(magnitude);
+    // The sum is a multiple of 2^-24, which is what a subnormal half counts.
+    const uint32_t subnormal = reinterpret<uint32_t>(reinterpret<float>(magnitude) + 0.5f) - (126u << 23);
+    uint32_t bits = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    bits = size < 113 << 23 ? subnormal : bits;
+    bits = size > 0x477fefff ? 0x7c00 : bits;  // 65520 and above are infinite
+    bits = size > 0x7f800000 ? 0x7e00 : bits;
+    y.x = static_cast<uint16_t>(bits | (word >> 16 & 0x8000));
 }
 
-// --- eight values at once
-// -------------------------------------------------------------------------------------------
+// --- blocks
+// ---------------------------------------------------------------------------------------------------------
 //
-// Vectors of the compiler, for reductions: accumulators that are values stay in registers, where arrays would not.
-// Every instruction set does the same arithmetic in the same eight lanes. None is wider than 32 bytes: the compiler
-// takes wider ones through memory where AVX-512 is off.
+// Halves are converted a block at a time, in memory that stays in the first-level cache: compilers know the
+// instructions for it only by name, and names of instructions cannot be in loops that are compiled for several sets.
 
-using UShort8 = uint16_t __attribute__((vector_size(16)));
-using Double4 = double __attribute__((vector_size(32)));
-struct Double8 {
-    Double4 half[2];
+constexpr int64_t kBlock = 1024;  // values
+
+template <class T>
+struct Widen {
+    static PTQ_INLINE void run(const T* __restrict x, float* __restrict y, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) y[i] = to_float(x[i]);
+    }
+};
+template <class T>
+struct Narrow {
+    static PTQ_INLINE void run(const float* __restrict x, T* __restrict y, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) store(x[i], y[i]);
+    }
 };
 
-PTQ_INLINE void load(const float* x, Float8& v) { std::memcpy(&v, x, sizeof v); }
 template <class T>
-PTQ_INLINE void load(const T* x, Float8& v) {
-    UShort8 bits;
-    std::memcpy(&bits, x, sizeof bits);
-    widen(x, __builtin_convertvector(bits, UInt8), v);
+void widen(const T* x, float* y, int64_t n) {
+    run<Widen<T>>(x, y, n);
+}
+template <class T>
+void narrow(const float* x, T* y, int64_t n) {
+    run<Narrow<T>>(x, y, n);
 }
 
-PTQ_INLINE void to_double(const Float8& v, Double8& d) {
-    using Float4 = float __attribute__((vector_size(16)));
-    Float4 low, high;
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    d.half[0] = __builtin_convertvector(low, Double4);
-    d.half[1] = __builtin_convertvector(high, Double4);
+#if defined(__x86_64__)
+PTQ_TARGET_AVX2 inline void widen_f16c(const Half* x, float* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+    for (; i < n; ++i) y[i] = to_float(x[i]);
+}
+PTQ_TARGET_AVX2 inline void narrow_f16c(const float* x, Half* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < n; ++i) store(x[i], y[i]);
+}
+template <>
+inline void widen(const Half* x, float* y, int64_t n) {
+    level() == Level::baseline ? run<Widen<Half>>(x, y, n) : widen_f16c(x, y, n);
+}
+template <>
+inline void narrow(const float* x, Half* y, int64_t n) {
+    level() == Level::baseline ? run<Narrow<Half>>(x, y, n) : narrow_f16c(x, y, n);
+}
+#endif
+
+// What a loop reads or writes in place of values of type T: the values themselves, or a block of them as float32.
+template <class T, int64_t kSize = kBlock>
+class Block {
+    static constexpr bool kConverts = std::is_same_v<T, Half>;
+
+public:
+    using Value = std::conditional_t<kConverts, float, T>;
+    static constexpr int64_t kMaximum = kConverts ? kSize : INT64_MAX;
+
+    const Value* read(const T* x, int64_t n) {
+        if constexpr (kConverts) {
+            widen(x, values_, n);
+            return values_;
+        } else {
+            return x;
+        }
+    }
+    // Where to write what is meant for y, before finish().
+    Value* begin(T* y) {
+        if constexpr (kConverts) {
+            return values_;
+        } else {
+            return y;
+        }
+    }
+    void finish(T* y, int64_t n) {
+        if constexpr (kConverts) narrow(values_, y, n);
+    }
+
+private:
+    alignas(64) Value values_[kConverts ? kSize : 1];
+};
+
+// --- memory
+// ---------------------------------------------------------------------------------------------------------
+
+// Asks for the next `bytes` bytes of what lies from `from` to `end`.
+PTQ_INLINE void prefetch(const char*& from, const char* end, int64_t bytes) {
+    for (const char* stop = std::min(from + bytes, end); from < stop; from += 64) __builtin_prefetch(from);
 }
 
-PTQ_INLINE void absolute(const Double4& d, Double4& result) {
-    using Long4 = int64_t __attribute__((vector_size(32)));
-    Long4 bits;
-    reinterpret(d, bits);
-    reinterpret(Long4(bits & INT64_MAX), result);
+// A copy past the caches: what is written is not read before. Other threads see it after finish_stream().
+inline void stream(const void* from, void* to, int64_t bytes) {
+    const char* source = static_cast<const char*>(from);
+    char* target = static_cast<char*>(to);
+#if defined(__x86_64__)
+    const int64_t head = std::min<int64_t>(-reinterpret_cast<intptr_t>(target) & 15, bytes);
+    std::memcpy(target, source, head);
+    int64_t i = head;
+    for (; i + 16 <= bytes; i += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+    source += i, target += i, bytes -= i;
+#endif
+    std::memcpy(target, source, bytes);
+}
+inline void finish_stream() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 }  // namespace ptq4cuda::simd

@@ -1,292 +1,329 @@
 // channel_statistics on the CPU.
 //
-// The work is cut into units whose bounds depend on the shape alone. A unit is summed in lanes, each of which belongs
-// to one channel, and the lanes are merged in a fixed order: the result depends neither on the number of threads nor
-// on the instruction set. Sums are float64 about a value of the unit itself (the shift), so that a large mean costs
-// no precision.
+// Two passes: the sum, and sums of distances from the mean. The sums are float64. No shift is needed for the first:
+// where the values are close to each other and far from zero, float32 values add up exactly in float64, and where
+// they are not, there is no precision to lose.
 //
-//   long rows (NCHW):           a unit is a stretch of one channel, its elements dealt to eight lanes in turn
+// The work is cut into units whose bounds depend on the shape alone, and the values of a unit are dealt to lanes in
+// turn. Lanes are summed side by side, each in its own order, and added up in a fixed order: the result depends
+// neither on the number of threads nor on the instruction set.
+//
+//   long rows (NCHW):           a unit is a stretch of one channel
 //   short rows (channels_last): a unit is a stretch of pixels, with a lane for each column
+//
+// A value costs some three vector instructions, which takes about as long as its way from memory. So the next tile is
+// fetched while one is summed.
 #include "../entry.h"
 #include "simd.h"
 
 namespace ptq4cuda {
 namespace {
 
-using simd::Double8;
-using simd::Float8;
-using simd::Int8;
-using simd::kLanes;
+constexpr int64_t kLanes = 64;       // of a unit of long rows; at least of a unit of short rows
+constexpr int kRows = 8;             // values of a lane that are added up in registers
+constexpr int64_t kTile = 2048;      // values
+constexpr int64_t kUnit = 1 << 16;   // values of a unit of long rows
+constexpr int64_t kUnits = 64;       // units of short rows, at most: enough for the threads, few to add up
+constexpr int64_t kShortRow = 16;    // values
+constexpr int64_t kGather = 512;     // values; rows that are shorter are gathered into tiles
+constexpr int64_t kLarge = 1 << 16;  // values worth threads
 
-constexpr int64_t kUnit = 1 << 14;  // elements of a unit of long rows
-constexpr int64_t kUnits = 64;      // units of short rows, at most: enough for the threads, few to merge
-constexpr int64_t kRowGroup = 16;   // short rows that are summed before their lanes go back to memory
+// Both passes add kCount rows of n values, `stride` apart, to lanes j and following.
 
-// The alignment is spelt out: the compiler's own depends on the instruction set that a function is compiled for.
-struct alignas(64) MomentLanes {
-    double shift[kLanes] = {}, sum[kLanes] = {}, squares[kLanes] = {};
-    Int8 positive{};
-    Float8 min = Float8{} + INFINITY, max = Float8{} - INFINITY;
-    int64_t count[kLanes] = {};
+struct FirstPass {
+    struct Lanes {
+        double* sum;
+        float *min, *max;
+        int32_t* positive;
+    };
 
-    Moments moments(int j) const {
-        return from_shifted_sums(static_cast<double>(count[j]), shift[j], sum[j], squares[j], positive[j], min[j],
-                                 max[j]);
+    template <int kCount>
+    static PTQ_INLINE void add(const float* x, int64_t stride, int64_t j, int64_t n, const Lanes& to) {
+        rows<kCount>(x, stride, n, to.sum + j, to.min + j, to.max + j, to.positive + j);
+    }
+    template <int kCount>
+    static PTQ_INLINE void rows(const float* __restrict x, int64_t stride, int64_t n, double* __restrict sum,
+                                float* __restrict min, float* __restrict max, int32_t* __restrict positive) {
+        for (int64_t j = 0; j < n; ++j) {
+            double s = sum[j];
+            float low = min[j], high = max[j];
+            int32_t p = positive[j];
+            for (int r = 0; r < kCount; ++r) {
+                const float v = x[r * stride + j];
+                s += v;
+                low = v < low ? v : low;  // passes over NaN
+                high = v > high ? v : high;
+                p += v > 0.0f;
+            }
+            sum[j] = s;
+            min[j] = low;
+            max[j] = high;
+            positive[j] = p;
+        }
     }
 };
 
-struct alignas(64) DeviationLanes {
-    double centre[kLanes] = {}, sum[kLanes] = {};
-};
+// Deviations are taken about a centre, which is the mean unless kCentre.
+template <bool kCentre>
+struct SecondPass {
+    struct Lanes {
+        double *mean, *centre, *squares, *deviations;
+    };
 
-// Part of a unit: `rows` rows, `stride` apart, each of `blocks` times eight values for the lanes from block `first`
-// on; or, where rows is 0, `tail` < 8 values for the lanes of block `first`.
-template <class T>
-struct Stretch {
-    const T* x;
-    int64_t first, rows, stride, blocks;
-    int tail;
-
-    template <class F>  // f(value, block, lane)
-    void for_each(const F& f) const {
-        for (int64_t i = 0; i < rows; ++i)
-            for (int64_t k = 0; k < blocks * kLanes; ++k)
-                f(simd::to_float(x[i * stride + k]), first + k / kLanes, static_cast<int>(k % kLanes));
-        for (int j = 0; j < tail; ++j) f(simd::to_float(x[j]), first, j);
+    template <int kCount>
+    static PTQ_INLINE void add(const float* x, int64_t stride, int64_t j, int64_t n, const Lanes& to) {
+        rows<kCount>(x, stride, n, to.mean + j, to.centre + j, to.squares + j, to.deviations + j);
+    }
+    template <int kCount>
+    static PTQ_INLINE void rows(const float* __restrict x, int64_t stride, int64_t n, const double* __restrict mean,
+                                const double* __restrict centre, double* __restrict squares,
+                                double* __restrict deviations) {
+        for (int64_t j = 0; j < n; ++j) {
+            double q = squares[j], a = deviations[j];
+            for (int r = 0; r < kCount; ++r) {
+                const double v = x[r * stride + j], d = v - mean[j];
+                q = __builtin_fma(d, d, q);  // on every instruction set, or they would differ
+                a += std::fabs(kCentre ? v - centre[j] : d);
+            }
+            squares[j] = q;
+            deviations[j] = a;
+        }
     }
 };
 
-PTQ_INLINE void load(const double* from, Double8& v) { std::memcpy(&v, from, sizeof v); }
-PTQ_INLINE void store(const Double8& v, double* to) { std::memcpy(to, &v, sizeof v); }
+// Consecutive values of a unit as float32, the first of them for lane 0, and the memory that will be read next.
+struct Tile {
+    const float* x;
+    int64_t n;
+    const char *next, *next_end;
+};
 
-template <class T>
-struct AddMoments {
-    static PTQ_INLINE void run(Stretch<T> part, MomentLanes* lanes) {
-        const int64_t step = part.blocks > 1 ? kRowGroup : part.rows;
-        for (int64_t row = 0; row < part.rows; row += step) {
-            const int64_t rows = std::min(step, part.rows - row);
-            for (int64_t b = 0; b < part.blocks; ++b) {
-                MomentLanes& state = lanes[part.first + b];
-                Double8 shift, sum, squares;
-                load(state.shift, shift);
-                load(state.sum, sum);
-                load(state.squares, squares);
-                Int8 positive = state.positive;
-                Float8 min = state.min, max = state.max;
-                const T* x = part.x + row * part.stride + b * kLanes;
-                for (int64_t i = 0; i < rows; ++i, x += part.stride) {
-                    Float8 v;
-                    Double8 d;
-                    simd::load(x, v);
-                    simd::to_double(v, d);
-                    for (int h = 0; h < 2; ++h) {
-                        d.half[h] -= shift.half[h];
-                        sum.half[h] += d.half[h];
-                        squares.half[h] += d.half[h] * d.half[h];
-                    }
-                    positive -= v > 0.0f;  // true is -1
-                    min = v < min ? v : min;
-                    max = v > max ? v : max;
-                }
-                store(sum, state.sum);
-                store(squares, state.squares);
-                state.positive = positive;
-                state.min = min;
-                state.max = max;
+// Adds a tile to its lanes. The next one is fetched in the order of its addresses, a little at a time: rows that are
+// read side by side make more streams than the processor follows by itself.
+template <class Pass>
+struct AddTile {
+    static PTQ_INLINE void run(Tile tile, int64_t width, typename Pass::Lanes lanes) {
+        const int64_t rows = tile.n / width;
+        const float* x = tile.x;
+        int64_t row = 0;
+        for (; row + kRows <= rows; row += kRows, x += kRows * width) {
+            for (int64_t j = 0; j < width; j += kLanes) {
+                const int64_t n = std::min(kLanes, width - j);
+                simd::prefetch(tile.next, tile.next_end, n * kRows * static_cast<int64_t>(sizeof(float)));
+                Pass::template add<kRows>(x + j, width, j, n, lanes);
             }
         }
-        for (int64_t b = 0; b < part.blocks; ++b)
-            for (int64_t& count : lanes[part.first + b].count) count += part.rows;
-        MomentLanes& s = lanes[part.first];
-        for (int j = 0; j < part.tail; ++j) {
-            const float v = simd::to_float(part.x[j]);
-            const double d = static_cast<double>(v) - s.shift[j];
-            s.sum[j] += d;
-            s.squares[j] += d * d;
-            s.positive[j] += v > 0.0f;
-            s.min[j] = v < s.min[j] ? v : s.min[j];
-            s.max[j] = v > s.max[j] ? v : s.max[j];
-            s.count[j] += 1;
-        }
+        for (; row < rows; ++row, x += width) Pass::template add<1>(x, width, 0, width, lanes);
+        Pass::template add<1>(x, width, 0, tile.n % width, lanes);
     }
 };
 
-template <class T>
-struct AddDeviations {
-    static PTQ_INLINE void run(Stretch<T> part, DeviationLanes* lanes) {
-        const int64_t step = part.blocks > 1 ? kRowGroup : part.rows;
-        for (int64_t row = 0; row < part.rows; row += step) {
-            const int64_t rows = std::min(step, part.rows - row);
-            for (int64_t b = 0; b < part.blocks; ++b) {
-                DeviationLanes& state = lanes[part.first + b];
-                Double8 centre, sum;
-                load(state.centre, centre);
-                load(state.sum, sum);
-                const T* x = part.x + row * part.stride + b * kLanes;
-                for (int64_t i = 0; i < rows; ++i, x += part.stride) {
-                    Float8 v;
-                    Double8 d;
-                    simd::load(x, v);
-                    simd::to_double(v, d);
-                    for (int h = 0; h < 2; ++h) {
-                        simd::Double4 distance;
-                        simd::absolute(d.half[h] - centre.half[h], distance);
-                        sum.half[h] += distance;
-                    }
-                }
-                store(sum, state.sum);
-            }
-        }
-        DeviationLanes& s = lanes[part.first];
-        for (int j = 0; j < part.tail; ++j)
-            s.sum[j] += std::fabs(static_cast<double>(simd::to_float(part.x[j])) - s.centre[j]);
-    }
+// What a unit adds to a channel.
+struct Sums {
+    double sum = 0.0, squares = 0.0, deviations = 0.0;
+    int64_t positive = 0;
+    float min = INFINITY, max = -INFINITY;
 };
 
-// How a tensor is cut. Groups share no channel; all units of a group are needed to finish its channels.
+// Room for the lanes of a unit, and for a tile.
+struct Workspace {
+    std::vector<double> sum, mean, centre, squares, deviations;
+    std::vector<float> min, max, tile;
+    std::vector<int32_t> positive;
+};
+
+// How a tensor is cut. Groups share no channel; all units of a group are needed to finish its channels. The values of
+// a group are numbered, whatever lies between them in memory.
 template <class T>
 class Units {
 public:
-    Units(const T* x, const ChannelLayout& layout) : x_(x), layout_(layout) {
-        columns_ = layout.inner < 2 * kLanes && layout.channels > 1 && layout.numel() > 0;
+    Units(const T* x, const ChannelLayout& layout) : x_(x), rows_(layout), inner_(layout.inner) {
+        columns_ = layout.inner < kShortRow && layout.channels > 1 && layout.numel() > 0;
         if (columns_) {
-            // Short periods are repeated until eight lanes divide them.
-            const int64_t base = layout.channels * layout.inner;
-            width_ = base * (kLanes / std::gcd(base, int64_t{kLanes}));
-            const int64_t rows = ceil_div(layout.numel(), width_);
-            rows_per_unit_ = std::max(4 * kRowGroup, ceil_div(ceil_div(rows, kUnits), kRowGroup) * kRowGroup);
-            blocks = width_ / kLanes;
-            groups = 1;
-            units = ceil_div(rows, rows_per_unit_);
-        } else {
-            groups = layout.channels;
-            units = ceil_div(layout.per_channel(), kUnit);
+            channels = layout.channels;
+            rows_ = {1, 1, layout.numel()};
+            // Short periods are repeated, to fill the lanes.
+            const int64_t period = layout.channels * layout.inner;
+            width_ = period * ceil_div(kLanes, period);
+            unit_ = std::max<int64_t>(4 * kRows, ceil_div(ceil_div(layout.numel(), width_), kUnits)) * width_;
         }
+        groups = rows_.channels;
+        units = ceil_div(rows_.per_channel(), unit_);
+        tile_ = std::max<int64_t>(kRows, kTile / width_) * width_;
     }
 
-    int64_t groups = 0, units = 0, blocks = 1;  // units of a group, blocks of eight lanes of a unit
+    int64_t groups, units;  // groups; units of a group
+    int64_t channels = 1;   // of a group
 
-    int64_t channel(int64_t group, int64_t block, int lane) const {
-        return columns_ ? (block * kLanes + lane) / layout_.inner % layout_.channels : group;
+    Workspace workspace() const {
+        const std::vector<double> lanes(width_);
+        const std::vector<float> floats(width_);
+        return {lanes,
+                lanes,
+                lanes,
+                lanes,
+                lanes,
+                floats,
+                floats,
+                std::vector<float>(tile_),
+                std::vector<int32_t>(width_)};
     }
 
-    template <class F>
-    void for_each_stretch(int64_t group, int64_t unit, const F& f) const {
-        if (columns_) {
-            const int64_t begin = unit * rows_per_unit_ * width_;
-            const int64_t count = std::min(rows_per_unit_ * width_, layout_.numel() - begin);
-            const int64_t rows = count / width_, rest = count % width_;
-            const T* last = x_ + begin + rows * width_;
-            if (rows) f(Stretch<T>{x_ + begin, 0, rows, width_, blocks, 0});
-            if (rest >= kLanes) f(Stretch<T>{last, 0, 1, width_, rest / kLanes, 0});
-            const int tail = static_cast<int>(rest % kLanes);
-            if (tail) f(Stretch<T>{last + rest - tail, rest / kLanes, 0, 0, 0, tail});
-            return;
-        }
-        const int64_t end = std::min((unit + 1) * kUnit, layout_.per_channel());
-        for (int64_t i = unit * kUnit; i < end;) {
-            const int64_t offset = i % layout_.inner;
-            const int64_t n = std::min(end - i, layout_.inner - offset);
-            const int tail = static_cast<int>(n % kLanes);
-            const T* row = x_ + (i / layout_.inner * layout_.channels + group) * layout_.inner + offset;
-            if (n >= kLanes) f(Stretch<T>{row, 0, n / kLanes, kLanes, 1, 0});
-            if (tail) f(Stretch<T>{row + n - tail, 0, 0, 0, 0, tail});
-            i += n;
-        }
-    }
-
-    void moments(int64_t group, int64_t unit, MomentLanes* lanes) const {
-        for_each_stretch(group, unit, [&](const Stretch<T>& part) {
-            set_shifts(part, lanes);
-            simd::run<AddMoments<T>>(part, lanes);
-        });
-        // Comparisons skip NaN. Lanes whose sum is NaN met one, or infinities of both signs: look again.
+    // For each channel of the group.
+    void first_pass(int64_t group, int64_t unit, Workspace& w, Sums* result) const {
+        std::fill(w.sum.begin(), w.sum.end(), 0.0);
+        std::fill(w.min.begin(), w.min.end(), INFINITY);
+        std::fill(w.max.begin(), w.max.end(), -INFINITY);
+        std::fill(w.positive.begin(), w.positive.end(), 0);
+        add<FirstPass>(group, unit, w, {w.sum.data(), w.min.data(), w.max.data(), w.positive.data()});
         bool nan = false;
-        for (int64_t b = 0; b < blocks; ++b)
-            for (int j = 0; j < kLanes; ++j) nan |= lanes[b].sum[j] != lanes[b].sum[j];
-        if (!nan) return;
-        for_each_stretch(group, unit, [&](const Stretch<T>& part) {
-            part.for_each([&](float v, int64_t b, int j) {
-                if (v != v) lanes[b].min[j] = lanes[b].max[j] = v;
-            });
-        });
+        for (int64_t j = 0; j < width_; ++j) {
+            Sums& s = result[channel(j)];
+            s.sum += w.sum[j];
+            s.positive += w.positive[j];
+            s.min = nan_min(s.min, w.min[j]);
+            s.max = nan_max(s.max, w.max[j]);
+            nan |= w.sum[j] != w.sum[j];
+        }
+        // Lanes whose sum is NaN met one, or infinities of both signs: look again.
+        for (int64_t i = unit * unit_; nan && i < end_of(unit); ++i) {
+            const float v = simd::to_float(*at(group, i));
+            Sums& s = result[channel((i - unit * unit_) % width_)];
+            if (v != v) s.min = s.max = v;
+        }
+    }
+
+    // About values of each channel of the group; centre may be nullptr.
+    void second_pass(int64_t group, int64_t unit, Workspace& w, const double* mean, const double* centre,
+                     Sums* result) const {
+        for (int64_t j = 0; j < width_; ++j) {
+            w.mean[j] = mean[channel(j) * kStatistics];
+            if (centre) w.centre[j] = centre[channel(j)];
+        }
+        std::fill(w.squares.begin(), w.squares.end(), 0.0);
+        std::fill(w.deviations.begin(), w.deviations.end(), 0.0);
+        if (centre) {
+            add<SecondPass<true>>(group, unit, w,
+                                  {w.mean.data(), w.centre.data(), w.squares.data(), w.deviations.data()});
+        } else {
+            add<SecondPass<false>>(group, unit, w,
+                                   {w.mean.data(), w.centre.data(), w.squares.data(), w.deviations.data()});
+        }
+        for (int64_t j = 0; j < width_; ++j) {
+            result[channel(j)].squares += w.squares[j];
+            result[channel(j)].deviations += w.deviations[j];
+        }
     }
 
 private:
-    // A lane is shifted by the first value that it sees.
-    void set_shifts(const Stretch<T>& part, MomentLanes* lanes) const {
-        const Stretch<T> row{part.x, part.first, part.rows ? 1 : 0, part.stride, part.blocks, part.tail};
-        row.for_each([&](float v, int64_t b, int j) {
-            if (lanes[b].count[j] == 0) lanes[b].shift[j] = v;
-        });
+    // Of a group, by lane.
+    int64_t channel(int64_t lane) const { return columns_ ? lane / inner_ % channels : 0; }
+
+    const T* at(int64_t group, int64_t i) const {
+        return x_ + (i / rows_.inner * rows_.channels + group) * rows_.inner + i % rows_.inner;
+    }
+    // Values from value i on that are neighbours in memory.
+    int64_t neighbours(int64_t i, int64_t end) const { return std::min(end - i, rows_.inner - i % rows_.inner); }
+    int64_t end_of(int64_t unit) const { return std::min((unit + 1) * unit_, rows_.per_channel()); }
+
+    template <class Pass>
+    void add(int64_t group, int64_t unit, Workspace& w, typename Pass::Lanes lanes) const {
+        const int64_t end = end_of(unit);
+        for (int64_t i = unit * unit_; i < end;) {
+            Tile tile = tile_at(group, i, end, w.tile.data());
+            i += tile.n;
+            if (i < end) {
+                tile.next = reinterpret_cast<const char*>(at(group, i));
+                tile.next_end = tile.next + std::min(neighbours(i, end), tile_) * sizeof(T);
+            }
+            simd::run<AddTile<Pass>>(tile, width_, lanes);
+        }
+    }
+
+    // The values from value i on: where they are, or gathered into the buffer.
+    Tile tile_at(int64_t group, int64_t i, int64_t end, float* buffer) const {
+        const int64_t n = std::min(tile_, end - i);
+        if constexpr (std::is_same_v<T, float>) {
+            const int64_t together = neighbours(i, i + n);
+            if (together >= std::min(n, kGather)) return {at(group, i), together, nullptr, nullptr};
+        }
+        for (int64_t k = 0, part; k < n; k += part) {
+            part = neighbours(i + k, i + n);
+            simd::widen(at(group, i + k), buffer + k, part);
+        }
+        return {buffer, n, nullptr, nullptr};
     }
 
     const T* x_;
-    ChannelLayout layout_;
+    ChannelLayout rows_;  // how the values of a group lie in memory
+    int64_t inner_, width_ = kLanes, unit_ = kUnit, tile_;
     bool columns_;
-    int64_t width_ = 0, rows_per_unit_ = 0;
 };
-
-template <class F>
-void for_range(bool parallel, int64_t n, const F& f) {
-    if (!parallel) return f(int64_t{0}, n);
-    torch::stable::parallel_for(0, n, 1, f);
-}
 
 template <class T>
 void reduce(const T* x, const ChannelLayout& layout, const double* centre, double* out) {
     const Units<T> units(x, layout);
-    const bool large = layout.numel() > 4 * kUnit;
+    const bool large = layout.numel() > kLarge;
     const bool by_group = units.groups >= static_cast<int64_t>(torch::stable::get_num_threads());
 
     // Both passes over a group before the next group begins: the second read comes from cache.
-    for_range(large && by_group, units.groups, [&](int64_t group, int64_t end) {
-        std::vector<MomentLanes> moments;
-        std::vector<DeviationLanes> deviations;
-        std::vector<Moments> totals;
-        for (; group < end; ++group) {
-            moments.assign(units.units * units.blocks, MomentLanes());
-            for_range(large && !by_group, units.units, [&](int64_t u, int64_t stop) {
-                for (; u < stop; ++u) units.moments(group, u, &moments[u * units.blocks]);
+    const auto finish_groups = [&](int64_t group, int64_t last_group) {
+        Workspace mine = units.workspace();
+        std::vector<Sums> sums(units.units * units.channels);
+        const auto for_units = [&](const auto& f) {
+            if (!large || by_group) return f(int64_t{0}, units.units, mine);
+            torch::stable::parallel_for(0, units.units, 1, [&](int64_t begin, int64_t end) {
+                Workspace its = units.workspace();
+                f(begin, end, its);
             });
-
-            // A group is one channel, or all of them.
-            const int64_t first = units.groups == 1 ? 0 : group;
-            totals.assign(units.groups == 1 ? layout.channels : 1, Moments());
-            for (int64_t i = 0; i < static_cast<int64_t>(moments.size()); ++i)
-                for (int j = 0; j < kLanes; ++j) {
-                    Moments& total = totals[units.channel(group, i % units.blocks, j) - first];
-                    total = merge(total, moments[i].moments(j));
-                }
-
-            std::vector<DeviationLanes> start(units.blocks);
-            for (int64_t b = 0; b < units.blocks; ++b)
-                for (int j = 0; j < kLanes; ++j) {
-                    const int64_t c = units.channel(group, b, j);
-                    start[b].centre[j] = centre ? centre[c] : totals[c - first].mean;
-                }
-            deviations.resize(units.units * units.blocks);
-            for_range(large && !by_group, units.units, [&](int64_t u, int64_t stop) {
-                for (; u < stop; ++u) {
-                    std::copy(start.begin(), start.end(), deviations.begin() + u * units.blocks);
-                    units.for_each_stretch(group, u, [&](const Stretch<T>& part) {
-                        simd::run<AddDeviations<T>>(part, &deviations[u * units.blocks]);
-                    });
-                }
+        };
+        for (; group < last_group; ++group) {
+            const int64_t first = group * units.channels;
+            std::fill(sums.begin(), sums.end(), Sums());
+            for_units([&](int64_t u, int64_t end, Workspace& w) {
+                for (; u < end; ++u) units.first_pass(group, u, w, &sums[u * units.channels]);
             });
-
-            for (int64_t i = 0; i < static_cast<int64_t>(totals.size()); ++i) {
-                const Moments& m = totals[i];
-                const double row[] = {m.count, m.min, m.max, m.mean, m.m2, 0.0, m.positive / std::max(m.count, 1.0)};
-                std::copy(row, row + kStatistics, out + (first + i) * kStatistics);
+            for (int64_t c = 0; c < units.channels; ++c) {
+                Sums total;
+                for (int64_t u = 0; u < units.units; ++u) {
+                    const Sums& s = sums[u * units.channels + c];
+                    total.sum += s.sum;
+                    total.positive += s.positive;
+                    total.min = nan_min(total.min, s.min);
+                    total.max = nan_max(total.max, s.max);
+                }
+                double* row = out + (first + c) * kStatistics;
+                const double count = static_cast<double>(layout.per_channel()), divisor = std::max(count, 1.0);
+                row[kCount] = count;
+                row[kMin] = total.min;
+                row[kMax] = total.max;
+                row[kMean] = total.sum / divisor;
+                row[kPositive] = static_cast<double>(total.positive) / divisor;
             }
-            for (int64_t i = 0; i < static_cast<int64_t>(deviations.size()); ++i)
-                for (int j = 0; j < kLanes; ++j)
-                    out[units.channel(group, i % units.blocks, j) * kStatistics + kAbsDev] += deviations[i].sum[j];
-            for (int64_t i = 0; i < static_cast<int64_t>(totals.size()); ++i)
-                out[(first + i) * kStatistics + kAbsDev] /= std::max(totals[i].count, 1.0);
+
+            // Backwards: what was read last may still be in cache.
+            for_units([&](int64_t begin, int64_t u, Workspace& w) {
+                while (u-- > begin)
+                    units.second_pass(group, u, w, out + first * kStatistics + kMean,
+                                      centre ? centre + first : nullptr, &sums[u * units.channels]);
+            });
+            for (int64_t c = 0; c < units.channels; ++c) {
+                double squares = 0.0, deviations = 0.0;
+                for (int64_t u = 0; u < units.units; ++u) {
+                    squares += sums[u * units.channels + c].squares;
+                    deviations += sums[u * units.channels + c].deviations;
+                }
+                double* row = out + (first + c) * kStatistics;
+                row[kM2] = squares;
+                row[kAbsDev] = deviations / std::max(row[kCount], 1.0);
+            }
         }
-    });
+    };
+    if (large && by_group) {
+        torch::stable::parallel_for(0, units.groups, 1, finish_groups);
+    } else {
+        finish_groups(0, units.groups);
+    }
 }
 
 struct Cpu {
