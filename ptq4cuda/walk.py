@@ -213,6 +213,8 @@ class _GraphWalk:
         self.noise = Noise()
 
         self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
+        # A tensor's readers are weighed together, also when the first of them is quantized already.
+        self.float_layers: dict[fx.Node, Any] = {node: self._module(node) for node in self.layers}
         convolutions = [node for node in self.layers if isinstance(self._module(node), nn.Conv2d)]
         self.ends = {*convolutions[:1], *self.layers[-1:]}
         self.costs = graph.output_importance(network, inputs[0])
@@ -324,8 +326,7 @@ class _GraphWalk:
         readers = [node for node in source.users if node in self.layers]
         costs = []
         for reader in readers:
-            layer = self._module(reader)
-            assert isinstance(layer, (nn.Conv2d, nn.Linear))
+            layer = self.float_layers[reader]
             costs.append(
                 graph.layer_importance(
                     layer, self.costs.get(reader, layer.weight.new_ones(len(layer.weight)).double())

@@ -29,9 +29,9 @@ EXPECTED: dict[str, tuple[float, dict[str, int]]] = {
     "resnet18": (25.0, {}),
     "resnet50": (25.0, {}),
     "preact_resnet18": (25.0, {"BatchNorm2d": 9}),
-    "vgg16_bn": (25.0, {}),
+    "vgg16_bn": (18.0, {}),  # no shortcut past any of its sixteen layers
     "plain": (25.0, {}),
-    "mobilenet_v2": (15.0, {}),  # fifty layers that amplify noise by 20 dB, see the input noise below
+    "mobilenet_v2": (15.0, {}),  # fifty layers that amplify noise by 20 dB
     "efficientnet_b0": (12.0, {}),
     "shufflenet": (25.0, {}),
     "densenet": (25.0, {"BatchNorm2d": 14}),
@@ -42,8 +42,7 @@ EXPECTED: dict[str, tuple[float, dict[str, int]]] = {
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
     options = {"blocks": (2, 3, 3, 2)} if name == "densenet" else {}
-    size = 32 if name == "vgg16_bn" else 64
-    x = architectures.images(12, size)
+    x = architectures.images(12, 64)
     net = architectures.ARCHITECTURES[name](num_classes=10, width=0.125, **options)
     return architectures.calibrate_batch_norm(net, x), x
 
@@ -133,7 +132,7 @@ def test_architecture(name: str, calls: list[walk.LayerCall]) -> None:
         assert r.reason.endswith(TRANSPOSED if r.kind == "ConvTranspose2d" else UNFOLDED)
     assert record.sqnr > least
 
-    low = quantize(model, [x[:8], x[8:]], progress=False)
+    low = quantize(model, [x[:8], x[8:]], QuantConfig.paper(), progress=False)
     assert_walk_saw_what_runs(model, low, x)
     assert len(calls) == 2 * sum(weighted.values())
 
@@ -169,7 +168,7 @@ def test_activations_before_layers_are_known(name: str, forms: dict[str, int], c
 def test_half_precision_is_traced_too() -> None:
     """Folding rounds weights anew, which amplifies to percents in fifty layers: no reason to distrust the trace."""
     model, x = build("mobilenet_v2")
-    network = quantize(model.bfloat16(), [x.bfloat16()], progress=False)
+    network = quantize(model.bfloat16(), [x.bfloat16()], QuantConfig.paper(), progress=False)
     assert record_of(network).walked_by == "graph"
     assert network(x.bfloat16()).dtype == torch.bfloat16
 
@@ -177,7 +176,7 @@ def test_half_precision_is_traced_too() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "unet", "preact_resnet18"])
 def test_round_trip_through_a_file(name: str, tmp_path: Path) -> None:
     model, x = build(name)
-    network = quantize(model, [x], progress=False)
+    network = quantize(model, [x], QuantConfig.paper(), progress=False)
     ptq4cuda.save(network, tmp_path / "net.ptq4")
     other = architectures.randomize(copy.deepcopy(model), seed=5)
     loaded = ptq4cuda.load(tmp_path / "net.ptq4", other)
@@ -309,7 +308,7 @@ def shortcut_of_an_inplace_relu(m: Any, x: Tensor) -> Tensor:
 def changed_between_two_readers(m: Any, x: Tensor) -> Tensor:
     y = m.first(x)
     z = m.second(y)
-    y -= y.mean()
+    y -= y.mean((1, 2, 3), keepdim=True)
     return m.third(y) + z
 
 
