@@ -13,7 +13,7 @@ from ptq4cuda.correction import WEIGHT_CORRECTIONS, WeightCorrection
 from ptq4cuda.rounding import ROUNDINGS, Rounding
 
 Granularity = Literal["per_channel", "per_tensor"]
-Execution = Literal["simulate"]
+Execution = Literal["auto", "integer", "simulate"]
 Target = Literal["weights", "output", "block"]
 WeightRange = Literal["minmax", "mse"]
 BiasCorrection = WeightCorrection | Literal["output"]
@@ -57,7 +57,8 @@ class QuantConfig:
             is met.
         size_budget: bytes of the quantized network as a share of its float32 bytes: layers are raised to 8 bits,
             worst first, while they fit. With target_sqnr, no more than that asks for.
-        execution: "simulate" computes with dequantized values in floating point.
+        execution: "simulate" computes with dequantized values in floating point, "integer" with the codes, which
+            needs fold_activation_scale or one scale per tensor; "auto" does that wherever it can.
 
     Raises:
         ValueError: a field has a value that is not among those above.
@@ -81,7 +82,7 @@ class QuantConfig:
     bias_correction: BiasCorrection = "output"
     target_sqnr: float | None = None
     size_budget: float | None = None
-    execution: Execution = "simulate"
+    execution: Execution = "auto"
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "first_last_bits", "depthwise_bits"):
@@ -126,6 +127,10 @@ class QuantConfig:
         """Return what overrides the bits of a layer, or None."""
         fitting = [value for pattern, value in self.overrides.items() if fnmatchcase(name, pattern)]
         return fitting[-1] if fitting else None
+
+    def quantizes(self, name: str) -> bool:
+        """Tell whether a layer is to be quantized."""
+        return self.override_of(name) != FLOAT
 
     @classmethod
     def paper(cls, weight_bits: int = 4, activation_bits: int = 4) -> QuantConfig:

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from ptq4cuda import ops
 from ptq4cuda.clipping import IDENTITY, Activation
-from ptq4cuda.nn.conv import QuantConv2d
+from ptq4cuda.nn import QuantConv2d, QuantLinear
+from ptq4cuda.nn.quant_tensor import QuantizerState
 from ptq4cuda.ops import panels
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
+
+
+def weight_unit(bits: Tensor) -> Tensor:
+    """Return what a step of the bytes of each row is worth in codes, float64 [O]."""
+    return torch.exp2((bits.double() - 7.0).clamp_max(0.0))
 
 
 def weight_bytes(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
@@ -24,9 +30,9 @@ def weight_bytes(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: code + offset, in units of 2^(bits - 7) (of 1 for 8 bits), is no signed byte somewhere.
     """
-    unit = torch.exp2((weight.bits.float() - 7.0).clamp_max(0.0))
+    unit = weight_unit(weight.bits)
     shape = (-1,) + (1,) * (weight.codes.dim() - 1)
-    steps = (weight.codes.double() + weight.offset.double().view(shape)) / unit.double().view(shape)
+    steps = (weight.codes.double() + weight.offset.double().view(shape)) / unit.view(shape)
     rounded = steps.round().clamp(-128, 127)
     bad = (rounded != steps).flatten(1).any(1)
     if bool(bad.any()):
@@ -35,10 +41,10 @@ def weight_bytes(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
             f"the weights of output channel {o}, {int(weight.bits[o])} bits with offset {float(weight.offset[o])}, "
             f"are no signed bytes in units of {float(unit[o])}"
         )
-    return rounded.to(torch.int8), weight.scale * unit
+    return rounded.to(torch.int8), weight.scale * unit.float()
 
 
-class IntegerConv2d(nn.Module):
+class IntegerConv2d(QuantizerState):
     """A convolution that reads codes and computes in integers: what a QuantConv2d becomes in a lowered network.
 
     Args:
@@ -92,6 +98,7 @@ class IntegerConv2d(nn.Module):
             raise ValueError("scale and bias must be finite")
         self.kernel_size, self.stride, self.padding, self.dilation = (rows, columns), stride, padding, dilation
         self.groups, self.activation, self.dtype = groups, activation, dtype
+        self.channels = per_group
         channels = per_group * groups
         codes = (1 << source.bits.to(torch.int32)) - 1
         codes, zero_point = codes.expand(channels), source.zero_point.expand(channels)
@@ -101,14 +108,17 @@ class IntegerConv2d(nn.Module):
         if outputs and int(reach.max()) >= 1 << 31:
             raise ValueError(f"the sums of output channel {int(reach.argmax())} can leave 32 bits")
 
-        self.register_buffer("weight", panels.weight_panels(weight, groups))
+        def keep(name: str, tensor: Tensor | None) -> None:  # all of it follows from the layer's own state
+            self.register_buffer(name, tensor, persistent=False)
+
+        keep("weight", panels.weight_panels(weight, groups))
         self.span = panels.span_of_sums(self.weight, codes, self.kernel_size, groups)
-        self.register_buffer("zero_sums", zero_sums.to(torch.int32) if bool(zero_sums.any()) else None)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", torch.zeros_like(scale) if bias is None else bias)
+        keep("zero_sums", zero_sums.to(torch.int32) if bool(zero_sums.any()) else None)
+        keep("scale", scale)
+        keep("bias", torch.zeros_like(scale) if bias is None else bias)
         for name, params in (("residual", residual), ("out", out)):
             for field in ("scale", "zero_point", "bits"):
-                self.register_buffer(f"{name}_{field}", None if params is None else getattr(params, field))
+                keep(f"{name}_{field}", None if params is None else getattr(params, field))
 
     @classmethod
     def from_quantized(
@@ -187,12 +197,68 @@ class IntegerConv2d(nn.Module):
             dtype=self.dtype,
         )
 
+    def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
+        """Return the codes [O, R, S, C / groups] that weight_bytes made bytes of."""
+        weight = panels.weight_of_panels(
+            self.weight, len(self.scale), self.kernel_size, self.channels, self.groups
+        ).double()
+        shape = (-1, 1, 1, 1)
+        codes = weight * weight_unit(bits).view(shape) - offset.double().view(shape)
+        return codes.to(torch.uint8)
+
     def extra_repr(self) -> str:
         """Describe the geometry, as `print(module)` shows it."""
         return (
             f"{len(self.scale)} outputs, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
         )
+
+
+class IntegerLinear(nn.Module):
+    """A fully connected layer in integers: a convolution of one pixel."""
+
+    def __init__(self, convolution: IntegerConv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    @classmethod
+    def from_quantized(
+        cls,
+        layer: QuantLinear,
+        *,
+        activation: Activation = IDENTITY,
+        residual: QuantParams | None = None,
+        out: QuantParams | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> IntegerLinear:
+        """Lower a quantized layer; arguments and errors as for IntegerConv2d.from_quantized."""
+        source = layer.activation
+        if source is None:
+            raise ValueError("its input is not quantized")
+        if not layer.folded and source.scale.numel() > 1:
+            raise ValueError("its input has a scale per channel, which is not folded into the weights")
+        weight, scale = weight_bytes(layer.quantized_weight())
+        scale = scale if layer.folded else scale * source.scale
+        convolution = IntegerConv2d(
+            weight[:, None, None, :],
+            scale,
+            layer.bias,
+            source,
+            activation=activation,
+            residual=residual,
+            out=out,
+            dtype=dtype,
+        )
+        return cls(convolution)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the layer's output for codes [*, C]."""
+        y = self.convolution(x.reshape(-1, x.shape[-1], 1, 1), residual)
+        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
+        """Return the codes [O, C]."""
+        return self.convolution.weight_codes(bits, offset)[:, 0, 0]
 
 
 def _by_output(values: Tensor, outputs: int, groups: int) -> Tensor:

@@ -18,8 +18,9 @@ from ptq4cuda import graph
 from ptq4cuda.activation import TensorProfile, fit_activation, needs_histogram
 from ptq4cuda.bit_allocation import allocate_bits
 from ptq4cuda.clipping import ClipRule
-from ptq4cuda.config import FLOAT, QuantConfig
+from ptq4cuda.config import QuantConfig
 from ptq4cuda.correction import correct_bias
+from ptq4cuda.execution import lower
 from ptq4cuda.inputs import batch_size, check_model, collect_inputs
 from ptq4cuda.least_squares import fit_weights
 from ptq4cuda.moments import Moments, layer_moments
@@ -62,8 +63,9 @@ def quantize(
     network, record = quantize_once(model, inputs, config, progress)
     if config.target_sqnr is not None or config.size_budget is not None:
         network, record = raise_layers(model, inputs, config, progress, network, record)
-    record.seconds = time.perf_counter() - start
     attach_record(network, record)
+    network = lower(network, inputs)
+    record.seconds = time.perf_counter() - start
     return network
 
 
@@ -77,9 +79,9 @@ def quantize_once(
         return solve_layer(call, config)
 
     def kept(name: str) -> str:
-        return "kept in float by overrides" if config.override_of(name) == FLOAT else ""
+        return "" if config.quantizes(name) else "kept in float by overrides"
 
-    network, record.folded, record.reason = prepare(model, inputs)
+    network, record.folded, record.reason = prepare(model, inputs, config)
     layers = [name for name, module in network.named_modules() if graph.layer_kind(module)]
     for pattern in config.overrides:
         if not any(fnmatchcase(name, pattern) for name in layers):
@@ -94,7 +96,7 @@ def quantize_once(
     return network, record
 
 
-def prepare(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, int, str]:
+def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.Module, int, str]:
     """Return a copy of the model to quantize: traced and folded where torch.fx can do that.
 
     Returns:
@@ -107,9 +109,7 @@ def prepare(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, int, str]:
         reason = graph.why_different(model, traced, *inputs[0])
     if traced is None or reason:
         return graph.own_copy(model), 0, reason
-    folded = graph.fold_batch_norm(traced)
-    graph.shortcuts_first(traced)
-    return traced, folded, ""
+    return traced, graph.prepare(traced, config.quantizes, config.fold_activation_scale), ""
 
 
 def raise_layers(
@@ -125,7 +125,7 @@ def raise_layers(
     Returns:
         The network and its record, whose `trade` tells what every step cost and bought.
     """
-    reference, _, _ = prepare(model, inputs)
+    reference, _, _ = prepare(model, inputs, config)
     damage = layer_damage(reference, network, inputs)
     order = [
         name

@@ -23,7 +23,7 @@ class LayerRecord:
         sqnr: of the output on the calibration data, in dB, with all layers before it quantized.
         float_bytes: weights and bias in float32.
         bytes: all stored tensors of the layer.
-        execution: "simulate" or "float".
+        execution: "integer", "simulate" or "float".
         reason: why it stayed in float, or a remark.
         damage: noise over signal at the network's output with this layer alone quantized, where it was measured.
     """
@@ -71,6 +71,7 @@ class QuantRecord:
         folded: number of BatchNorms folded.
         float_bytes: of all parameters and buffers of the float model.
         bytes: of all parameters and buffers of the quantized one.
+        structure: what the network computes, line by line, before it is lowered to integers.
         trade: what each raising of layers to 8 bits bought, where target_sqnr or size_budget asked for it.
     """
 
@@ -85,6 +86,7 @@ class QuantRecord:
     float_bytes: int = 0
     bytes: int = 0
     trade: list[Trade] = field(default_factory=list)
+    structure: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a file's header."""

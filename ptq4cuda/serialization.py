@@ -14,11 +14,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ptq4cuda import graph
+from ptq4cuda.execution import lower
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.record import QuantRecord, attach_record, record_of
+from ptq4cuda.structure import structure_of
 
 FORMAT = 1
 _KEY = "ptq4cuda"  # one key only: safetensors writes several in no fixed order
@@ -47,9 +49,9 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
     header = {
         "format": FORMAT,
         "version": version("ptq4cuda"),
-        "record": {k: v for k, v in record.to_dict().items() if k != "seconds"},
+        "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "structure")},
         "modules": modules,
-        "structure": _structure(network),
+        "structure": record.structure,
     }
     # Each tensor gets storage of its own: safetensors refuses shared storage, as of tied weights.
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
@@ -83,10 +85,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         traced, reason = graph.trace(network)
         if traced is None:
             raise ValueError(f"{path} does not fit the model {type(model).__name__}: {reason}")
-        graph.fold_batch_norm(traced)
-        graph.shortcuts_first(traced)
+        graph.prepare(traced, record.config.quantizes, record.config.fold_activation_scale)
         network = traced
-    _check_structure(header["structure"], _structure(network), path)
+    _check_structure(header["structure"], structure_of(network), path)
     for name, entry in header["modules"].items():
         cls = quant_module_for(entry["kind"])
         layer: Any = network.get_submodule(name)
@@ -97,7 +98,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         detail = " ".join(str(error).split()).partition(": ")[2]
         raise ValueError(f"{path} does not fit the model {type(model).__name__}: {detail}") from error
     attach_record(network, record)
-    return network
+    return lower(network)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -118,28 +119,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             f"version reads formats up to {FORMAT}: upgrade ptq4cuda"
         )
     return header, tensors
-
-
-def _structure(network: nn.Module) -> list[str]:
-    """Describe what a network computes, one line for each step, the same for its float and its quantized form."""
-    modules = dict(network.named_modules())
-    if not isinstance(network, fx.GraphModule):
-        return [
-            f"{name} {_class(m)}"
-            for name, m in modules.items()
-            if isinstance(m, QuantModule) or not any(m.children())
-        ]
-    lines = []
-    for node in network.graph.nodes:
-        if node.op == "call_module":
-            lines.append(f"{node.target} {_class(modules[str(node.target)])}")
-        else:
-            lines.append(f"{node.op} {getattr(node.target, '__name__', node.target)}")
-    return lines
-
-
-def _class(module: nn.Module) -> str:
-    return module.kind if isinstance(module, QuantModule) else type(module).__name__
 
 
 def _check_structure(expected: list[str], found: list[str], path: object) -> None:

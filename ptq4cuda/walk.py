@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ptq4cuda import graph
 from ptq4cuda.clipping import IDENTITY, Activation, ClipRule
 from ptq4cuda.metrics import Noise
-from ptq4cuda.nn import QuantModule
+from ptq4cuda.nn import QuantModule, QuantTensor
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.record import LayerRecord, tensor_bytes
 from ptq4cuda.statistics import ChannelHistogram, ChannelStatistics
@@ -246,6 +246,8 @@ class _GraphWalk:
             return
         elif reason == "":
             signal = self._solve(node)
+        elif node.op == "call_module" and isinstance(self._module(node), QuantTensor):
+            signal = self._quantize_tensor(node)
         else:
             if reason:
                 module = self._module(node) if node.op == "call_module" else None
@@ -321,6 +323,16 @@ class _GraphWalk:
         self.network.set_submodule(call.name, solution.module)
         self.records.append(record_solution(call, solution, noise))
         return Signal(streams)
+
+    def _quantize_tensor(self, node: fx.Node) -> Signal:
+        """Quantize a residual operand to 8 bits over its whole range, in the quantized stream."""
+        module, source = self._module(node), node.all_input_nodes[0]
+        assert isinstance(module, QuantTensor)
+        streams = self.signals[source].streams
+        statistics = ChannelStatistics.over(lambda: [quantized for _, quantized in streams], 1)
+        bits = torch.full_like(statistics.mean, 8, dtype=torch.uint8)
+        module.set(QuantParams.from_range(statistics.min, statistics.max, bits).to(self.frontier.device))
+        return Signal([(x, self.frontier.hold(module(self.frontier.fetch(quantized)))) for x, quantized in streams])
 
     def _importance(self, source: fx.Node) -> Tensor:
         readers = [node for node in source.users if node in self.layers]

@@ -13,7 +13,7 @@ from ptq4cuda.graph.layers import (
     why_float,
     why_float_call,
 )
-from ptq4cuda.graph.order import shortcuts_first
+from ptq4cuda.graph.order import prepare, shortcuts_first
 from ptq4cuda.graph.trace import own_copy, trace, why_different
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "module_activation",
     "output_importance",
     "own_copy",
+    "prepare",
     "shortcuts_first",
     "trace",
     "why_different",

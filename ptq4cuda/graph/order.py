@@ -1,10 +1,32 @@
-"""Puts the nodes of a graph into the order in which the walk can make the most of them."""
+"""Brings a traced graph into the form in which it is walked."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import fx
 
+from ptq4cuda.graph.fold import fold_batch_norm
 from ptq4cuda.graph.layers import is_addition, layer_kind
+from ptq4cuda.graph.residual import mark_residuals
+
+
+def prepare(network: fx.GraphModule, quantized: Callable[[str], bool], executable: bool) -> int:
+    """Fold BatchNorm, compute shortcuts first and, for a network that integers can execute, mark residual operands.
+
+    Args:
+        network: a traced network.
+        quantized: tells of the name of a layer that can be quantized whether it is.
+        executable: whether the scales of activations are folded into the weights.
+
+    Returns:
+        The number of BatchNorms folded.
+    """
+    folded = fold_batch_norm(network)
+    shortcuts_first(network)
+    if executable:
+        mark_residuals(network, quantized)
+    return folded
 
 
 def shortcuts_first(network: fx.GraphModule) -> None:

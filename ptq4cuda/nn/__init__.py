@@ -3,8 +3,9 @@
 from ptq4cuda.nn.conv import QuantConv2d
 from ptq4cuda.nn.linear import QuantLinear
 from ptq4cuda.nn.quant_module import QuantModule
+from ptq4cuda.nn.quant_tensor import Quantize, QuantTensor
 
-__all__ = ["QuantConv2d", "QuantLinear", "QuantModule", "quant_module_for"]
+__all__ = ["QuantConv2d", "QuantLinear", "QuantModule", "QuantTensor", "Quantize", "quant_module_for"]
 
 _QUANTIZED: dict[str, type[QuantConv2d | QuantLinear]] = {
     QuantConv2d.kind: QuantConv2d,

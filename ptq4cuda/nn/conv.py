@@ -102,8 +102,15 @@ class QuantConv2d(QuantModule):
         layer._quantize_from(conv, activation, weight_bits, bias_correction)
         return layer
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the convolution of the quantized input with the quantized weights."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the convolution of the quantized input with the quantized weights.
+
+        Args:
+            input: values, or where the layer executes in integers also their codes.
+            residual: codes to add, of a lowered network.
+        """
+        if self.engine is not None:
+            return self._integer_forward(input, residual)
         x, weight, bias = self._operands(input)
         if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
             weight = weight.contiguous()  # weights in channels_last order would turn the output to channels_last

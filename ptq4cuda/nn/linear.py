@@ -63,6 +63,8 @@ class QuantLinear(QuantModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product of the quantized input with the quantized weights."""
+        if self.engine is not None:
+            return self._integer_forward(input, None)
         return F.linear(*self._operands(input))
 
     def extra_repr(self) -> str:

@@ -11,19 +11,29 @@ folded=False quantizes the weights as they are, as the paper does; with a scale 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ptq4cuda import ops
 from ptq4cuda.correction import WeightCorrection, correct_bias
+from ptq4cuda.nn.quant_tensor import QuantizerState
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.rounding import round_to_nearest
 
-_WEIGHT = ("weight_packed", "weight_bits", "weight_scale", "weight_offset")
+_ROWS = ("weight_bits", "weight_scale", "weight_offset")
 _ACTIVATION = ("activation_bits", "activation_scale", "activation_zero_point")
+
+
+class IntegerEngine(Protocol):
+    """Computes a layer from the codes of its input; it is a module without a state of its own."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Return values, or the codes of the next layer."""
+
+    def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
+        """Return the weights as codes uint8 [O, *kernel, C / groups]."""
 
 
 def input_scale_of_weights(scale: Tensor, weight_shape: torch.Size, groups: int) -> Tensor:
@@ -37,7 +47,7 @@ def input_scale_of_weights(scale: Tensor, weight_shape: torch.Size, groups: int)
     return scale.reshape(*scale.shape, *(1,) * (len(weight_shape) - 2))
 
 
-class QuantModule(nn.Module):
+class QuantModule(QuantizerState):
     """A layer with packed integer weights and, unless it quantizes weights only, a quantizer for its input.
 
     Buffers:
@@ -47,6 +57,9 @@ class QuantModule(nn.Module):
         weight_offset: float32 [O].
         bias: float32 [O] or None.
         activation_bits, activation_scale, activation_zero_point: QuantParams of the input, or None.
+
+    Attributes:
+        engine: what computes the layer in integers, from codes; None where it is simulated.
     """
 
     kind: ClassVar[str]  # the class of torch.nn that it takes the place of
@@ -72,6 +85,7 @@ class QuantModule(nn.Module):
         device: torch.device | str | None,
     ) -> None:
         super().__init__()
+        self.engine: IntegerEngine | None = None
         self.folded = folded
         self.weight_shape = torch.Size(weight_shape)
         self.groups = groups
@@ -167,6 +181,30 @@ class QuantModule(nn.Module):
         )
         self._locate_rows()
 
+    # --- in integers --------------------------------------------------------------------------------------
+
+    def execute_in_integers(self, engine: IntegerEngine) -> None:
+        """Leave the computation to an engine that was made of this layer; it holds the weights from now on."""
+        self.engine = engine
+        self.register_buffer("weight_packed", self.weight_packed[:0].clone(), persistent=False)
+
+    def _integer_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Compute from codes, or from values, which are quantized first."""
+        assert self.engine is not None
+        if x.dtype != torch.uint8:
+            assert self.activation_scale is not None and self.activation_zero_point is not None
+            assert self.activation_bits is not None
+            x = ops.quantize(
+                x, self.activation_scale, self.activation_zero_point, self.activation_bits, self.activation_axis
+            )
+        return self.engine(x, residual)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.engine is not None:
+            codes = self.quantized_weight().codes.flatten(1)
+            destination[prefix + "weight_packed"] = ops.pack_codes(codes, self.weight_bits)
+
     # --- in use -------------------------------------------------------------------------------------------
 
     @property
@@ -180,7 +218,10 @@ class QuantModule(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the unpacked weights, codes [O, *kernel, C / groups]."""
-        codes = ops.unpack_codes(self.weight_packed, self.weight_bits, self._row_length, self._row_offsets)
+        if self.engine is not None:
+            codes = self.engine.weight_codes(self.weight_bits, self.weight_offset)
+        else:
+            codes = ops.unpack_codes(self.weight_packed, self.weight_bits, self._row_length, self._row_offsets)
         shape = (self.weight_shape[0], *self.weight_shape[2:], self.weight_shape[1])
         return QuantizedWeight(codes.view(shape), self.weight_bits, self.weight_scale, self.weight_offset)
 
@@ -219,28 +260,16 @@ class QuantModule(nn.Module):
 
     # --- state --------------------------------------------------------------------------------------------
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
-        """Follow .to(device) but keep dtypes: .half() must not round scales and biases."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept buffers of other lengths: they depend on the bits that were allocated."""
         errors: list[str] = args[-1]
+        if self.engine is not None:
+            errors.append(f"{prefix.rstrip('.')} executes in integers; load files with ptq4cuda.load")
+            return
         before = len(errors)
-        for name in (*_WEIGHT, *_ACTIVATION):
-            current, loaded = getattr(self, name), state_dict.get(prefix + name)
-            if current is None or loaded is None:
-                continue
-            if loaded.dtype != current.dtype or loaded.dim() != 1:
-                errors.append(f"{prefix}{name} is {loaded.dtype} {list(loaded.shape)}, expected {current.dtype} [n]")
-            elif name == "weight_packed" or (name in _ACTIVATION and loaded.shape != current.shape):
-                setattr(self, name, torch.empty_like(loaded, device=current.device))
+        self._make_room(state_dict, prefix, errors, ("weight_packed", *_ACTIVATION), fixed=_ROWS)
+        if self.bias is None and prefix + "bias" in state_dict:  # solvers give layers a bias that had none
+            self.register_buffer("bias", torch.zeros_like(self.weight_scale))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if len(errors) > before:
             return
@@ -255,6 +284,8 @@ class QuantModule(nn.Module):
     def extra_repr(self) -> str:
         """Describe bits and execution, as `print(module)` shows them."""
         weight = f"weight_bits={_mean_bits(self.weight_bits)}"
+        if self.engine is not None:
+            weight += ", in integers"
         if self.activation_bits is None:
             return weight
         return f"{weight}, activation_bits={_mean_bits(self.activation_bits)}"

@@ -1,0 +1,256 @@
+"""Lowers a quantized network to integers: activations stay codes between layers.
+
+A quantized convolution, the residual sum behind it and the activation behind that become one integer convolution. It
+returns the codes of its reader, where its readers agree on one quantizer and reach it through max pooling and
+concatenation alone; these work on codes as they do on values. Everywhere else values are returned, and a visible
+Quantize turns them into codes again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from ptq4cuda.clipping import IDENTITY, Activation
+from ptq4cuda.graph.layers import activation_of, is_addition
+from ptq4cuda.integer import IntegerConv2d, IntegerLinear
+from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
+from ptq4cuda.quantizer import QuantParams
+
+
+def lower_layers(network: nn.Module) -> dict[str, str]:
+    """Let the quantized layers of a network execute in integers, in place.
+
+    Returns:
+        For each quantized layer that stays simulated, why.
+    """
+    reasons = {}
+    for name, module in network.named_modules():
+        if isinstance(module, QuantModule):
+            reason = _why_simulated(module)
+            if reason:
+                reasons[name] = reason
+    if isinstance(network, fx.GraphModule):
+        _Lowering(network, reasons).run()
+    else:
+        for name, module in list(network.named_modules()):
+            if isinstance(module, QuantModule) and name not in reasons:
+                module.execute_in_integers(_engine(module))
+    return reasons
+
+
+def _engine(
+    layer: QuantModule,
+    activation: Activation = IDENTITY,
+    residual: QuantParams | None = None,
+    out: QuantParams | None = None,
+) -> IntegerConv2d | IntegerLinear:
+    cls = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
+    return cls.from_quantized(layer, activation=activation, residual=residual, out=out)  # type: ignore[arg-type]
+
+
+def _why_simulated(layer: QuantModule) -> str:
+    if not isinstance(layer, (QuantConv2d, QuantLinear)):
+        return f"{type(layer).__name__} has no integer form"
+    try:
+        _engine(layer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+Key = tuple[bytes, ...]
+
+
+def _key(params: QuantParams) -> Key:
+    """Identify a quantizer by its values."""
+    return tuple(t.cpu().numpy().tobytes() for t in (params.bits, params.scale, params.zero_point))
+
+
+@dataclass(eq=False)
+class _Chain:
+    """A quantized layer and what its epilogue computes; `end` is the node whose value it returns."""
+
+    node: fx.Node
+    layer: QuantModule
+    end: fx.Node
+    residual: fx.Node | None = None  # of the QuantTensor
+    activation: Activation = IDENTITY
+
+
+class _Lowering:
+    def __init__(self, network: fx.GraphModule, reasons: dict[str, str]) -> None:
+        self.network = network
+        self.chains: dict[fx.Node, _Chain] = {}  # by their ends
+        for node in network.graph.nodes:
+            module = self._module(node)
+            if isinstance(module, QuantModule) and str(node.target) not in reasons:
+                chain = self._chain(node, module)
+                self.chains[chain.end] = chain
+        # What is wanted of each node: None for values, else the quantizer of the codes.
+        self.wanted: dict[fx.Node, dict[Key | None, QuantParams | None]] = defaultdict(dict)
+        self.graph = fx.Graph()
+        self.made: dict[tuple[fx.Node, Key | None], fx.Node] = {}
+
+    def run(self) -> None:
+        """Rewrite the graph."""
+        nodes = list(self.network.graph.nodes)
+        for node in nodes:
+            if node.op in ("placeholder", "output"):
+                self._want(node, None)
+        for node in nodes:
+            for key, params in self.wanted[node].items():
+                if (node, key) not in self.made:
+                    self.made[node, key] = self._make(node, params)
+        self.graph.lint()
+        self.network.graph = self.graph
+        self.network.recompile()
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _chain(self, node: fx.Node, layer: QuantModule) -> _Chain:
+        chain = _Chain(node, layer, node)
+
+        def only_reader() -> fx.Node | None:
+            return next(iter(chain.end.users)) if len(chain.end.users) == 1 else None
+
+        reader = only_reader()
+        if reader is not None and isinstance(layer, QuantConv2d) and is_addition(reader):
+            others = [n for n in reader.all_input_nodes if n is not node]
+            if len(others) == 1 and isinstance(self._module(others[0]), QuantTensor):
+                chain.residual, chain.end = others[0], reader
+                reader = only_reader()
+        if reader is not None:
+            activation = activation_of(reader, self.network)
+            if activation is not None:
+                chain.activation, chain.end = activation, reader
+        return chain
+
+    # --- what is wanted -----------------------------------------------------------------------------------
+
+    def _want(self, node: fx.Node, params: QuantParams | None) -> None:
+        waiting = [(node, params)]
+        while waiting:
+            node, params = waiting.pop()
+            key = None if params is None else _key(params)
+            if key not in self.wanted[node]:
+                self.wanted[node][key] = params
+                waiting += self._needs(node, params)
+
+    def _needs(self, node: fx.Node, params: QuantParams | None) -> list[tuple[fx.Node, QuantParams | None]]:
+        """Return what a node needs to give values, or codes."""
+        chain = self.chains.get(node)
+        if chain is not None:
+            needs: list[tuple[fx.Node, QuantParams | None]] = [(_source(chain.node), chain.layer.activation)]
+            if chain.residual is not None:
+                needs.append((_source(chain.residual), self._residual_params(chain)))
+            return needs
+        if params is None:
+            return [(n, None) for n in node.all_input_nodes]
+        operands = self._operands(node, params)
+        return [(node, None)] if operands is None else list(operands)
+
+    def _residual_params(self, chain: _Chain) -> QuantParams | None:
+        if chain.residual is None:
+            return None
+        module = self._module(chain.residual)
+        assert isinstance(module, QuantTensor)
+        return module.params
+
+    def _operands(self, node: fx.Node, params: QuantParams) -> list[tuple[fx.Node, QuantParams]] | None:
+        """Return the codes from which a node makes codes by computing as it does with values; None if it cannot."""
+        if params.axis % 4 != 1:
+            return None
+        module = self._module(node)
+        if (type(module) is nn.MaxPool2d and not module.return_indices) or node.target is F.max_pool2d:
+            return [(_source(node), params)]
+        if node.target in (torch.cat, torch.concat):
+            return self._concatenated(node, params)
+        return None
+
+    def _concatenated(self, node: fx.Node, params: QuantParams) -> list[tuple[fx.Node, QuantParams]] | None:
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        operands = node.args[0]
+        if dim not in (1, -3) or not isinstance(operands, (list, tuple)):
+            return None
+        channels = max(p.numel() for p in (params.bits, params.scale, params.zero_point))
+        if channels == 1:
+            return [(n, params) for n in operands if isinstance(n, fx.Node)]
+        first, parts = 0, []
+        for operand in operands:
+            size = self._channels(operand) if isinstance(operand, fx.Node) else None
+            if size is None or not isinstance(operand, fx.Node):
+                return None
+            bits, scale, zero_point = (
+                p if p.numel() == 1 else p[first : first + size]
+                for p in (params.bits, params.scale, params.zero_point)
+            )
+            parts.append((operand, QuantParams(bits, scale, zero_point, params.axis)))
+            first += size
+        return parts if first == channels else None
+
+    def _channels(self, node: fx.Node) -> int | None:
+        """Return the number of channels of a node's value, where it is known without running it."""
+        if node in self.chains:
+            return int(self.chains[node].layer.weight_shape[0])
+        module = self._module(node)
+        if isinstance(module, nn.MaxPool2d) or node.target is F.max_pool2d:
+            return self._channels(_source(node))
+        if node.target in (torch.cat, torch.concat) and isinstance(node.args[0], (list, tuple)):
+            sizes = [self._channels(n) if isinstance(n, fx.Node) else None for n in node.args[0]]
+            return None if None in sizes else sum(s for s in sizes if s is not None)
+        return None
+
+    # --- how it is made -----------------------------------------------------------------------------------
+
+    def _codes(self, node: fx.Node, params: QuantParams | None) -> fx.Node:
+        return self.made[node, None if params is None else _key(params)]
+
+    def _make(self, node: fx.Node, params: QuantParams | None) -> fx.Node:
+        chain = self.chains.get(node)
+        if chain is not None:
+            wanted = self.wanted[node]
+            if params is None or len(wanted) == 1:
+                return self._integer_layer(chain, params)
+            return self._quantize(node, params)  # readers that disagree get values
+        if params is None:
+            return self.graph.node_copy(node, lambda n: self.made[n, None])
+        operands = self._operands(node, params)
+        if operands is None:
+            return self._quantize(node, params)
+        replaced = {operand: self._codes(operand, part) for operand, part in operands}
+        return self.graph.node_copy(node, replaced.__getitem__)
+
+    def _integer_layer(self, chain: _Chain, out: QuantParams | None) -> fx.Node:
+        residual = self._residual_params(chain)
+        chain.layer.execute_in_integers(_engine(chain.layer, chain.activation, residual, out))
+        arguments = [self._codes(_source(chain.node), chain.layer.activation)]
+        if chain.residual is not None:
+            marked = self._module(chain.residual)
+            assert isinstance(marked, QuantTensor)
+            marked.returns_codes = True
+            codes = self._codes(_source(chain.residual), residual)
+            arguments.append(self.graph.call_module(str(chain.residual.target), (codes,)))
+        return self.graph.create_node("call_module", chain.node.target, tuple(arguments), name=chain.node.name)
+
+    def _quantize(self, node: fx.Node, params: QuantParams) -> fx.Node:
+        """Make codes of a node's values."""
+        if (node, None) not in self.made:
+            self.made[node, None] = self._make(node, None)
+        values = self.made[node, None]
+        name = f"{values.name}_codes"
+        while hasattr(self.network, name):
+            name += "_"
+        self.network.add_submodule(name, Quantize(params))
+        return self.graph.call_module(name, (values,))
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(source, fx.Node)
+    return source

@@ -1,0 +1,108 @@
+"""QuantTensor: a tensor between layers that travels as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq4cuda import ops
+from ptq4cuda.quantizer import QuantParams
+
+_FIELDS = ("bits", "scale", "zero_point")
+
+
+class QuantizerState(nn.Module):
+    """What modules with quantizers do with their buffers: they keep dtypes and load other lengths."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizerState:
+        """Follow .to(device) but keep dtypes: .half() must not round scales and biases."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _make_room(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        errors: list[str],
+        names: tuple[str, ...],
+        fixed: tuple[str, ...] = (),
+    ) -> None:
+        """Accept vectors of other lengths, which depend on the bits that were allocated, but for fixed ones."""
+        for name in (*names, *fixed):
+            current, loaded = getattr(self, name), state_dict.get(prefix + name)
+            if current is None or loaded is None:
+                continue
+            if loaded.dtype != current.dtype or loaded.dim() != 1:
+                errors.append(f"{prefix}{name} is {loaded.dtype} {list(loaded.shape)}, expected {current.dtype} [n]")
+            elif name not in fixed and loaded.shape != current.shape:
+                setattr(self, name, torch.empty_like(loaded, device=current.device))
+
+
+class QuantTensor(QuantizerState):
+    """Quantizes what passes through it, channel by channel along dimension 1.
+
+    Buffers:
+        bits, scale, zero_point: QuantParams; empty at first, then everything passes as it is.
+
+    Attributes:
+        returns_codes: in a network that executes in integers: return codes; codes that come in pass.
+    """
+
+    bits: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returns_codes = False
+        self.register_buffer("bits", torch.zeros(0, dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(0))
+        self.register_buffer("zero_point", torch.zeros(0, dtype=torch.int32))
+
+    def set(self, params: QuantParams) -> None:
+        """Quantize with these parameters."""
+        for name in _FIELDS:
+            self.register_buffer(name, getattr(params, name))
+
+    @property
+    def params(self) -> QuantParams:
+        """The quantizer."""
+        return QuantParams(self.bits, self.scale, self.zero_point, axis=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the values of x's codes, or the codes."""
+        if x.dtype == torch.uint8 or not self.scale.numel():
+            return x
+        if self.returns_codes:
+            return ops.quantize(x, self.scale, self.zero_point, self.bits, 1)
+        return ops.fake_quantize(x, self.scale, self.zero_point, self.bits, 1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._make_room(state_dict, prefix, args[-1], _FIELDS)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Quantize(QuantizerState):
+    """Turns values into codes where a lowered network enters integers; the parameters are those of a layer."""
+
+    bits: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, params: QuantParams) -> None:
+        super().__init__()
+        self.axis = params.axis
+        for name in _FIELDS:
+            self.register_buffer(name, getattr(params, name), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return uint8 codes."""
+        return ops.quantize(x, self.scale, self.zero_point, self.bits, self.axis)
