@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.graph.layers import activation_of, is_addition
-from ptq4cuda.integer import IntegerConv2d, IntegerLinear
+from ptq4cuda.integer import IntegerConv2d, IntegerLinear, max_pool_codes
 from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
 from ptq4cuda.quantizer import QuantParams
 
@@ -166,12 +167,27 @@ class _Lowering:
         """Return the codes from which a node makes codes by computing as it does with values; None if it cannot."""
         if params.axis % 4 != 1:
             return None
-        module = self._module(node)
-        if (type(module) is nn.MaxPool2d and not module.return_indices) or node.target is F.max_pool2d:
+        if self._max_pool(node) is not None:
             return [(_source(node), params)]
         if node.target in (torch.cat, torch.concat):
             return self._concatenated(node, params)
         return None
+
+    def _max_pool(self, node: fx.Node) -> dict[str, Any] | None:
+        """Return the arguments of a max pooling that works on codes too, or None."""
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        module = self._module(node)
+        if type(module) is nn.MaxPool2d:
+            given = {name: getattr(module, name) for name in names}
+        elif node.target is F.max_pool2d:
+            given = dict(zip(names, node.args[1:], strict=False)) | {
+                k: v for k, v in node.kwargs.items() if k != "input"
+            }
+        else:
+            return None
+        if given.pop("return_indices", False) or given.pop("ceil_mode", False):
+            return None
+        return given
 
     def _concatenated(self, node: fx.Node, params: QuantParams) -> list[tuple[fx.Node, QuantParams]] | None:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -198,8 +214,7 @@ class _Lowering:
         """Return the number of channels of a node's value, where it is known without running it."""
         if node in self.chains:
             return int(self.chains[node].layer.weight_shape[0])
-        module = self._module(node)
-        if isinstance(module, nn.MaxPool2d) or node.target is F.max_pool2d:
+        if self._max_pool(node) is not None:
             return self._channels(_source(node))
         if node.target in (torch.cat, torch.concat) and isinstance(node.args[0], (list, tuple)):
             sizes = [self._channels(n) if isinstance(n, fx.Node) else None for n in node.args[0]]
@@ -224,6 +239,9 @@ class _Lowering:
         if operands is None:
             return self._quantize(node, params)
         replaced = {operand: self._codes(operand, part) for operand, part in operands}
+        pooling = self._max_pool(node)
+        if pooling is not None:
+            return self.graph.call_function(max_pool_codes, (replaced[_source(node)],), pooling)
         return self.graph.node_copy(node, replaced.__getitem__)
 
     def _integer_layer(self, chain: _Chain, out: QuantParams | None) -> fx.Node:
