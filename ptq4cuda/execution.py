@@ -18,11 +18,12 @@ _SAMPLES = 2  # that the lowered network is tried on
 _LEAST_SQNR = 15.0  # dB between the two executions, which differ by the rounding of ties alone
 
 
-def lower(network: nn.Module, inputs: Inputs | None = None) -> nn.Module:
+def lower(network: nn.Module, dtype: torch.dtype, inputs: Inputs | None = None) -> nn.Module:
     """Return the network as its configuration wants it executed, and note in its record what runs how.
 
     Args:
         network: as quantized, simulated.
+        dtype: of the float model.
         inputs: samples to try the result on. Where it cannot compute what the simulated network does, that one is
             returned, with the reason in the record. None for a network whose record tells how it was executed.
 
@@ -35,7 +36,7 @@ def lower(network: nn.Module, inputs: Inputs | None = None) -> nn.Module:
     if record.config.execution == "simulate" or not tried:
         return network
     lowered = copy.deepcopy(network)
-    reasons = lower_layers(lowered)
+    reasons = lower_layers(lowered, dtype)
     quantized = [layer for layer in record.layers if layer.execution != "float"]
     failure = _failure(network, lowered, inputs) if inputs is not None and len(reasons) < len(quantized) else ""
     if failure or len(reasons) == len(quantized):
@@ -50,6 +51,11 @@ def lower(network: nn.Module, inputs: Inputs | None = None) -> nn.Module:
             layer.reason = reasons[layer.name]
     attach_record(lowered, record)
     return lowered
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype that a float model computes in."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 @torch.no_grad()

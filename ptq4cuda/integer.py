@@ -143,10 +143,10 @@ class IntegerConv2d(QuantizerState):
             padding = same_padding(layer.kernel_size, layer.dilation) if padding == "same" else (0, 0)
         if layer.padding_mode != "zeros" or padding is None:
             raise ValueError(f"its padding is {layer.padding!r} of mode {layer.padding_mode!r}")
+        if not layer.folded and source.scale.numel() > 1 and layer.weight_shape[1] > 1:
+            raise ValueError("its input has a scale per channel, which is not folded into the weights")
         weight, scale = weight_bytes(layer.quantized_weight())
         if not layer.folded:
-            if source.scale.numel() > 1 and layer.weight_shape[1] > 1:
-                raise ValueError("its input has a scale per channel, which is not folded into the weights")
             # One input channel per group: its scale is common to all products of an output channel.
             inputs = source.scale.expand(layer.groups) if source.scale.numel() == 1 else source.scale
             scale = scale * inputs.repeat_interleave(len(scale) // layer.groups)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq4cuda import graph
-from ptq4cuda.execution import lower
+from ptq4cuda.execution import dtype_of, lower
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.record import QuantRecord, attach_record, record_of
 from ptq4cuda.structure import structure_of
@@ -98,7 +98,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         detail = " ".join(str(error).split()).partition(": ")[2]
         raise ValueError(f"{path} does not fit the model {type(model).__name__}: {detail}") from error
     attach_record(network, record)
-    return lower(network)
+    return lower(network, dtype_of(model))
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -23,8 +23,12 @@ from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTe
 from ptq4cuda.quantizer import QuantParams
 
 
-def lower_layers(network: nn.Module) -> dict[str, str]:
+def lower_layers(network: nn.Module, dtype: torch.dtype) -> dict[str, str]:
     """Let the quantized layers of a network execute in integers, in place.
+
+    Args:
+        network: as quantized.
+        dtype: of the values that it computes with.
 
     Returns:
         For each quantized layer that stays simulated, why.
@@ -36,29 +40,30 @@ def lower_layers(network: nn.Module) -> dict[str, str]:
             if reason:
                 reasons[name] = reason
     if isinstance(network, fx.GraphModule):
-        _Lowering(network, reasons).run()
+        _Lowering(network, reasons, dtype).run()
     else:
         for name, module in list(network.named_modules()):
             if isinstance(module, QuantModule) and name not in reasons:
-                module.execute_in_integers(_engine(module))
+                module.execute_in_integers(_engine(module, dtype))
     return reasons
 
 
 def _engine(
     layer: QuantModule,
+    dtype: torch.dtype,
     activation: Activation = IDENTITY,
     residual: QuantParams | None = None,
     out: QuantParams | None = None,
 ) -> IntegerConv2d | IntegerLinear:
     cls = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
-    return cls.from_quantized(layer, activation=activation, residual=residual, out=out)  # type: ignore[arg-type]
+    return cls.from_quantized(layer, activation=activation, residual=residual, out=out, dtype=dtype)  # type: ignore[arg-type]
 
 
 def _why_simulated(layer: QuantModule) -> str:
     if not isinstance(layer, (QuantConv2d, QuantLinear)):
         return f"{type(layer).__name__} has no integer form"
     try:
-        _engine(layer)
+        _engine(layer, torch.float32)
     except ValueError as error:
         return str(error)
     return ""
@@ -84,8 +89,8 @@ class _Chain:
 
 
 class _Lowering:
-    def __init__(self, network: fx.GraphModule, reasons: dict[str, str]) -> None:
-        self.network = network
+    def __init__(self, network: fx.GraphModule, reasons: dict[str, str], dtype: torch.dtype) -> None:
+        self.network, self.dtype = network, dtype
         self.chains: dict[fx.Node, _Chain] = {}  # by their ends
         for node in network.graph.nodes:
             module = self._module(node)
@@ -246,7 +251,7 @@ class _Lowering:
 
     def _integer_layer(self, chain: _Chain, out: QuantParams | None) -> fx.Node:
         residual = self._residual_params(chain)
-        chain.layer.execute_in_integers(_engine(chain.layer, chain.activation, residual, out))
+        chain.layer.execute_in_integers(_engine(chain.layer, self.dtype, chain.activation, residual, out))
         arguments = [self._codes(_source(chain.node), chain.layer.activation)]
         if chain.residual is not None:
             marked = self._module(chain.residual)
