@@ -2,7 +2,9 @@
 
 Ridge regression towards the float weights W: with the moments H = cov(u, u) and B = cov(t, u),
 
-    W* = (B + λ W) (H + λ I)⁻¹     minimises     E|t - W* u|² + λ |W* - W|².
+    W* = (B + λ W D) (H + λ D)⁻¹     minimises     E|t - W* u|² + λ tr((W* - W) D (W* - W)ᵀ)
+
+with D = diag(H): the result does not depend on the units of the inputs, which folded scales make very different.
 
 A few hundred images tell less about a wide layer than about a narrow one. λ is therefore not a constant: two halves
 of the samples choose it, each judging what was fitted on the other.
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ptq4cuda.moments import Moments
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # λ in units of the mean of H's diagonal
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # λ, a share of the variance of each input
 _ROUNDING_RIDGE = 0.1
 
 
@@ -27,7 +29,7 @@ class Target:
 
     Attributes:
         weight: W*, float64 [G, R, d].
-        covariance: the metric of rounding errors, H and a tenth of λ I, float64 [G, d, d]. (All of λ I is the metric
+        covariance: the metric of rounding errors, H and a tenth of λ D, float64 [G, d, d]. (All of λ D is the metric
             of the regression itself; a tenth of it measured best.)
     """
 
@@ -50,23 +52,22 @@ def fit_weights(weight: Tensor, halves: tuple[Moments, Moments]) -> Target:
         ridge = min(zip(errors, RIDGES, strict=True))[1]
     total = a + b
     covariance = total.covariance
-    damping = _ROUNDING_RIDGE * ridge * _mean_diagonal(covariance)
-    return Target(
-        _solve(total, weight, ridge), covariance + torch.diag_embed(damping[:, None].expand(covariance.shape[:2]))
-    )
+    metric = covariance + torch.diag_embed(_ROUNDING_RIDGE * ridge * _variances(covariance))
+    return Target(_solve(total, weight, ridge), metric)
 
 
-def _mean_diagonal(covariance: Tensor) -> Tensor:
-    return covariance.diagonal(dim1=1, dim2=2).mean(1)
+def _variances(covariance: Tensor) -> Tensor:
+    """Return the variance of each input [G, d], a little more than none for those that never vary."""
+    variances = covariance.diagonal(dim1=1, dim2=2)
+    return variances + 1e-3 * variances.mean(1, keepdim=True)
 
 
 def _solve(moments: Moments, weight: Tensor, ridge: float) -> Tensor:
     covariance = moments.covariance
     # Where all inputs are constant any weights do; the smallest of ridges then returns the float ones.
-    damping = (ridge * _mean_diagonal(covariance)).clamp_min(torch.finfo(torch.float32).tiny)
-    damped = covariance + torch.diag_embed(damping[:, None].expand(covariance.shape[:2]))
-    right = moments.cross + damping[:, None, None] * weight
-    return torch.cholesky_solve(right.mT, torch.linalg.cholesky(damped)).mT
+    damping = (ridge * _variances(covariance)).clamp_min(torch.finfo(torch.float32).tiny)
+    right = moments.cross + damping[:, None, :] * weight
+    return torch.cholesky_solve(right.mT, torch.linalg.cholesky(covariance + torch.diag_embed(damping))).mT
 
 
 def _error(moments: Moments, weight: Tensor) -> float:

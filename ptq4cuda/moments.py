@@ -104,8 +104,13 @@ def layer_moments(
     width = layer.weight[0].numel()
     positions = sum(t.numel() // layer.weight.shape[0] for t in targets)
     limit = min(MAX_SAMPLES, max(MIN_SAMPLES, SAMPLES_PER_INPUT * width))
-    generator = torch.Generator().manual_seed(0)
+    picked = torch.arange(positions)
+    if positions > limit:  # one of each of equal parts, wherever the chunks are cut
+        generator = torch.Generator().manual_seed(0)
+        jitter = torch.rand(limit, dtype=torch.float64, generator=generator)
+        picked = ((torch.arange(limit) + jitter) * (positions / limit)).long()
     halves: list[Moments | None] = [None, None]
+    first = first_sample = 0
     for x, target in zip(inputs, targets, strict=True):
         u = module.quantized_input(x.to(layer.weight.device))
         t = target.to(layer.weight.device)
@@ -113,11 +118,12 @@ def layer_moments(
             u, t = u.unsqueeze(0), t.unsqueeze(0)
         t = t.movedim(1, -1) if isinstance(layer, nn.Conv2d) else t
         rows = t[..., 0].numel()
-        picked = torch.arange(rows)
-        if positions > limit:
-            picked = torch.randperm(rows, generator=generator)[: max(2, rows * limit // positions)].sort().values
-        odd = picked // max(1, rows // len(t)) % 2 == 1  # by the sample, so that no image is in both halves
-        for half, part in enumerate((picked[~odd], picked[odd])):
+        low, high = torch.searchsorted(picked, torch.tensor([first, first + rows])).tolist()
+        here = picked[low:high] - first
+        # By the sample, so that no image is in both halves.
+        odd = (first_sample + here // max(1, rows // len(t))) % 2 == 1
+        first, first_sample = first + rows, first_sample + len(t)
+        for half, part in enumerate((here[~odd], here[odd])):
             for some in part.split(_CHUNK):
                 if len(some):
                     moments = _moments_at(layer, u, t, some.to(u.device), groups)
@@ -125,7 +131,7 @@ def layer_moments(
                     halves[half] = moments if previous is None else previous + moments
     a, b = halves
     assert a is not None
-    return a, b if b is not None else a
+    return a, b if b is not None else a  # a single sample cannot be halved
 
 
 def _moments_at(layer: nn.Conv2d | nn.Linear, u: Tensor, t: Tensor, rows: Tensor, groups: int) -> Moments:
