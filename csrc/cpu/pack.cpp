@@ -12,7 +12,7 @@
 namespace ptq4cuda {
 namespace {
 
-constexpr int64_t kPixels = 128;      // neighbouring pixels handled together,
+constexpr int64_t kPixels = 256;      // neighbouring pixels handled together,
 constexpr int64_t kWords = 8;         // and 32-bit words of each,
 constexpr int kWord = 8;              // and codes of each word
 constexpr int64_t kStream = 1 << 25;  // bytes of a result that no cache would keep
