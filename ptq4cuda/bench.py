@@ -1,9 +1,10 @@
 """Times the operators beside a floor measured in the same run, and beside PyTorch.
 
-The floor of an operator that reads and writes is `y.copy_(x)`, of one that only reads `x.sum()`, on the same input.
-The peers are the reference in plain PyTorch, eager and through torch.compile, and where it computes the same thing
-torch's own fake_quantize_per_channel_affine. Times are medians; inputs rotate through more memory than the last-level
-cache holds. On a GPU a CUDA graph of several calls is timed with events, so that launches cost what they cost in use.
+The floor of an operator that reads and writes is `y.copy_(x)`, of one that only reads `x.sum()`, on the same input;
+the two take turns. The peers are the reference in plain PyTorch, eager and through torch.compile, and torch's own
+fake_quantize_per_channel_affine where it computes the same. Times are medians; inputs rotate through more memory than
+the last-level cache holds. On a GPU a CUDA graph of several calls is timed with events, so that launches cost what
+they cost in use.
 """
 
 from __future__ import annotations
@@ -40,8 +41,16 @@ SHAPES = {
 QUICK = ("ResNet-50 layer1", "ResNet-50 layer4", "MobileNetV2 1")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-OPS = ("fake_quantize", "quantize", "quantize_pack", "unpack_dequantize", "channel_statistics")
+OPS = (
+    "fake_quantize",
+    "quantize",
+    "quantize_pack",
+    "unpack_dequantize",
+    "channel_statistics",
+    "channel_histogram",
+)
 
+_BINS = 512
 _ROTATE_CPU = 64 << 20  # bytes of input to rotate through, above the caches of most machines
 
 
@@ -59,7 +68,7 @@ class Timing:
         gbps: bytes that must be read and written, over the time, in GB/s.
         floor: time over the floor's; 1 is as fast as copying (or summing).
         eager: times faster than the reference in eager PyTorch.
-        compiled: times faster than the reference under torch.compile, None where not measured.
+        compiled: times faster than the reference under torch.compile, or why that does not run; None if not measured.
         torch: times faster than torch.fake_quantize_per_channel_affine, None where it does not apply.
     """
 
@@ -72,68 +81,87 @@ class Timing:
     gbps: float
     floor: float
     eager: float
-    compiled: float | None
+    compiled: float | str | None
     torch: float | None
 
 
-class _Inputs:
-    """As many copies of an operator's input, with its output, as exceed the cache."""
+@dataclass(frozen=True)
+class _Input:
+    """What an operator reads and writes."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, device: str) -> None:
-        channels = shape[1]
-        generator = torch.Generator().manual_seed(0)
-        self.scale = (torch.rand(channels, generator=generator) * 0.2 + 0.05).to(device)
-        self.zero_point = torch.full((channels,), 8, dtype=torch.int32, device=device)
-        self.bits = torch.full((channels,), 4, dtype=torch.uint8, device=device)
-        x = torch.randn(shape, generator=generator).to(device, dtype).contiguous(memory_format=layout)
-        cache = _ROTATE_CPU
-        if device != "cpu":
-            cache = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-        copies = max(1, -(-cache // (x.numel() * x.element_size())))
-        self.x = [x.clone() for _ in range(copies)]
-        self.y = [torch.empty_like(x) for _ in range(copies)]
-        self.codes = [torch.empty_like(x, dtype=torch.uint8) for _ in range(copies)]
-        self.packed = [ops.quantize_pack(x, self.scale, self.zero_point) for x in self.x]
+    x: Tensor
+    y: Tensor
+    codes: Tensor
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: Tensor
+    low: Tensor
+    high: Tensor
 
 
-# For each operator: our call, the reference, the floor, and the bytes moved for each element of x and its size.
-Call = Callable[[_Inputs, int], object]
+def _inputs(shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, device: str) -> list[_Input]:
+    """Return as many inputs as exceed the cache."""
+    channels = shape[1]
+    generator = torch.Generator().manual_seed(0)
+    scale = (torch.rand(channels, generator=generator) * 0.2 + 0.05).to(device)
+    zero_point = torch.full((channels,), 8, dtype=torch.int32, device=device)
+    bits = torch.full((channels,), 4, dtype=torch.uint8, device=device)
+    low, high = (torch.full((channels,), limit, device=device) for limit in (-4.0, 4.0))
+    x = torch.randn(shape, generator=generator).to(device, dtype).contiguous(memory_format=layout)
+    codes, packed = torch.empty_like(x, dtype=torch.uint8), ops.quantize_pack(x, scale, zero_point)
+    cache = _ROTATE_CPU
+    if device != "cpu":
+        cache = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+    copies = max(1, -(-cache // (x.numel() * x.element_size())))
+    return [
+        _Input(x.clone(), torch.empty_like(x), codes.clone(), packed.clone(), scale, zero_point, bits, low, high)
+        for _ in range(copies)
+    ]
+
+
+Call = Callable[[_Input], object]
 
 
 def _calls(op: str) -> tuple[Call, Call, Call]:
-    def parameters(i: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        return i.scale, i.zero_point, i.bits
+    """Return our call, the reference and the floor."""
 
-    def copy(i: _Inputs, k: int) -> object:
-        return i.y[k].copy_(i.x[k])
+    def copy(i: _Input) -> object:
+        return i.y.copy_(i.x)
+
+    def read(i: _Input) -> object:
+        return i.x.sum()
 
     calls: dict[str, tuple[Call, Call, Call]] = {
         "fake_quantize": (
-            lambda i, k: ops.fake_quantize(i.x[k], *parameters(i), 1, out=i.y[k]),
-            lambda i, k: reference.fake_quantize(i.x[k], *parameters(i), 1),
+            lambda i: ops.fake_quantize(i.x, i.scale, i.zero_point, i.bits, 1, out=i.y),
+            lambda i: reference.fake_quantize(i.x, i.scale, i.zero_point, i.bits, 1),
             copy,
         ),
         "quantize": (
-            lambda i, k: ops.quantize(i.x[k], *parameters(i), 1, out=i.codes[k]),
-            lambda i, k: reference.quantize(i.x[k], *parameters(i), 1),
+            lambda i: ops.quantize(i.x, i.scale, i.zero_point, i.bits, 1, out=i.codes),
+            lambda i: reference.quantize(i.x, i.scale, i.zero_point, i.bits, 1),
             copy,
         ),
         "quantize_pack": (
-            lambda i, k: ops.quantize_pack(i.x[k], i.scale, i.zero_point, 1, out=i.packed[k]),
-            lambda i, k: reference.quantize_pack(i.x[k], i.scale, i.zero_point, 1),
+            lambda i: ops.quantize_pack(i.x, i.scale, i.zero_point, 1, out=i.packed),
+            lambda i: reference.quantize_pack(i.x, i.scale, i.zero_point, 1),
             copy,
         ),
         "unpack_dequantize": (
-            lambda i, k: ops.unpack_dequantize(i.packed[k], i.scale, i.zero_point, i.x[k].shape[1], 1, out=i.y[k]),
-            lambda i, k: reference.unpack_dequantize(
-                i.packed[k], i.scale, i.zero_point, 1, i.x[k].shape[1], i.x[k].dtype
-            ),
+            lambda i: ops.unpack_dequantize(i.packed, i.scale, i.zero_point, i.x.shape[1], 1, out=i.y),
+            lambda i: reference.unpack_dequantize(i.packed, i.scale, i.zero_point, 1, i.x.shape[1], i.x.dtype),
             copy,
         ),
         "channel_statistics": (
-            lambda i, k: ops.channel_statistics(i.x[k], 1),
-            lambda i, k: reference.channel_statistics(i.x[k], 1),
-            lambda i, k: i.x[k].sum(),
+            lambda i: ops.channel_statistics(i.x, 1),
+            lambda i: reference.channel_statistics(i.x, 1),
+            read,
+        ),
+        "channel_histogram": (
+            lambda i: ops.channel_histogram(i.x, i.low, i.high, _BINS, 1),
+            lambda i: reference.channel_histogram(i.x, i.low, i.high, _BINS, 1),
+            read,
         ),
     }
     return calls[op]
@@ -142,66 +170,76 @@ def _calls(op: str) -> tuple[Call, Call, Call]:
 def _bytes_moved(op: str, x: Tensor) -> float:
     """Return the least bytes that the operator reads and writes."""
     size = x.numel() * x.element_size()
-    written = {"fake_quantize": size, "quantize": x.numel(), "quantize_pack": x.numel() / 2, "channel_statistics": 0}
-    return x.numel() / 2 + size if op == "unpack_dequantize" else size + written[op]
+    written = {"fake_quantize": size, "quantize": x.numel(), "quantize_pack": x.numel() / 2}
+    return x.numel() / 2 + size if op == "unpack_dequantize" else size + written.get(op, 0)
 
 
-def _time(call: Callable[[int], object], copies: int, device: str, repeats: int) -> float:
-    """Return the median seconds of a call."""
-    call(0)
-    if device == "cpu":
-        times = []
-        for i in range(repeats):
-            start = time.perf_counter()
-            call(i % copies)
-            times.append(time.perf_counter() - start)
-        return median(times)
-    calls = max(4, copies)
+def _times(calls: Sequence[Call], inputs: Sequence[_Input], repeats: int) -> list[float]:
+    """Return the median seconds of each call. They take turns, so that all of them meet the same noise."""
+    for call in calls:
+        call(inputs[0])
+    timed = [_on_gpu(call, inputs) if inputs[0].x.is_cuda else _on_cpu(call) for call in calls]
+    seconds = [[once(inputs[k % len(inputs)]) for once in timed] for k in range(repeats)]
+    return [median(column) for column in zip(*seconds, strict=True)]
+
+
+def _on_cpu(call: Call) -> Callable[[_Input], float]:
+    def once(i: _Input) -> float:
+        start = time.perf_counter()
+        call(i)
+        return time.perf_counter() - start
+
+    return once
+
+
+def _on_gpu(call: Call, inputs: Sequence[_Input]) -> Callable[[_Input], float]:
+    calls = max(4, len(inputs))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call(0)
+        call(inputs[0])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i % copies)
+        for k in range(calls):
+            call(inputs[k % len(inputs)])
     graph.replay()
-    times = []
-    for _ in range(repeats):
+
+    def once(_: _Input) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
-    return median(times)
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds / 1e3 / calls
+
+    return once
 
 
 def measure(
     op: str, layer: str, dtype: str, layout: str, device: str, *, repeats: int = 15, compiled: bool = True
 ) -> Timing:
     """Time one operator on one input."""
-    inputs = _Inputs(SHAPES[layer], DTYPES[dtype], LAYOUTS[layout], device)
-    copies = len(inputs.x)
+    inputs = _inputs(SHAPES[layer], DTYPES[dtype], LAYOUTS[layout], device)
     ours, peer, floor = _calls(op)
+    seconds, least = _times([ours, floor], inputs, repeats)
 
-    def timed(call: Call) -> float:
-        return _time(lambda k: call(inputs, k), copies, device, repeats)
+    def speedup(call: Call) -> float:
+        # Peers are slower by far, and need no better median.
+        return _times([call], inputs, max(3, repeats // 5))[0] / seconds
 
-    seconds = timed(ours)
-    slow = max(3, repeats // 5)  # peers are slower by far, and need no better median
-    eager = _time(lambda k: peer(inputs, k), copies, device, slow)
-    times: dict[str, float | None] = {"compiled": None, "torch": None}
+    faster: dict[str, Any] = {"eager": speedup(peer), "compiled": None, "torch": None}
     if compiled:
         torch.compiler.reset()
-        fused = torch.compile(peer, dynamic=False)
-        times["compiled"] = _time(lambda k: fused(inputs, k), copies, device, slow) / seconds
+        try:
+            faster["compiled"] = speedup(torch.compile(peer, dynamic=False))
+        except Exception as error:  # whatever the compiler raises is what there is to report
+            faster["compiled"] = (str(error).splitlines() or [type(error).__name__])[0][:60]
     if op == "fake_quantize" and dtype == "float32":
         theirs = torch.fake_quantize_per_channel_affine
-        call = lambda k: theirs(inputs.x[k], inputs.scale, inputs.zero_point, 1, 0, 15)  # noqa: E731
-        times["torch"] = _time(call, copies, device, slow) / seconds
-    x = inputs.x[0]
+        faster["torch"] = speedup(lambda i: theirs(i.x, i.scale, i.zero_point, 1, 0, 15))
+    x = inputs[0].x
     return Timing(
         op,
         layer,
@@ -210,25 +248,26 @@ def measure(
         layout,
         ms=1e3 * seconds,
         gbps=_bytes_moved(op, x) / seconds / 1e9,
-        floor=seconds / timed(floor),
-        eager=eager / seconds,
-        **times,
+        floor=seconds / least,
+        **faster,
     )
 
 
-def cases(quick: bool) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (op, layer, dtype, layout)."""
+def cases(quick: bool = False, only: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield (op, layer, dtype, layout); of all cases those that have every word of `only` in them."""
     for layer in QUICK if quick else SHAPES:
         for dtype in DTYPES:
             for layout in LAYOUTS:
                 for op in OPS:
-                    yield op, layer, dtype, layout
+                    if {*only.split()} <= {op, *layer.split(), dtype, layout}:
+                        yield op, layer, dtype, layout
 
 
 def run(
     device: str,
     *,
     quick: bool = False,
+    only: str = "",
     compiled: bool = True,
     json_file: Path | None = None,
     plot: Path | None = None,
@@ -240,6 +279,7 @@ def run(
     Args:
         device: "cpu" or "cuda".
         quick: three shapes instead of ten.
+        only: words that a case must have, of operator, layer, dtype and layout.
         compiled: time the reference under torch.compile, too, which takes seconds a case to compile.
         json_file: receives machine and figures.
         plot: an image file to draw the distance from the floor into.
@@ -248,10 +288,11 @@ def run(
     """
     timings = [
         measure(op, layer, dtype, layout, device, compiled=compiled)
-        for op, layer, dtype, layout in tqdm(list(cases(quick)), unit="case", disable=not progress)
+        for op, layer, dtype, layout in tqdm(list(cases(quick, only)), unit="case", disable=not progress)
     ]
     echo(machine_line(device))
     echo(timings_table(timings))
+    echo(losses(timings))
     if json_file is not None:
         json_file.write_text(
             json.dumps({"machine": machine_line(device), "timings": [asdict(t) for t in timings]}, indent=1) + "\n"
@@ -274,8 +315,8 @@ def machine_line(device: str) -> str:
 def timings_table(timings: Sequence[Timing]) -> str:
     """Return the timings as text."""
 
-    def times(value: float | None) -> str:
-        return DASH if value is None else f"{value:.1f}"
+    def times(value: float | str | None) -> str:
+        return value if isinstance(value, str) else DASH if value is None else f"{value:.1f}"
 
     header = ("op", "shape", "dtype", "layout", "ms", "GB/s", "x floor", "x eager", "x compiled", "x torch")
     rows: list[tuple[Any, ...]] = [
@@ -296,6 +337,17 @@ def timings_table(timings: Sequence[Timing]) -> str:
     return table(header, rows)
 
 
+def losses(timings: Sequence[Timing]) -> str:
+    """Say where a peer is faster."""
+    lost = [
+        f"  {t.op} {t.layer} {t.dtype} {t.layout}: {value:.2f} x {peer}"
+        for t in timings
+        for peer, value in (("eager", t.eager), ("compiled", t.compiled), ("torch", t.torch))
+        if isinstance(value, float) and value < 1.0
+    ]
+    return "\n".join([f"A peer is faster in {len(lost)} of {len(timings)} cases.", *lost])
+
+
 def draw(timings: Sequence[Timing], path: Path) -> None:
     """Draw each operator's time over its floor."""
     from matplotlib.figure import Figure
@@ -304,7 +356,8 @@ def draw(timings: Sequence[Timing], path: Path) -> None:
     axes = figure.subplots()
     kinds = [(dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
     for shift, (dtype, layout) in enumerate(kinds):
-        values = [median(t.floor for t in timings if (t.op, t.dtype, t.layout) == (op, dtype, layout)) for op in OPS]
+        found = [[t.floor for t in timings if (t.op, t.dtype, t.layout) == (op, dtype, layout)] for op in OPS]
+        values = [median(floors) if floors else 0.0 for floors in found]
         positions = [i + 0.13 * (shift - (len(kinds) - 1) / 2) for i in range(len(OPS))]
         axes.bar(positions, values, 0.12, label=f"{dtype}, {layout}")
     axes.axhline(1.0, color="black", linewidth=0.8)

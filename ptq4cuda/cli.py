@@ -52,6 +52,7 @@ def main() -> None:
     def bench_command(
         device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "",
         quick: Annotated[bool, typer.Option("--quick", help="Three shapes instead of ten.")] = False,
+        only: Annotated[str, typer.Option(help='Only some cases, for example "fake_quantize layer1 float32".')] = "",
         compiled: Annotated[bool, typer.Option(help="Compare with torch.compile, too.")] = True,
         json: Annotated[Path | None, typer.Option(help="Write the figures into this file.")] = None,
         plot: Annotated[Path | None, typer.Option(help="Draw the figures into this image file.")] = None,
@@ -62,6 +63,6 @@ def main() -> None:
         from ptq4cuda import bench
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        bench.run(device, quick=quick, compiled=compiled, json_file=json, plot=plot)
+        bench.run(device, quick=quick, only=only, compiled=compiled, json_file=json, plot=plot)
 
     app()

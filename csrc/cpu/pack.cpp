@@ -12,9 +12,9 @@
 namespace ptq4cuda {
 namespace {
 
-constexpr int64_t kPixels = 128;      // neighbouring pixels handled together,
-constexpr int64_t kWords = 16;        // and words of a pixel: a cache line
-constexpr int kWord = 8;              // codes in 32 bits
+constexpr int64_t kPixels = 256;      // neighbouring pixels handled together,
+constexpr int64_t kWords = 8;         // and 32-bit words of each,
+constexpr int kWord = 8;              // and codes of each word
 constexpr int64_t kStream = 1 << 25;  // bytes of a result that no cache would keep
 constexpr int64_t kBuffer = 1 << 13;  // codes held in the first-level cache between two steps
 
@@ -63,6 +63,26 @@ struct TakeFromWords {
             simd::store(value(static_cast<float>(static_cast<int32_t>(words[i] >> shift & 15u)), q), x[i]);
     }
 };
+
+// Words as they are made, kPixels of one kind after the other, and as they are packed, those of one pixel together.
+struct Interleave {
+    static PTQ_INLINE void run(const uint32_t* __restrict words, uint32_t* __restrict pixels, int64_t n) {
+        for (int64_t p = 0; p < n; ++p)
+            for (int64_t w = 0; w < kWords; ++w) pixels[p * kWords + w] = words[w * kPixels + p];
+    }
+};
+struct Deinterleave {
+    static PTQ_INLINE void run(const uint32_t* __restrict pixels, uint32_t* __restrict words, int64_t n) {
+        for (int64_t p = 0; p < n; ++p)
+            for (int64_t w = 0; w < kWords; ++w) words[w * kPixels + p] = pixels[p * kWords + w];
+    }
+};
+
+// The words of a pixel, or as many bytes of them as there are.
+inline void copy_words(const void* from, void* to, int64_t bytes) {
+    constexpr int64_t kBytes = kWords * sizeof(uint32_t);
+    bytes < kBytes ? std::memcpy(to, from, bytes) : std::memcpy(to, from, kBytes);
+}
 
 // Rows of `channels` codes to rows of ceil(channels / 2) bytes; an odd row ends with the code pad.
 void pack_rows(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t channels, const uint8_t* pad) {
@@ -144,7 +164,7 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
                     simd::prefetch(row, row + from.pixels * sizeof(T), kPixels * sizeof(T));
                 }
             };
-            uint32_t words[kWords * kPixels];
+            uint32_t words[kWords * kPixels] = {};
             simd::Block<T, kPixels> values[kWord];
             for (int64_t w = 0; w < tile.words; ++w) {
                 const int64_t channel = tile.channel + w * kWord,
@@ -159,13 +179,11 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
                 }
                 simd::run<MakeWords<Value>>(rows, words + w * kPixels, tile.pixels);
             }
-            const int64_t whole = std::min(tile.words, (channels - tile.channel) / kWord);
+            uint32_t pixels[kPixels * kWords];
+            simd::run<Interleave>(static_cast<const uint32_t*>(words), static_cast<uint32_t*>(pixels), tile.pixels);
             uint8_t* to = packed + (tile.n * spatial + tile.pixel) * bytes + tile.channel / 2;
-            for (int64_t p = 0; p < tile.pixels; ++p, to += bytes) {
-                for (int64_t w = 0; w < whole; ++w) std::memcpy(to + 4 * w, &words[w * kPixels + p], 4);
-                if (whole < tile.words)
-                    std::memcpy(to + 4 * whole, &words[whole * kPixels + p], (channels % kWord + 1) / 2);
-            }
+            for (int64_t p = 0; p < tile.pixels; ++p)
+                copy_words(&pixels[p * kWords], to + p * bytes, bytes - tile.channel / 2);
         });
     }
 }
@@ -190,14 +208,11 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
     } else {
         const bool stream = batch * channels * spatial * static_cast<int64_t>(sizeof(T)) >= kStream;
         for_each_tile(layout, [&](const WordTile& tile, const WordTile&) {
-            uint32_t words[kWords * kPixels];
-            const int64_t whole = std::min(tile.words, (channels - tile.channel) / kWord);
+            uint32_t words[kWords * kPixels], pixels[kPixels * kWords] = {};
             const uint8_t* from = packed + (tile.n * spatial + tile.pixel) * bytes + tile.channel / 2;
-            for (int64_t p = 0; p < tile.pixels; ++p, from += bytes) {
-                for (int64_t w = 0; w < whole; ++w) std::memcpy(&words[w * kPixels + p], from + 4 * w, 4);
-                if (whole < tile.words)
-                    std::memcpy(&words[whole * kPixels + p], from + 4 * whole, (channels % kWord + 1) / 2);
-            }
+            for (int64_t p = 0; p < tile.pixels; ++p)
+                copy_words(from + p * bytes, &pixels[p * kWords], bytes - tile.channel / 2);
+            simd::run<Deinterleave>(static_cast<const uint32_t*>(pixels), static_cast<uint32_t*>(words), tile.pixels);
             const int64_t end = std::min(tile.channel + tile.words * kWord, channels);
             simd::Block<T, kPixels> values;
             T streamed[kPixels];

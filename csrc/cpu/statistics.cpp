@@ -19,14 +19,15 @@
 namespace ptq4cuda {
 namespace {
 
-constexpr int64_t kLanes = 64;       // of a unit of long rows; at least of a unit of short rows
-constexpr int kRows = 8;             // values of a lane that are added up in registers
-constexpr int64_t kTile = 2048;      // values
-constexpr int64_t kUnit = 1 << 16;   // values of a unit of long rows
-constexpr int64_t kUnits = 64;       // units of short rows, at most: enough for the threads, few to add up
-constexpr int64_t kShortRow = 16;    // values
-constexpr int64_t kGather = 512;     // values; rows that are shorter are gathered into tiles
-constexpr int64_t kLarge = 1 << 16;  // values worth threads
+constexpr int64_t kLanes = 64;            // of a unit of long rows; at least of a unit of short rows
+constexpr int kRows = 8;                  // values of a lane that are added up in registers
+constexpr int64_t kTile = 2048;           // values
+constexpr int64_t kUnit = 1 << 16;        // values of a unit of long rows
+constexpr int64_t kUnits = 64;            // units of short rows, at most: enough for the threads, few to add up,
+constexpr int64_t kColumnUnit = 1 << 14;  // and values of one, at least
+constexpr int64_t kShortRow = 16;         // values
+constexpr int64_t kGather = 512;          // values; rows that are shorter are gathered into tiles
+constexpr int64_t kLarge = 1 << 16;       // values worth threads
 
 // Both passes add kCount rows of n values, `stride` apart, to lanes j and following.
 
@@ -103,14 +104,14 @@ struct Tile {
 template <class Pass>
 struct AddTile {
     static PTQ_INLINE void run(Tile tile, int64_t width, typename Pass::Lanes lanes) {
-        const int64_t rows = tile.n / width;
+        const int64_t rows = tile.n / width, chunks = rows / kRows * ceil_div(width, kLanes);
+        const int64_t share = (tile.next_end - tile.next) / std::max<int64_t>(chunks, 1) + 1;
         const float* x = tile.x;
         int64_t row = 0;
         for (; row + kRows <= rows; row += kRows, x += kRows * width) {
             for (int64_t j = 0; j < width; j += kLanes) {
-                const int64_t n = std::min(kLanes, width - j);
-                simd::prefetch(tile.next, tile.next_end, n * kRows * static_cast<int64_t>(sizeof(float)));
-                Pass::template add<kRows>(x + j, width, j, n, lanes);
+                simd::prefetch(tile.next, tile.next_end, share);
+                Pass::template add<kRows>(x + j, width, j, std::min(kLanes, width - j), lanes);
             }
         }
         for (; row < rows; ++row, x += width) Pass::template add<1>(x, width, 0, width, lanes);
@@ -145,7 +146,7 @@ public:
             // Short periods are repeated, to fill the lanes.
             const int64_t period = layout.channels * layout.inner;
             width_ = period * ceil_div(kLanes, period);
-            unit_ = std::max<int64_t>(4 * kRows, ceil_div(ceil_div(layout.numel(), width_), kUnits)) * width_;
+            unit_ = ceil_div(std::max(ceil_div(layout.numel(), kUnits), kColumnUnit), width_) * width_;
         }
         groups = rows_.channels;
         units = ceil_div(rows_.per_channel(), unit_);

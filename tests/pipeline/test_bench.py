@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,16 +44,59 @@ def test_every_case_once(small: None, tmp_path: Path) -> None:
     assert sum(line.startswith("fake_quantize") for line in "\n".join(texts).splitlines()) == 6
 
 
+def test_only_some_cases(small: None) -> None:
+    assert set(bench.cases(only="float16 quantize")) == {
+        ("quantize", layer, "float16", layout) for layer in bench.SHAPES for layout in bench.LAYOUTS
+    }
+
+
+def test_a_peer_that_does_not_compile_is_named(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    timing = bench.measure("quantize", "a", "float32", "contiguous", "cpu")
+    assert timing.compiled == "no compiler"
+    assert "no compiler" in bench.timings_table([timing])
+
+
+def test_losing_cases_are_listed(small: None) -> None:
+    timing = bench.measure("quantize", "a", "float32", "contiguous", "cpu", compiled=False)
+    won, lost = replace(timing, eager=2.0, compiled=None), replace(timing, eager=2.0, compiled=0.5)
+    text = bench.losses([won, lost])
+    assert text.splitlines() == [
+        "A peer is faster in 1 of 2 cases.",
+        "  quantize a float32 contiguous: 0.50 x compiled",
+    ]
+
+
 @pytest.mark.parametrize("op", bench.OPS)
 def test_both_sides_compute_the_same(small: None, op: str) -> None:
     """A speed-up over a peer means something only if the peer does the same work."""
-    inputs = bench._Inputs(bench.SHAPES["a"], torch.float32, torch.channels_last, "cpu")
-    assert len(inputs.x) > 1
+    inputs = bench._inputs(bench.SHAPES["a"], torch.float32, torch.channels_last, "cpu")
+    assert len(inputs) > 1
     ours, peer, _ = bench._calls(op)
-    result, expected = ours(inputs, 1), peer(inputs, 1)
+    result, expected = ours(inputs[1]), peer(inputs[1])
     assert isinstance(result, Tensor)
     assert isinstance(expected, Tensor)
     torch.testing.assert_close(result, expected)
+
+
+def test_compiled_once_for_all_inputs(small: None) -> None:
+    """Past a number of recompilations torch.compile falls back to eager, and would be timed as such."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    inputs = bench._inputs(bench.SHAPES["a"], torch.float32, torch.contiguous_format, "cpu")
+    compiled = torch.compile(bench._calls("quantize")[1], dynamic=False, backend=backend)
+    for i in inputs:
+        compiled(i)
+    assert len(inputs) > 1
+    assert len(graphs) == 1
 
 
 def test_bytes_moved() -> None:
@@ -61,6 +105,7 @@ def test_bytes_moved() -> None:
     assert bench._bytes_moved("quantize_pack", x) == 800 + ops.quantize_pack(x, 1.0, 8).numel()
     assert bench._bytes_moved("unpack_dequantize", x) == 200 + 800
     assert bench._bytes_moved("channel_statistics", x) == 800
+    assert bench._bytes_moved("channel_histogram", x) == 800
 
 
 def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
