@@ -15,7 +15,6 @@ from ptq4cuda.rounding import ROUNDINGS, Rounding
 Granularity = Literal["per_channel", "per_tensor"]
 Execution = Literal["auto", "integer", "simulate"]
 Target = Literal["weights", "output", "block"]
-WeightRange = Literal["minmax", "mse"]
 BiasCorrection = WeightCorrection | Literal["output"]
 FLOAT = "float"  # an override that leaves a layer in float
 _BITS = ("weight_bits", "activation_bits")
@@ -48,7 +47,6 @@ class QuantConfig:
             execute. The paper quantizes the weights as they are, which per channel can only be simulated.
         target: what the weights are to reproduce: the float "weights", the float "output" of the layer from the
             quantized input (least squares), or "block": where the output is added to a shortcut, their sum.
-        weight_clipping: range of weights: "minmax" or "mse" (the part of it with the least error).
         rounding: of weights: "nearest", "compensated" (error-compensated, GPTQ) or "descent" (that and coordinate
             descent). The last two look at the layer's input.
         bias_correction: "none", "mean" or "mean+variance" of the weights (eq. 12-13), or "output": the bias matches
@@ -77,7 +75,6 @@ class QuantConfig:
     channel_bits: tuple[int, int] = (1, 8)
     fold_activation_scale: bool = True
     target: Target = "block"
-    weight_clipping: WeightRange = "mse"
     rounding: Rounding = "descent"
     bias_correction: BiasCorrection = "output"
     target_sqnr: float | None = None
@@ -95,7 +92,6 @@ class QuantConfig:
             "weight_allocation": tuple(a for a in ALLOCATIONS if a != "greedy"),
             "fold_activation_scale": (True, False),
             "target": get_args(Target),
-            "weight_clipping": get_args(WeightRange),
             "rounding": ROUNDINGS,
             "bias_correction": (*WEIGHT_CORRECTIONS, "output"),
             "execution": get_args(Execution),
@@ -145,7 +141,6 @@ class QuantConfig:
             channel_bits=(0, 8),
             fold_activation_scale=False,
             target="weights",
-            weight_clipping="minmax",
             rounding="nearest",
             bias_correction="mean+variance",
         )
@@ -161,7 +156,6 @@ class QuantConfig:
             activation_allocation="uniform",
             fold_activation_scale=False,
             target="weights",
-            weight_clipping="minmax",
             rounding="nearest",
             bias_correction="none",
         )

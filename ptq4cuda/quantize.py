@@ -87,7 +87,8 @@ def quantize_once(
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(f"overrides: no layer is called {pattern!r}; the layers are {', '.join(layers)}")
     if isinstance(network, fx.GraphModule):
-        record.layers, noise = walk_graph(network, inputs, solve, kept, progress)
+        record.layers, noise, frontier = walk_graph(network, inputs, solve, kept, progress)
+        record.frontier_bytes, record.spilled_bytes = frontier.peak, frontier.spilled
     else:
         record.walked_by = "modules"
         record.layers, noise = walk_modules(network, inputs, solve, kept, progress)
@@ -228,17 +229,15 @@ def quantize_weight(
     if config.weight_allocation == "analytic" and mean_bits < 8:
         fewest, most = config.channel_bits
         bits = allocate_bits(weight.flatten(1).double().std(dim=1, correction=0), mean_bits, fewest, most)
-    if config.rounding == "nearest" and config.weight_clipping == "minmax":
+    if halves is None:
         quantized = round_to_nearest(weight, bits)
     else:
         groups = getattr(layer, "groups", 1)
         rows = weight.reshape(groups, len(weight) // groups, -1).double()
-        covariance = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device).expand(groups, -1, -1)
-        if halves is not None:
-            covariance = (halves[0] + halves[1]).covariance
-            if config.target != "weights":
-                fit = fit_weights(rows, halves)
-                rows, covariance = fit.weight, fit.covariance
+        covariance = (halves[0] + halves[1]).covariance
+        if config.target != "weights":
+            fit = fit_weights(rows, halves)
+            rows, covariance = fit.weight, fit.covariance
         quantized = round_for_output(rows, bits, covariance, config.rounding)
         quantized = replace(quantized, codes=quantized.codes.view(weight.shape))
     if config.bias_correction == "output":

@@ -71,6 +71,8 @@ class QuantRecord:
         folded: number of BatchNorms folded.
         float_bytes: of all parameters and buffers of the float model.
         bytes: of all parameters and buffers of the quantized one.
+        frontier_bytes: most bytes of tensors between layers that were held on the host at a time.
+        spilled_bytes: bytes of such tensors that went to files.
         structure: what the network computes, line by line, before it is lowered to integers.
         trade: what each raising of layers to 8 bits bought, where target_sqnr or size_budget asked for it.
     """
@@ -86,6 +88,8 @@ class QuantRecord:
     float_bytes: int = 0
     bytes: int = 0
     trade: list[Trade] = field(default_factory=list)
+    frontier_bytes: int = 0
+    spilled_bytes: int = 0
     structure: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

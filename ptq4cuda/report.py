@@ -51,7 +51,11 @@ def report(network: nn.Module) -> str:
     lines = [table(header[:columns], [_row(layer)[:columns] for layer in record.layers]), "", total]
     lines += _trade(record)
     if record.walked_by == "graph":
-        lines.append(f"BatchNorm: {record.folded} folded.")
+        spilled = f", {record.spilled_bytes:,} bytes went to files" if record.spilled_bytes else ""
+        lines.append(
+            f"BatchNorm: {record.folded} folded. Tensors between layers held at a time: "
+            f"{record.frontier_bytes:,} bytes{spilled}."
+        )
     else:
         lines.append(f"Walked by its modules, BatchNorm not folded: {record.reason}.")
     return "\n".join(lines)

@@ -135,7 +135,7 @@ class Frontier:
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.device, self.limit = device, limit
-        self.bytes = self.peak = 0
+        self.bytes = self.spilled = self.peak = 0
 
     def hold(self, value: Any) -> Any:
         """Return a value whose tensors live on the host."""
@@ -149,6 +149,7 @@ class Frontier:
         size = tensor.numel() * tensor.element_size()
         tensor = tensor.detach()
         if self.bytes + size > self.limit and size:
+            self.spilled += size
             return self._spill(tensor)
         held = tensor.cpu()
         self.bytes += size
@@ -188,11 +189,11 @@ def walk_graph(
     solve: Solver,
     kept: Kept,
     progress: bool,
-) -> tuple[list[LayerRecord], Noise]:
+) -> tuple[list[LayerRecord], Noise, Frontier]:
     """Quantize the layers of a traced network in place.
 
     Returns:
-        The records of its layers in execution order and the noise of its output.
+        The records of its layers in execution order, the noise of its output, and the frontier for its peak.
     """
     walk = _GraphWalk(network, inputs, solve, kept)
     with torch.no_grad(), _progress(len(walk.layers), progress) as bar:
@@ -200,7 +201,7 @@ def walk_graph(
             walk.visit(node)
             bar.update(node in walk.layers)
     network.recompile()
-    return walk.records, walk.noise
+    return walk.records, walk.noise, walk.frontier
 
 
 class _GraphWalk:
