@@ -24,8 +24,8 @@ Rounding = Literal["nearest", "compensated", "descent"]
 ROUNDINGS = get_args(Rounding)
 
 _BLOCK = 64  # inputs that are rounded before the rest of the row is brought up to date
-# Parts of a row's range, tried for the scale to start from. The small ones are for rows whose largest weights belong to
-# inputs that hardly vary, as folded scales of channels with few bits make them.
+# Parts of a row's range, tried for the scale to start from. The small ones are for rows whose largest weights belong
+# to inputs that hardly vary, as folded scales of channels with few bits make them.
 _SHRINKS = [*(0.3 * 0.7**i for i in range(8, 0, -1)), *(i / 40 for i in range(12, 41))]
 _STARTS = (0.85, 1.0, 1.2)  # times that scale
 _SWEEPS = 4

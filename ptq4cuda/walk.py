@@ -217,7 +217,7 @@ class _GraphWalk:
         self.float_layers: dict[fx.Node, Any] = {node: self._module(node) for node in self.layers}
         convolutions = [node for node in self.layers if isinstance(self._module(node), nn.Conv2d)]
         self.ends = {*convolutions[:1], *self.layers[-1:]}
-        self.costs = graph.output_importance(network, inputs[0])
+        self.costs = graph.output_importance(network, inputs)
         # The values that are not needed any more once a node has run.
         self.last_uses: dict[fx.Node, list[fx.Node]] = {}
         seen: set[fx.Node] = set()

@@ -7,6 +7,7 @@ it up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor, fx, nn
 from ptq4cuda.graph.layers import activation_of, layer_kind
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Seen:
     shape: torch.Size
-    positive: Tensor  # share of positive values of each channel
+    positive: Tensor  # mean over the batches of the share of positive values of each channel
+    samples: int
 
 
 class _Probe(fx.Interpreter):
@@ -34,7 +36,11 @@ class _Probe(fx.Interpreter):
         if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point():
             others = [d for d in range(value.dim()) if d != _axis(value.shape)]
             share = (value > 0).double().mean(others) if others else (value > 0).double()
-            self.seen[n] = _Seen(value.shape, share)
+            seen = self.seen.setdefault(n, _Seen(value.shape, share, 0))
+            if share.shape != seen.positive.shape:  # batches of images of several sizes
+                return value
+            seen.samples += len(value)
+            seen.positive = seen.positive + (share - seen.positive) * (len(value) / seen.samples)
         return value
 
 
@@ -55,18 +61,18 @@ def layer_importance(layer: nn.Conv2d | nn.Linear, outputs: Tensor) -> Tensor:
     return cost / (layer.stride[0] * layer.stride[1])
 
 
-def output_importance(network: fx.GraphModule, example: Any) -> dict[fx.Node, Tensor]:
+def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
     """Return what a squared error of each channel of each node's value costs at the output, float64 [C].
 
     Args:
         network: a traced network.
-        example: args and kwargs of one batch.
+        inputs: args and kwargs of each calibration batch.
     """
-    args, kwargs = example
     names = [str(n.target) for n in network.graph.nodes if n.op == "placeholder"]
     probe = _Probe(network)
     with torch.no_grad():
-        probe.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+        for args, kwargs in inputs:
+            probe.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
     seen = probe.seen
     costs: dict[fx.Node, Tensor] = {}
     for node in reversed(network.graph.nodes):
