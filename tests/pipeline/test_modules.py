@@ -254,9 +254,13 @@ def test_every_bit_width_and_channel_count_survives_the_packing() -> None:
     for bits, channels in itertools.product(range(9), (1, 2, 3, 7)):
         conv = nn.Conv2d(channels, 3, (1, 3), bias=False)
         layer = QuantConv2d.from_float(conv, weight_bits=bits, bias_correction="none")
+        low, high = conv.weight.detach().flatten(1).aminmax(dim=1)
+        if bits == 8:  # symmetric about zero
+            high = torch.maximum(-low, high)
+            low = -high * (128 / 127)
         q = QuantParams.from_range(
-            conv.weight.flatten(1).amin(1).detach(),
-            conv.weight.flatten(1).amax(1).detach(),
+            low,
+            high,
             _bits(bits).expand(3),
             axis=0,
             constant=conv.weight.detach().flatten(1).double().mean(1),

@@ -23,7 +23,12 @@ PRESETS = {
     "naive": QuantConfig.naive(),
     "naive w8a4": QuantConfig.naive(8, 4),
     "naive w4a8": QuantConfig.naive(4, 8),
+    "fast": QuantConfig.fast(),
     "gaussian": QuantConfig(clipping="gaussian"),
+    "percentile": QuantConfig(clipping="percentile"),
+    "kld": QuantConfig(clipping="kld"),
+    "mix": QuantConfig(clipping="mix"),
+    "auto": QuantConfig(clipping="auto"),
     "per tensor": QuantConfig(activation_granularity="per_tensor"),
 }
 
@@ -43,7 +48,12 @@ def test_every_preset_stays_close_to_float(model: nn.Module, images: Tensor, con
         assert sqnr(model(images), network(images)) > 8.0
     bits = layers(network)
     assert {bits["stem"].weight_bits, bits["stem"].activation_bits, bits["fc"].weight_bits} == {8.0}
-    for name in ("depthwise", "pointwise", "grouped"):
+    others = ["pointwise", "grouped"]
+    if config.depthwise_bits is None:
+        others.append("depthwise")
+    else:
+        assert bits["depthwise"].weight_bits == bits["depthwise"].activation_bits == config.depthwise_bits
+    for name in others:
         assert 0.8 * config.weight_bits <= bits[name].weight_bits <= config.weight_bits
         assert 0.8 * config.activation_bits <= bits[name].activation_bits <= config.activation_bits
 
@@ -118,7 +128,7 @@ def test_one_quantizer_per_tensor() -> None:
 
 def test_statistics_are_taken_before_a_fused_relu(model: nn.Module, images: Tensor) -> None:
     """The clip of the depthwise layer, whose input is maxpool(relu(bn(stem))), from the tensor before the ReLU."""
-    config = QuantConfig(bit_allocation=False)
+    config = QuantConfig(clipping="laplace", activation_allocation="uniform", depthwise_bits=None)
     network = quantize(model, [images], config, progress=False)
     with torch.no_grad():
         before = F.max_pool2d(model.bn(model.stem(images)), 2).double().transpose(0, 1).flatten(1)
@@ -131,10 +141,22 @@ def test_statistics_are_taken_before_a_fused_relu(model: nn.Module, images: Tens
 
 
 def test_unclipped_tensors_without_a_known_distribution(model: nn.Module, images: Tensor) -> None:
-    records = layers(quantize(model, [images], progress=False))
+    config = QuantConfig(clipping="laplace", depthwise_bits=None)
+    records = layers(quantize(model, [images], config, progress=False))
     assert records["stem"].clip == "minmax"  # 8 bits
     assert records["depthwise"].clip == "laplace"
     assert records["fc"].clip == "minmax"
+
+
+def test_closed_forms_need_a_known_distribution() -> None:
+    """After a sigmoid nothing is known of the distribution, and its values are never negative."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).eval()
+    x = torch.randn(8, 3, 12, 12)
+    for clipping in ("laplace", "gaussian", "mix"):
+        assert layers(quantize(model, [x], QuantConfig(clipping=clipping), progress=False))["2"].clip == "minmax"
+    measured = layers(quantize(model, [x], QuantConfig(clipping="auto"), progress=False))["2"].clip
+    assert measured in ("mse", "percentile", "minmax")
 
 
 def test_sqnr_in_the_record_is_that_of_the_output(model: nn.Module, images: Tensor) -> None:
@@ -215,13 +237,15 @@ def test_modules_and_graph_agree(images: Tensor) -> None:
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.LeakyReLU(0.2), nn.Conv2d(8, 4, 3), nn.Flatten()
     ).eval()
     inputs = [((images,), {})]
-    by_graph = quantize(model, [images], progress=False)
+    # The gain of a bit is weighed with the whole network behind it, which only the graph shows.
+    config = QuantConfig(activation_allocation="analytic")
+    by_graph = quantize(model, [images], config, progress=False)
     by_modules = copy.deepcopy(model)
 
     def solve(call: walk.LayerCall) -> walk.Solution:
-        return ptq4cuda.quantize.__globals__["solve_layer"](call, QuantConfig())
+        return ptq4cuda.quantize.__globals__["solve_layer"](call, config)
 
-    walk.walk_modules(by_modules, inputs, solve, progress=False)
+    walk.walk_modules(by_modules, inputs, solve, lambda name: "", progress=False)
     for name, tensor in by_modules.state_dict().items():
         torch.testing.assert_close(by_graph.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -366,6 +390,15 @@ def test_config_of_another_kind(model: nn.Module, images: Tensor) -> None:
         ("bias_correction", True),
         ("activation_granularity", "per_group"),
         ("execution", "fast"),
+        ("depthwise_bits", 9),
+        ("activation_allocation", "even"),
+        ("weight_allocation", "greedy"),
+        ("target", "logits"),
+        ("weight_clipping", "laplace"),
+        ("rounding", "up"),
+        ("clip_exponent", 0.5),
+        ("target_sqnr", "high"),
+        ("size_budget", 2.0),
     ],
 )
 def test_config_refuses(field: str, value: object) -> None:

@@ -26,12 +26,12 @@ W8A4, W4A8, W4A4 = QuantConfig.naive(8, 4), QuantConfig.naive(4, 8), QuantConfig
 LADDER = {
     "w8a4 naive": W8A4,
     "w8a4 aciq": replace(W8A4, clipping="laplace"),
-    "w8a4 allocation": replace(W8A4, bit_allocation=True),
-    "w8a4 both": replace(W8A4, clipping="laplace", bit_allocation=True),
+    "w8a4 allocation": replace(W8A4, activation_allocation="analytic", channel_bits=(0, 8)),
+    "w8a4 both": QuantConfig.w8a4(),
     "w4a8 naive": W4A8,
     "w4a8 correction": replace(W4A8, bias_correction="mean+variance"),
-    "w4a8 allocation": replace(W4A8, bit_allocation=True),
-    "w4a8 both": replace(W4A8, bias_correction="mean+variance", bit_allocation=True),
+    "w4a8 allocation": replace(W4A8, weight_allocation="analytic", channel_bits=(0, 8)),
+    "w4a8 both": QuantConfig.w4a8(),
     "w4a4 naive": W4A4,
     "w4a4 all": QuantConfig.paper(),
     "default": QuantConfig(),
@@ -77,7 +77,7 @@ def test_naive_is_well_below(ladder: dict[str, Comparison]) -> None:
 
 
 def test_file_of_uniform_four_bits(resnet20: networks.Subject, tmp_path: Path) -> None:
-    config = QuantConfig(first_last_bits=4, bit_allocation=False)
+    config = replace(QuantConfig.fast(), first_last_bits=4, activation_allocation="uniform")
     network = quantize(resnet20.model, [resnet20.calibration[:32]], config, progress=False)
     path = tmp_path / "resnet20.ptq4"
     ptq4cuda.save(network, path)
