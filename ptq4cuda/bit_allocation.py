@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from typing import Literal, get_args
 
 import torch
@@ -70,8 +71,7 @@ def allocate_by_gain(errors: Tensor, mean_bits: float, low: int, high: int) -> T
     """
     if not 0 <= low <= mean_bits <= high <= 8:
         raise ValueError(f"a mean of {mean_bits} bits cannot be met with {low} to {high} bits a channel")
-    # A table that rises somewhere, as measured ones may, must not hide the fall behind it.
-    table = errors.double().flip(1).cummax(1).values.flip(1).tolist()
+    table = [_convex(row, low, high) for row in errors.tolist()]
     bits = [low] * len(table)
 
     def offer(channel: int) -> tuple[float, int]:
@@ -88,3 +88,23 @@ def allocate_by_gain(errors: Tensor, mean_bits: float, low: int, high: int) -> T
         else:
             heapq.heappop(offers)
     return torch.tensor(bits, dtype=torch.uint8, device=errors.device)
+
+
+def _convex(errors: list[float], low: int, high: int) -> list[float]:
+    """Return the largest convex table below a table of errors.
+
+    A bit that gains little, or loses, as measured ones may, must not hide the gain of the bits after it.
+    """
+    hull: list[int] = []
+    for b in range(low, high + 1):
+        while len(hull) > 1:
+            a, middle = hull[-2:]
+            if (errors[middle] - errors[a]) * (b - a) < (errors[b] - errors[a]) * (middle - a):
+                break
+            hull.pop()
+        hull.append(b)
+    table = list(errors)
+    for a, b in itertools.pairwise(hull):
+        for middle in range(a + 1, b):
+            table[middle] = errors[a] + (errors[b] - errors[a]) * (middle - a) / (b - a)
+    return table
