@@ -2,9 +2,9 @@
 
 The floor of an operator that reads and writes is `y.copy_(x)`, of one that only reads `x.sum()`, on the same input;
 the two take turns. The peers are the reference in plain PyTorch, eager and through torch.compile, and torch's own
-fake_quantize_per_channel_affine where it computes the same. Times are medians; inputs rotate through more memory than
-the last-level cache holds. On a GPU a CUDA graph of several calls is timed with events, so that launches cost what
-they cost in use.
+fake_quantize_per_channel_affine where it computes the same. The operators write into memory at hand (out=), the peers
+allocate theirs. Times are medians; inputs rotate through more memory than the last-level cache holds. On a GPU a CUDA
+graph of several calls is timed with events, so that launches cost what they cost in use.
 """
 
 from __future__ import annotations

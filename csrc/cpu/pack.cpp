@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t kPixels = 256;      // neighbouring pixels handled together,
 constexpr int64_t kWords = 8;         // and 32-bit words of each,
 constexpr int kWord = 8;              // and codes of each word
-constexpr int64_t kStream = 1 << 25;  // bytes of a result that no cache would keep
 constexpr int64_t kBuffer = 1 << 13;  // codes held in the first-level cache between two steps
 
 // Pairs of bytes are handled as 16-bit words, low code in the low byte (x86 and Arm are little-endian).
@@ -206,7 +205,6 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
                 }
             });
     } else {
-        const bool stream = batch * channels * spatial * static_cast<int64_t>(sizeof(T)) >= kStream;
         for_each_tile(layout, [&](const WordTile& tile, const WordTile&) {
             uint32_t words[kWords * kPixels], pixels[kPixels * kWords] = {};
             const uint8_t* from = packed + (tile.n * spatial + tile.pixel) * bytes + tile.channel / 2;
@@ -215,18 +213,14 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
             simd::run<Deinterleave>(static_cast<const uint32_t*>(pixels), static_cast<uint32_t*>(words), tile.pixels);
             const int64_t end = std::min(tile.channel + tile.words * kWord, channels);
             simd::Block<T, kPixels> values;
-            T streamed[kPixels];
             for (int64_t c = tile.channel; c < end; ++c) {
                 const int64_t place = c - tile.channel;
                 T* row = x + (tile.n * channels + c) * spatial + tile.pixel;
-                T* to = stream ? streamed : row;
                 simd::run<TakeFromWords<typename simd::Block<T, kPixels>::Value>>(
-                    static_cast<const uint32_t*>(words + place / kWord * kPixels), values.begin(to), tile.pixels,
+                    static_cast<const uint32_t*>(words + place / kWord * kPixels), values.begin(row), tile.pixels,
                     table[axis == 0 ? tile.n : c], static_cast<int>(4 * (place % kWord)));
-                values.finish(to, tile.pixels);
-                if (stream) simd::stream(streamed, row, tile.pixels * sizeof(T));
+                values.finish(row, tile.pixels);
             }
-            if (stream) simd::finish_stream();
         });
     }
 }

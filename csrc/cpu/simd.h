@@ -112,10 +112,8 @@ PTQ_INLINE float to_float(const Half& x) {
 PTQ_INLINE void store(uint8_t v, uint8_t& y) { y = v; }
 PTQ_INLINE void store(float v, float& y) { y = v; }
 PTQ_INLINE void store(float v, BFloat16& y) {
-    const uint32_t word = reinterpret<uint32_t>(v);
-    const int32_t size = static_cast<int32_t>(word & 0x7fffffff);
-    const uint32_t rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    y.x = static_cast<uint16_t>(size > 0x7f800000 ? rounded | 0x7fff : rounded);
+    const uint32_t word = reinterpret<uint32_t>(v), rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    y.x = static_cast<uint16_t>(v == v ? rounded : 0x7fc0);
 }
 PTQ_INLINE void store(float v, Half& y) {
     const uint32_t word = reinterpret<uint32_t>(v), magnitude = word & 0x7fffffff;
@@ -222,27 +220,6 @@ private:
 // Asks for the next `bytes` bytes of what lies from `from` to `end`.
 PTQ_INLINE void prefetch(const char*& from, const char* end, int64_t bytes) {
     for (const char* stop = std::min(from + bytes, end); from < stop; from += 64) __builtin_prefetch(from);
-}
-
-// A copy past the caches: what is written is not read before. Other threads see it after finish_stream().
-inline void stream(const void* from, void* to, int64_t bytes) {
-    const char* source = static_cast<const char*>(from);
-    char* target = static_cast<char*>(to);
-#if defined(__x86_64__)
-    const int64_t head = std::min<int64_t>(-reinterpret_cast<intptr_t>(target) & 15, bytes);
-    std::memcpy(target, source, head);
-    int64_t i = head;
-    for (; i + 16 <= bytes; i += 16)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
-    source += i, target += i, bytes -= i;
-#endif
-    std::memcpy(target, source, bytes);
-}
-inline void finish_stream() {
-#if defined(__x86_64__)
-    _mm_sfence();
-#endif
 }
 
 }  // namespace ptq4cuda::simd

@@ -11,8 +11,8 @@
 //   long rows (NCHW):           a unit is a stretch of one channel
 //   short rows (channels_last): a unit is a stretch of pixels, with a lane for each column
 //
-// A value costs some three vector instructions, which takes about as long as its way from memory. So the next tile is
-// fetched while one is summed.
+// Eight values cost some twenty-five vector instructions, which take longer than their way from memory. So that the
+// two times do not add up, the next tile is fetched while one is summed.
 #include "../entry.h"
 #include "simd.h"
 
@@ -38,19 +38,19 @@ struct FirstPass {
         int32_t* positive;
     };
 
-    template <int kCount>
-    static PTQ_INLINE void add(const float* x, int64_t stride, int64_t j, int64_t n, const Lanes& to) {
+    template <int kCount, class Value>
+    static PTQ_INLINE void add(const Value* x, int64_t stride, int64_t j, int64_t n, const Lanes& to) {
         rows<kCount>(x, stride, n, to.sum + j, to.min + j, to.max + j, to.positive + j);
     }
-    template <int kCount>
-    static PTQ_INLINE void rows(const float* __restrict x, int64_t stride, int64_t n, double* __restrict sum,
+    template <int kCount, class Value>
+    static PTQ_INLINE void rows(const Value* __restrict x, int64_t stride, int64_t n, double* __restrict sum,
                                 float* __restrict min, float* __restrict max, int32_t* __restrict positive) {
         for (int64_t j = 0; j < n; ++j) {
             double s = sum[j];
             float low = min[j], high = max[j];
             int32_t p = positive[j];
             for (int r = 0; r < kCount; ++r) {
-                const float v = x[r * stride + j];
+                const float v = simd::to_float(x[r * stride + j]);
                 s += v;
                 low = v < low ? v : low;  // passes over NaN
                 high = v > high ? v : high;
@@ -71,18 +71,18 @@ struct SecondPass {
         double *mean, *centre, *squares, *deviations;
     };
 
-    template <int kCount>
-    static PTQ_INLINE void add(const float* x, int64_t stride, int64_t j, int64_t n, const Lanes& to) {
+    template <int kCount, class Value>
+    static PTQ_INLINE void add(const Value* x, int64_t stride, int64_t j, int64_t n, const Lanes& to) {
         rows<kCount>(x, stride, n, to.mean + j, to.centre + j, to.squares + j, to.deviations + j);
     }
-    template <int kCount>
-    static PTQ_INLINE void rows(const float* __restrict x, int64_t stride, int64_t n, const double* __restrict mean,
+    template <int kCount, class Value>
+    static PTQ_INLINE void rows(const Value* __restrict x, int64_t stride, int64_t n, const double* __restrict mean,
                                 const double* __restrict centre, double* __restrict squares,
                                 double* __restrict deviations) {
         for (int64_t j = 0; j < n; ++j) {
             double q = squares[j], a = deviations[j];
             for (int r = 0; r < kCount; ++r) {
-                const double v = x[r * stride + j], d = v - mean[j];
+                const double v = simd::to_float(x[r * stride + j]), d = v - mean[j];
                 q = __builtin_fma(d, d, q);  // on every instruction set, or they would differ
                 a += std::fabs(kCentre ? v - centre[j] : d);
             }
@@ -92,21 +92,22 @@ struct SecondPass {
     }
 };
 
-// Consecutive values of a unit as float32, the first of them for lane 0, and the memory that will be read next.
+// Consecutive values of a unit, the first of them for lane 0, and the memory that will be read next.
+template <class Value>
 struct Tile {
-    const float* x;
+    const Value* x;
     int64_t n;
     const char *next, *next_end;
 };
 
 // Adds a tile to its lanes. The next one is fetched in the order of its addresses, a little at a time: rows that are
 // read side by side make more streams than the processor follows by itself.
-template <class Pass>
+template <class Pass, class Value>
 struct AddTile {
-    static PTQ_INLINE void run(Tile tile, int64_t width, typename Pass::Lanes lanes) {
+    static PTQ_INLINE void run(Tile<Value> tile, int64_t width, typename Pass::Lanes lanes) {
         const int64_t rows = tile.n / width, chunks = rows / kRows * ceil_div(width, kLanes);
         const int64_t share = (tile.next_end - tile.next) / std::max<int64_t>(chunks, 1) + 1;
-        const float* x = tile.x;
+        const Value* x = tile.x;
         int64_t row = 0;
         for (; row + kRows <= rows; row += kRows, x += kRows * width) {
             for (int64_t j = 0; j < width; j += kLanes) {
@@ -127,16 +128,26 @@ struct Sums {
 };
 
 // Room for the lanes of a unit, and for a tile.
+template <class Value>
 struct Workspace {
     std::vector<double> sum, mean, centre, squares, deviations;
-    std::vector<float> min, max, tile;
+    std::vector<float> min, max;
     std::vector<int32_t> positive;
+    std::vector<Value> tile;
+
+    Workspace(int64_t width, int64_t tile_size) : tile(tile_size) {
+        for (auto* lanes : {&sum, &mean, &centre, &squares, &deviations}) lanes->resize(width);
+        for (auto* lanes : {&min, &max}) lanes->resize(width);
+        positive.resize(width);
+    }
 };
 
 // How a tensor is cut. Groups share no channel; all units of a group are needed to finish its channels. The values of
 // a group are numbered, whatever lies between them in memory.
 template <class T>
 class Units {
+    using Value = typename simd::Block<T>::Value;  // that the passes read
+
 public:
     Units(const T* x, const ChannelLayout& layout) : x_(x), rows_(layout), inner_(layout.inner) {
         columns_ = layout.inner < kShortRow && layout.channels > 1 && layout.numel() > 0;
@@ -156,22 +167,10 @@ public:
     int64_t groups, units;  // groups; units of a group
     int64_t channels = 1;   // of a group
 
-    Workspace workspace() const {
-        const std::vector<double> lanes(width_);
-        const std::vector<float> floats(width_);
-        return {lanes,
-                lanes,
-                lanes,
-                lanes,
-                lanes,
-                floats,
-                floats,
-                std::vector<float>(tile_),
-                std::vector<int32_t>(width_)};
-    }
+    Workspace<Value> workspace() const { return {width_, tile_}; }
 
     // For each channel of the group.
-    void first_pass(int64_t group, int64_t unit, Workspace& w, Sums* result) const {
+    void first_pass(int64_t group, int64_t unit, Workspace<Value>& w, Sums* result) const {
         std::fill(w.sum.begin(), w.sum.end(), 0.0);
         std::fill(w.min.begin(), w.min.end(), INFINITY);
         std::fill(w.max.begin(), w.max.end(), -INFINITY);
@@ -195,7 +194,7 @@ public:
     }
 
     // About values of each channel of the group; centre may be nullptr.
-    void second_pass(int64_t group, int64_t unit, Workspace& w, const double* mean, const double* centre,
+    void second_pass(int64_t group, int64_t unit, Workspace<Value>& w, const double* mean, const double* centre,
                      Sums* result) const {
         for (int64_t j = 0; j < width_; ++j) {
             w.mean[j] = mean[channel(j) * kStatistics];
@@ -228,29 +227,33 @@ private:
     int64_t end_of(int64_t unit) const { return std::min((unit + 1) * unit_, rows_.per_channel()); }
 
     template <class Pass>
-    void add(int64_t group, int64_t unit, Workspace& w, typename Pass::Lanes lanes) const {
+    void add(int64_t group, int64_t unit, Workspace<Value>& w, typename Pass::Lanes lanes) const {
         const int64_t end = end_of(unit);
         for (int64_t i = unit * unit_; i < end;) {
-            Tile tile = tile_at(group, i, end, w.tile.data());
+            Tile<Value> tile = tile_at(group, i, end, w.tile.data());
             i += tile.n;
             if (i < end) {
                 tile.next = reinterpret_cast<const char*>(at(group, i));
                 tile.next_end = tile.next + std::min(neighbours(i, end), tile_) * sizeof(T);
             }
-            simd::run<AddTile<Pass>>(tile, width_, lanes);
+            simd::run<AddTile<Pass, Value>>(tile, width_, lanes);
         }
     }
 
     // The values from value i on: where they are, or gathered into the buffer.
-    Tile tile_at(int64_t group, int64_t i, int64_t end, float* buffer) const {
+    Tile<Value> tile_at(int64_t group, int64_t i, int64_t end, Value* buffer) const {
         const int64_t n = std::min(tile_, end - i);
-        if constexpr (std::is_same_v<T, float>) {
+        if constexpr (std::is_same_v<T, Value>) {
             const int64_t together = neighbours(i, i + n);
             if (together >= std::min(n, kGather)) return {at(group, i), together, nullptr, nullptr};
         }
         for (int64_t k = 0, part; k < n; k += part) {
             part = neighbours(i + k, i + n);
-            simd::widen(at(group, i + k), buffer + k, part);
+            if constexpr (std::is_same_v<T, Value>) {
+                std::copy_n(at(group, i + k), part, buffer + k);
+            } else {
+                simd::widen(at(group, i + k), buffer + k, part);
+            }
         }
         return {buffer, n, nullptr, nullptr};
     }
@@ -269,19 +272,19 @@ void reduce(const T* x, const ChannelLayout& layout, const double* centre, doubl
 
     // Both passes over a group before the next group begins: the second read comes from cache.
     const auto finish_groups = [&](int64_t group, int64_t last_group) {
-        Workspace mine = units.workspace();
+        auto mine = units.workspace();
         std::vector<Sums> sums(units.units * units.channels);
         const auto for_units = [&](const auto& f) {
             if (!large || by_group) return f(int64_t{0}, units.units, mine);
             torch::stable::parallel_for(0, units.units, 1, [&](int64_t begin, int64_t end) {
-                Workspace its = units.workspace();
+                auto its = units.workspace();
                 f(begin, end, its);
             });
         };
         for (; group < last_group; ++group) {
             const int64_t first = group * units.channels;
             std::fill(sums.begin(), sums.end(), Sums());
-            for_units([&](int64_t u, int64_t end, Workspace& w) {
+            for_units([&](int64_t u, int64_t end, auto& w) {
                 for (; u < end; ++u) units.first_pass(group, u, w, &sums[u * units.channels]);
             });
             for (int64_t c = 0; c < units.channels; ++c) {
@@ -303,7 +306,7 @@ void reduce(const T* x, const ChannelLayout& layout, const double* centre, doubl
             }
 
             // Backwards: what was read last may still be in cache.
-            for_units([&](int64_t begin, int64_t u, Workspace& w) {
+            for_units([&](int64_t begin, int64_t u, auto& w) {
                 while (u-- > begin)
                     units.second_pass(group, u, w, out + first * kStatistics + kMean,
                                       centre ? centre + first : nullptr, &sums[u * units.channels]);

@@ -15,7 +15,6 @@ namespace ptq4cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kBlocksResident = 2;  // at least, on a multiprocessor: a limit for the compiler to registers
 constexpr int64_t kCounters = (48 << 10) / sizeof(uint32_t);  // in shared memory
 constexpr int64_t kBlocksWanted = 1024;
 constexpr int64_t kSmallestUnit = 1 << 13;  // values of a block
@@ -68,13 +67,15 @@ struct Accumulator {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, kBlocksResident)
+__global__ void __launch_bounds__(kThreads)
     histogram_rows_kernel(const T* x, Rows rows, BinTable table, Counters counters, int64_t* out) {
     uint32_t* memory = dynamic_shared_memory<uint32_t>();
     const int64_t channel = blockIdx.x / rows.splits, begin = blockIdx.x % rows.splits * rows.vectors_of_unit;
     counters.clear(memory);
     Accumulator mine{table[channel], counters.of(memory, 0)};
-    add_rows<T, V>(x, rows, channel, begin, min(begin + rows.vectors_of_unit, rows.vectors_of_channel), mine);
+    // Registers for as many values that two blocks fit on a multiprocessor.
+    add_rows<T, V, V == 8 ? 2 : kInFlight>(x, rows, channel, begin,
+                                           min(begin + rows.vectors_of_unit, rows.vectors_of_channel), mine);
     counters.add_to(out + channel * table.bins, memory, 1);
 }
 
@@ -85,7 +86,7 @@ struct Columns {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksResident)
+__global__ void __launch_bounds__(kThreads)
     histogram_columns_kernel(const T* x, Columns m, BinTable table, Counters counters, int64_t* out) {
     uint32_t* memory = dynamic_shared_memory<uint32_t>();
     const int64_t first = blockIdx.x % m.blocks * counters.channels;

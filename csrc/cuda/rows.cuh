@@ -16,16 +16,17 @@ struct Rows {
     bool aligned;
 };
 
-// The vectors begin to end of a channel, dealt to the threads of a block in turn.
-template <class T, int V, class A>
+// The vectors begin to end of a channel, dealt to the threads of a block in turn. A thread loads kAhead of them
+// before it uses the first.
+template <class T, int V, int kAhead = kInFlight, class A>
 __device__ __forceinline__ void add_rows(const T* x, const Rows& rows, int64_t channel, int64_t begin, int64_t end,
                                          A& accumulator) {
     int64_t row = (begin + threadIdx.x) / rows.vectors_of_row, place = (begin + threadIdx.x) % rows.vectors_of_row;
     const int64_t row_step = blockDim.x / rows.vectors_of_row, place_step = blockDim.x % rows.vectors_of_row;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kInFlight * blockDim.x) {
-        Vector<T, V> in[kInFlight];
+    for (int64_t i = begin + threadIdx.x; i < end; i += kAhead * blockDim.x) {
+        Vector<T, V> in[kAhead];
 #pragma unroll
-        for (int u = 0; u < kInFlight; ++u) {
+        for (int u = 0; u < kAhead; ++u) {
             if (i + u * blockDim.x < end)
                 in[u] = load<V>(x + (row * rows.channels + channel) * rows.inner + place * V, rows.aligned);
             row += row_step;
@@ -36,7 +37,7 @@ __device__ __forceinline__ void add_rows(const T* x, const Rows& rows, int64_t c
             }
         }
 #pragma unroll
-        for (int u = 0; u < kInFlight; ++u)
+        for (int u = 0; u < kAhead; ++u)
             if (i + u * blockDim.x < end) {
 #pragma unroll
                 for (int j = 0; j < V; ++j) accumulator.add(static_cast<float>(in[u].at[j]));
