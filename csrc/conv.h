@@ -81,7 +81,7 @@ struct ConvOps {
         STD_TORCH_CHECK(fits, op, ": weight must be int8 in panels (", rows, ", ", columns, ", ...), got ",
                         shape_of(weight));
         check_same_device(op, "weight", weight, x);
-        const Tensor panels = torch::stable::contiguous(weight);
+        const Tensor panels = as_contiguous(weight);
 
         std::optional<Tensor> zeros;
         if (zero_sums) {
@@ -90,7 +90,7 @@ struct ConvOps {
                             op, ": zero_sums must be int32 [", shape.kernel.area(), ", ", shape.out_channels,
                             "], its shape is ", shape_of(*zero_sums));
             check_same_device(op, "zero_sums", *zero_sums, x);
-            zeros = torch::stable::contiguous(*zero_sums);
+            zeros = as_contiguous(*zero_sums);
         }
         const Tensor factors = vector(op, "scale", scale, shape.out_channels, x);
         const Tensor offsets = vector(op, "bias", bias, shape.out_channels, x);
@@ -149,7 +149,7 @@ private:
         STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == length, op, ": ", name,
                         " must be float32 [", length, "], its shape is ", shape_of(t));
         check_same_device(op, name, t, x);
-        return torch::stable::contiguous(t);
+        return as_contiguous(t);
     }
 
     static Extent extent(const char* op, const char* name, const Pair& pair, int64_t least) {
