@@ -18,20 +18,20 @@ constexpr int kWordChannels = 4;
 struct Extent {
     int64_t height, width;
 
-    int64_t area() const { return height * width; }
+    PTQ_INLINE int64_t area() const { return height * width; }
 };
 
 struct ConvShape {
     int64_t batch, channels, out_channels, groups;
     Extent in, out, kernel, stride, padding, dilation;
 
-    int64_t group_channels() const { return channels / groups; }
-    int64_t group_outputs() const { return out_channels / groups; }
-    bool depthwise() const { return groups > 1 && channels == groups && out_channels == groups; }
-    int64_t panels_per_group() const { return ceil_div(group_outputs(), kPanelOutputs); }
-    int64_t words_per_tap() const { return ceil_div(group_channels(), kWordChannels); }
-    int64_t panel_words() const { return kernel.area() * words_per_tap(); }
-    int64_t pixels() const { return batch * out.area(); }
+    PTQ_INLINE int64_t group_channels() const { return channels / groups; }
+    PTQ_INLINE int64_t group_outputs() const { return out_channels / groups; }
+    PTQ_INLINE bool depthwise() const { return groups > 1 && channels == groups && out_channels == groups; }
+    PTQ_INLINE int64_t panels_per_group() const { return ceil_div(group_outputs(), kPanelOutputs); }
+    PTQ_INLINE int64_t words_per_tap() const { return ceil_div(group_channels(), kWordChannels); }
+    PTQ_INLINE int64_t panel_words() const { return kernel.area() * words_per_tap(); }
+    PTQ_INLINE int64_t pixels() const { return batch * out.area(); }
 };
 
 struct Activation {

@@ -21,7 +21,7 @@ namespace ptq4cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline std::string shape_of(const Tensor& t) {
     std::string s = "[";
