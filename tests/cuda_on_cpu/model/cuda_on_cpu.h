@@ -28,24 +28,16 @@ void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t share
 
 inline void multiply_add(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          const cuda_on_cpu::Place& place = cuda_on_cpu::Place::current()) {
-    constexpr int kLanes = warpSize;
-    uint32_t words[6][kLanes];  // a, then b, of all lanes
-    for (int i = 0; i < 6; i += 2) {
-        const uint32_t* mine = i < 4 ? a + i : b;
-        const uint64_t* values =
-            cuda_on_cpu::wait_for_warp(cuda_on_cpu::kAllLanes, mine[0] | uint64_t{mine[1]} << 32, place);
-        for (int lane = 0; lane < kLanes; ++lane) {
-            words[i][lane] = static_cast<uint32_t>(values[lane]);
-            words[i + 1][lane] = static_cast<uint32_t>(values[lane] >> 32);
-        }
-    }
+    const auto two = [](uint32_t low, uint32_t high) { return low | uint64_t{high} << 32; };
+    const auto words = cuda_on_cpu::wait_for_warp(cuda_on_cpu::kAllLanes,
+                                                  {two(a[0], a[1]), two(a[2], a[3]), two(b[0], b[1])}, place);
     const int g = cuda_on_cpu::this_lane() / 4, q = cuda_on_cpu::this_lane() % 4;
     for (int i = 0; i < 4; ++i)
         for (int k = 0; k < 32; ++k) {
             const int half = k / 16, owner = k % 16 / 4, shift = k % 4 * 8;
-            const uint32_t left = words[i / 2 + 2 * half][4 * g + owner];
-            const uint32_t right = words[4 + half][4 * (2 * q + i % 2) + owner];
-            c[i] += static_cast<int8_t>(left >> shift) * static_cast<uint8_t>(right >> shift);
+            const uint64_t left = words[half][4 * g + owner] >> (i / 2 * 32 + shift);
+            const uint64_t right = words[2][4 * (2 * q + i % 2) + owner] >> (half * 32 + shift);
+            c[i] += static_cast<int8_t>(left) * static_cast<uint8_t>(right);
         }
 }
 
