@@ -18,20 +18,20 @@ constexpr int kWordChannels = 4;
 struct Extent {
     int64_t height, width;
 
-    int64_t area() const { return height * width; }
+    PTQ_INLINE int64_t area() const { return height * width; }
 };
 
 struct ConvShape {
     int64_t batch, channels, out_channels, groups;
     Extent in, out, kernel, stride, padding, dilation;
 
-    int64_t group_channels() const { return channels / groups; }
-    int64_t group_outputs() const { return out_channels / groups; }
-    bool depthwise() const { return groups > 1 && channels == groups && out_channels == groups; }
-    int64_t panels_per_group() const { return ceil_div(group_outputs(), kPanelOutputs); }
-    int64_t words_per_tap() const { return ceil_div(group_channels(), kWordChannels); }
-    int64_t panel_words() const { return kernel.area() * words_per_tap(); }
-    int64_t pixels() const { return batch * out.area(); }
+    PTQ_INLINE int64_t group_channels() const { return channels / groups; }
+    PTQ_INLINE int64_t group_outputs() const { return out_channels / groups; }
+    PTQ_INLINE bool depthwise() const { return groups > 1 && channels == groups && out_channels == groups; }
+    PTQ_INLINE int64_t panels_per_group() const { return ceil_div(group_outputs(), kPanelOutputs); }
+    PTQ_INLINE int64_t words_per_tap() const { return ceil_div(group_channels(), kWordChannels); }
+    PTQ_INLINE int64_t panel_words() const { return kernel.area() * words_per_tap(); }
+    PTQ_INLINE int64_t pixels() const { return batch * out.area(); }
 };
 
 struct Activation {
@@ -81,7 +81,7 @@ struct ConvOps {
         STD_TORCH_CHECK(fits, op, ": weight must be int8 in panels (", rows, ", ", columns, ", ...), got ",
                         shape_of(weight));
         check_same_device(op, "weight", weight, x);
-        const Tensor panels = torch::stable::contiguous(weight);
+        const Tensor panels = as_contiguous(weight);
 
         std::optional<Tensor> zeros;
         if (zero_sums) {
@@ -90,7 +90,7 @@ struct ConvOps {
                             op, ": zero_sums must be int32 [", shape.kernel.area(), ", ", shape.out_channels,
                             "], its shape is ", shape_of(*zero_sums));
             check_same_device(op, "zero_sums", *zero_sums, x);
-            zeros = torch::stable::contiguous(*zero_sums);
+            zeros = as_contiguous(*zero_sums);
         }
         const Tensor factors = vector(op, "scale", scale, shape.out_channels, x);
         const Tensor offsets = vector(op, "bias", bias, shape.out_channels, x);
@@ -149,7 +149,7 @@ private:
         STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == length, op, ": ", name,
                         " must be float32 [", length, "], its shape is ", shape_of(t));
         check_same_device(op, name, t, x);
-        return torch::stable::contiguous(t);
+        return as_contiguous(t);
     }
 
     static Extent extent(const char* op, const char* name, const Pair& pair, int64_t least) {

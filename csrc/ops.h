@@ -21,7 +21,7 @@ namespace ptq4cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline std::string shape_of(const Tensor& t) {
     std::string s = "[";
@@ -53,6 +53,9 @@ inline bool is_dense(const Tensor& t) {
     }
     return true;
 }
+
+// The tensor itself, or a contiguous copy. (Asking torch for it costs microseconds, even where nothing is copied.)
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // The tensor itself, or a dense copy with the strides that torch.empty_like would choose.
 inline Tensor dense(const Tensor& t) { return is_dense(t) ? t : torch::stable::clone(t); }
@@ -149,12 +152,12 @@ struct QuantizerArguments {
 
     QuantizerArguments(const char* op, const Tensor& x, const Tensor& scale_, const Tensor& zero_point_,
                        const std::optional<Tensor>& bits_, int64_t channels)
-        : scale(torch::stable::contiguous(scale_)), zero_point(torch::stable::contiguous(zero_point_)) {
+        : scale(as_contiguous(scale_)), zero_point(as_contiguous(zero_point_)) {
         check_parameter(op, "scale", scale, ScalarType::Float, channels, x);
         check_parameter(op, "zero_point", zero_point, ScalarType::Int, channels, x);
         if (bits_) {
             check_parameter(op, "bits", *bits_, ScalarType::Byte, channels, x);
-            bits = torch::stable::contiguous(*bits_);
+            bits = as_contiguous(*bits_);
         }
     }
     QuantizerTable table() const {

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq4cuda import ops
 from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.nn.quant_tensor import QuantizerState
@@ -117,6 +116,8 @@ class IntegerConv2d(QuantizerState):
         keep("scale", scale)
         keep("bias", torch.zeros_like(scale) if bias is None else bias)
         for name, params in (("residual", residual), ("out", out)):
+            if params is not None and params.scale.numel() not in (1, outputs):
+                raise ValueError(f"{name} has {params.scale.numel()} channels, the convolution has {outputs}")
             for field in ("scale", "zero_point", "bits"):
                 keep(f"{name}_{field}", None if params is None else getattr(params, field))
 
@@ -174,9 +175,11 @@ class IntegerConv2d(QuantizerState):
         """Return the convolution of codes x, uint8 [N, C, H, W], plus the residual's values, channels_last."""
         if (residual is None) != (self.residual_scale is None):
             raise ValueError("a residual comes with its quantizer, and only with it")
-        return ops.conv2d_integer(
+        # The operator itself: what ops.conv2d_integer would check again and again has been checked once.
+        result: Tensor = torch.ops.ptq4cuda.conv2d_integer(
             x,
             self.weight,
+            self.zero_sums,
             self.scale,
             self.bias,
             self.kernel_size,
@@ -184,18 +187,18 @@ class IntegerConv2d(QuantizerState):
             self.padding,
             self.dilation,
             self.groups,
-            zero_sums=self.zero_sums,
-            span=self.span,
-            negative_slope=self.activation.negative_slope,
-            upper=self.activation.upper,
-            residual=residual,
-            residual_scale=self.residual_scale,
-            residual_zero_point=self.residual_zero_point,
-            out_scale=self.out_scale,
-            out_zero_point=self.out_zero_point,
-            out_bits=self.out_bits,
-            dtype=self.dtype,
+            self.span,
+            self.activation.negative_slope,
+            self.activation.upper,
+            residual,
+            self.residual_scale,
+            self.residual_zero_point,
+            self.out_scale,
+            self.out_zero_point,
+            self.out_bits,
+            self.dtype,
         )
+        return result
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the codes [O, R, S, C / groups] that weight_bytes made bytes of."""

@@ -128,10 +128,7 @@ private:
         for (size_t i = 0; i < panels_.size(); ++i)
             for (int64_t j = 0; j < panels_[i].outputs; ++j) {
                 const int64_t o = panels_[i].output + j;
-                const Quantizer added = problem_.residual ? problem_.residual_quantizer[o] : Quantizer{};
-                const Quantizer out = problem_.out_quantizer.scale ? problem_.out_quantizer[o] : Quantizer{};
-                const float values[kFields] = {problem_.scale[o], problem_.bias[o], added.scale, added.zero_point,
-                                               out.inv_scale,     out.zero_point,   out.qmax};
+                const auto values = parameters_of(problem_, o);
                 for (int f = 0; f < kFields; ++f) parameters_[(i * kFields + f) * kPanelOutputs + j] = values[f];
                 if (!problem_.zero_sums) continue;
                 int32_t* zeros = &zeros_[i * (area + 1) * kPanelOutputs + j];
@@ -239,10 +236,19 @@ private:
             }
     }
 
+    // In vectors; what the compiler takes for so few bytes is slow to start.
+    template <size_t N>
+    static void clear(int32_t (&sums)[N]) {
+        const simd::UShort8 zero = {};
+#pragma GCC unroll 48
+        for (size_t i = 0; i < N; i += 4) std::memcpy(sums + i, &zero, sizeof zero);
+    }
+
     void panel(const Unit& unit, int64_t begin, int count, int64_t b) const {
         const uint8_t* const* pixels = &unit.pixels[begin];
         const int8_t* weights = problem_.weight + b * shape_.panel_words() * kPanelOutputs * kWordChannels;
-        alignas(32) int32_t sums[kTilePixels * kPanelOutputs] = {};
+        alignas(32) int32_t sums[kTilePixels * kPanelOutputs];
+        clear(sums);
         dot_(pixels, count, panels_[b].channel, taps_, span_, weights, sums);
         if (split_) {
             for (int32_t& sum : sums) sum *= 16;
@@ -255,7 +261,8 @@ private:
         const uint8_t* const* pixels = &unit.pixels[begin];
         const int64_t channel = panels_[2 * b].channel, channels = std::min<int64_t>(kBlock, shape_.channels);
         const int8_t* weights = &weights_[b * tap_pairs_.count * 2 * kBlock];
-        alignas(32) int32_t sums[2 * kTilePixels * kPanelOutputs] = {};
+        alignas(32) int32_t sums[2 * kTilePixels * kPanelOutputs];
+        clear(sums);
         depthwise_dot_(pixels, count, channel, tap_pairs_, span_, weights, channels, sums);
         if (split_) {
             for (int32_t& sum : sums) sum *= 16;

@@ -290,8 +290,8 @@ def conv2d_integer(
         y_o = activation(scale_o * Σ weight * (code - zero_point) + bias_o + residual_o)
 
     The sums are exact. They are rounded to float32 (which changes them beyond 2^24), multiplied by the scale, added
-    to the bias, added to the residual, each step rounded; every device returns the same bits. IntegerConv2d prepares
-    the arguments.
+    to the bias, added to the residual, each step rounded; every device returns the same bits. (Scales and bias are
+    finite; what codes NaN would get differs.) IntegerConv2d prepares the arguments.
 
     Args:
         x: uint8 [N, C, H, W] codes; channels_last is read without a copy. Zero padding pads with the value zero.

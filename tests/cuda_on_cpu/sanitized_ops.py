@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ops import oracle
 from ops.backends import Backend
-from ptq4cuda.ops import reference, registration, row_offsets
+from ptq4cuda.ops import panels, reference, registration, row_offsets
 
 SHAPES = ((2, 5, 7, 6), (1, 3, 17, 19), (3, 16, 4, 4), (2, 130, 3, 3), (4, 33), (1, 1, 1, 1), (2, 3, 65, 64))
 
@@ -28,6 +28,15 @@ CASES = (
     (torch.bfloat16, "strided"),
 )
 
+# Input and output channels, kernel, groups, width: every way to fetch codes, tiles of every size, depthwise.
+CONVOLUTIONS = (
+    (16, 64, 1, 1, 50),
+    (20, 24, 3, 1, 20),
+    (3, 7, 3, 1, 9),
+    (6, 10, 3, 2, 9),
+    (40, 40, 3, 40, 9),
+    (9, 9, 3, 9, 11),
+)
 
 _alive: list[torch.library.Library] = []  # a namespace lives as long as its library
 
@@ -59,6 +68,23 @@ def check(native: Any, x: Tensor) -> int:
     return 20
 
 
+def check_convolution(native: Any, channels: int, outputs: int, kernel: int, groups: int, pixels: int) -> int:
+    """Compare a padded convolution of all its variants with the reference, and return how many calls that were."""
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randint(0, 256, (2, channels, 3, pixels), dtype=torch.uint8, generator=generator)
+    shape = (outputs, kernel, kernel, channels // groups)
+    weight = panels.weight_panels(torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator), groups)
+    scale, zero_point, bits = oracle.quantizer(outputs)
+    zeros = torch.randint(-999, 999, (kernel * kernel, outputs), dtype=torch.int32, generator=generator)
+    geometry = (kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), groups
+    residual = torch.randint(0, 256, (2, outputs, 3, pixels), dtype=torch.uint8, generator=generator)
+    for added in ((None, None, None), (residual, scale, zero_point)):
+        for out in ((None, None, None), (scale, zero_point, bits)):
+            arguments = (x, weight, zeros, scale / 99, scale, *geometry, 0, 0.0, 9.0, *added, *out, torch.float16)
+            assert oracle.same(native.conv2d_integer(*arguments), reference.conv2d_integer(*arguments))
+    return 4
+
+
 def operators(library: str) -> Any:
     """The operators of a library of the execution model, or those of the GPU for "cuda"."""
     if library == "cuda":
@@ -85,6 +111,15 @@ def main(library: str) -> None:
         assert oracle.same(packed, reference.pack_codes(codes, bits, offsets, total))
         assert oracle.same(native.unpack_codes(packed, bits, offsets, length), codes)
         calls += 2
+    for convolution in (
+        (16, 64, 1, 1, 50),
+        (20, 24, 3, 1, 20),
+        (3, 7, 3, 1, 9),
+        (6, 10, 3, 2, 9),
+        (40, 40, 3, 40, 9),
+    ):
+        calls += check_convolution(native, *convolution)
+    calls += check_convolution(native, 9, 9, 3, 9, 11)
     print(f"{calls} operator calls, all as the reference")
 
 

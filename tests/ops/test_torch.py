@@ -12,7 +12,7 @@ from torch import Tensor
 import ptq4cuda.ops
 from ops import oracle
 from ops.backends import Backend
-from ptq4cuda.ops import registration
+from ptq4cuda.ops import panels, registration
 
 NATIVE = ("cpu", "cuda_on_cpu")
 
@@ -38,7 +38,20 @@ def samples(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 3, 
         "unpack_dequantize.out": (packed, scale, zero_point, 1, {"out": torch.empty(shape, dtype=dtype)}),
         "pack_codes": (codes, width, offsets, total),
         "unpack_codes": (torch.randint(0, 256, (total,), dtype=torch.uint8), width, offsets, 9),
+        "conv2d_integer": convolution(x, layout, dtype),
     }
+
+
+def convolution(x: Tensor, layout: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """A 3x3 convolution to 6 channels, to values or, from channels_last, to codes."""
+    codes = oracle.arrange(torch.randint(0, 16, x.shape, dtype=torch.uint8), layout)
+    weight = panels.weight_panels(torch.randint(-9, 9, (6, 3, 3, x.shape[1]), dtype=torch.int8), 1)
+    zeros = torch.randint(-9, 9, (9, 6), dtype=torch.int32)
+    scale, zero_point, bits = oracle.quantizer(6)
+    geometry = ((3, 3), (2, 1), (1, 2), (1, 1), 1)
+    residual = torch.randint(0, 16, (x.shape[0], 6, 2, x.shape[3] + 2), dtype=torch.uint8)
+    out = (scale, zero_point, bits) if layout == "channels_last" else (None, None, None)
+    return codes, weight, zeros, scale, scale, *geometry, 8, 0.0, 6.0, residual, scale, zero_point, *out, dtype
 
 
 OPERATORS = list(samples("contiguous", torch.float32))

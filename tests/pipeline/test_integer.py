@@ -1,253 +1,150 @@
-"""Execution in integers: it computes what the simulated network computes, and the result is a good citizen."""
+"""IntegerConv2d: a quantized layer in integers gives what the simulated one gives."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+import math
 
-import architectures
-import networks
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-import ptq4cuda
-from ptq4cuda import QuantConfig, quantize
-from ptq4cuda.integer import max_pool_codes
-from ptq4cuda.metrics import Noise, compare
-from ptq4cuda.nn import QuantModule, QuantTensor
-from ptq4cuda.record import record_of
-
-FAST = QuantConfig.fast()
+from ptq4cuda.clipping import Activation
+from ptq4cuda.integer import IntegerConv2d, weight_bytes
+from ptq4cuda.nn import QuantConv2d
+from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 
 
-def both(model: nn.Module, batch: Tensor, config: QuantConfig = FAST) -> tuple[nn.Module, nn.Module]:
-    """Return a network simulated and in integers."""
-    return tuple(  # type: ignore[return-value]
-        quantize(model, [batch], replace(config, execution=execution), progress=False)
-        for execution in ("simulate", "integer")
-    )
+def quantizer(channels: int, bits: int | None = 4, signed: bool = True, seed: int = 0) -> QuantParams:
+    """Random quantizers; bits None is 0 to 8 of each channel, constants among them."""
+    g = torch.Generator().manual_seed(seed)
+    width = torch.randint(0, 9, (channels,), dtype=torch.uint8, generator=g)
+    width = width if bits is None else torch.full_like(width, bits)
+    high = torch.rand(channels, generator=g) + 0.5
+    low = -torch.rand(channels, generator=g) if signed else torch.zeros(channels)
+    return QuantParams.from_range(low, high, width, constant=torch.randn(channels, generator=g))
 
 
-def sqnr(expected: object, found: object) -> float:
-    noise = Noise()
-    noise.add(expected, found)
-    return 200.0 if noise.sqnr is None else noise.sqnr
+def layer(conv: nn.Conv2d, source: QuantParams, bits: int = 4) -> QuantConv2d:
+    """Quantize a layer with offsets that integers can hold."""
+    quantized = QuantConv2d.from_float(conv, source, weight_bits=bits, bias_correction="none")
+    assert quantized.weight_offset is not None
+    unit = 2.0 ** min(bits - 7, 0)
+    quantized.weight_offset = torch.full_like(quantized.weight_offset, -128.0 if bits == 8 else -8 + 3 * unit)
+    return quantized
 
 
-def executions(network: nn.Module) -> set[str]:
-    return {layer.execution for layer in record_of(network).layers}
+CONVS = {
+    "3x3": nn.Conv2d(24, 20, 3, padding=1),
+    "1x1": nn.Conv2d(12, 33, 1, stride=2, bias=False),
+    "same": nn.Conv2d(8, 16, (3, 5), padding="same", dilation=2),
+    "valid": nn.Conv2d(8, 16, 3, padding="valid"),
+    "groups": nn.Conv2d(24, 20, 3, padding=2, groups=4),
+    "depthwise": nn.Conv2d(36, 36, 3, padding=1, groups=36),
+}
 
 
-@pytest.mark.parametrize("config", [FAST, QuantConfig(), replace(FAST, activation_granularity="per_tensor")])
-def test_integer_is_simulate(model: nn.Module, images: Tensor, config: QuantConfig) -> None:
-    simulated, integer = both(model, images, config)
-    assert executions(integer) == {"integer"}
-    assert sqnr(simulated(images), integer(images)) > 30.0
-    assert sqnr(simulated(images.half().float()), integer(images.half().float())) > 30.0
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("source_bits", [4, 8, None])
+@pytest.mark.parametrize("name", CONVS)
+def test_integer_execution_is_what_was_simulated(name: str, source_bits: int | None, bits: int) -> None:
+    torch.manual_seed(0)
+    conv = CONVS[name]
+    source = quantizer(conv.in_channels, source_bits)
+    simulated = layer(conv, source, bits)
+    x = torch.randn(2, conv.in_channels, 9, 10)
+    integer = IntegerConv2d.from_quantized(simulated)
+    found = integer(source.quantize(x))
+    expected = simulated(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-class Block(nn.Module):
-    """A tensor with three readers: two convolutions of other bits and a sum; a pooled one; a concatenation."""
+def test_a_block_of_codes() -> None:
+    """Two convolutions and a residual, from codes to codes: each step as the operators do it one by one."""
+    torch.manual_seed(1)
+    first, second = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
+    source, middle, out = quantizer(16, 8), quantizer(24, None, signed=False, seed=1), quantizer(16, 4, seed=2)
+    relu = Activation(0.0)
+    one = IntegerConv2d.from_quantized(layer(first, source), activation=relu, out=middle)
+    two = IntegerConv2d.from_quantized(layer(second, middle), activation=relu, residual=source, out=out)
+    codes = source.quantize(torch.randn(2, 16, 7, 6))
+    found = two(one(codes), codes)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.c = nn.Conv2d(16, 8, 1)
-        self.d = nn.Conv2d(8, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        a, b = F.relu(self.a(x) + x), F.leaky_relu(self.b(x), 0.2)
-        y = F.max_pool2d(torch.cat([a, b], 1), 3, stride=2, padding=1)
-        return self.d(F.relu(self.c(y)))
-
-
-def exact(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Return the codes that every quantized layer reads."""
-    seen: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def on_call(module: QuantModule, args: tuple[Tensor, ...]) -> None:
-            codes = args[0]
-            if codes.dtype != torch.uint8:
-                assert module.activation is not None
-                codes = module.activation.quantize(codes)
-            seen[name] = codes.int()
-
-        return on_call
-
-    hooks = [
-        module.register_forward_pre_hook(hook(name))
-        for name, module in network.named_modules()
-        if isinstance(module, QuantModule)
-    ]
-    network(x)
-    for handle in hooks:
-        handle.remove()
-    return seen
+    values = IntegerConv2d.from_quantized(layer(first, source))
+    hidden = middle.quantize(values(codes).relu())
+    values = IntegerConv2d.from_quantized(layer(second, middle))
+    added = (codes.float() - source.zero_point.view(-1, 1, 1)) * source.scale.view(-1, 1, 1)
+    assert torch.equal(one(codes), hidden)
+    assert torch.equal(found, out.quantize((values(hidden) + added).relu()))
 
 
-def test_layers_read_the_same_codes_but_for_ties(images: Tensor) -> None:
-    torch.manual_seed(3)
-    simulated, integer = both(Block().eval(), images)
-    expected, found = exact(simulated, images), exact(integer, images)
-    assert expected.keys() == found.keys() and len(found) == 5
-    for name, codes in expected.items():
-        different = (codes != found[name]).float().mean().item()
-        assert different < 1e-3, f"{name}: {different}"
-        assert (codes - found[name]).abs().max() <= 1
-
-
-def test_codes_flow_through_pooling_and_concatenation(images: Tensor) -> None:
-    torch.manual_seed(3)
-    _, integer = both(Block().eval(), images)
-    float_values = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def on_call(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if args[0].dtype != torch.uint8:
-                float_values.append(name)
-
-        return on_call
-
-    for name, module in integer.named_modules():
-        if isinstance(module, QuantModule):
-            module.register_forward_hook(hook(name))
-    integer(images)
-    assert float_values == []
-    assert any(node.target is max_pool_codes for node in integer.graph.nodes)  # type: ignore[union-attr]
-
-
-def test_residual_operands_have_8_bits_in_both_executions(images: Tensor) -> None:
-    torch.manual_seed(3)
-    for network in both(Block().eval(), images):
-        marked = [module for module in network.modules() if isinstance(module, QuantTensor)]
-        assert len(marked) == 1 and marked[0].bits.tolist() == [8] * 8
-    simulated = quantize(Block().eval(), [images], QuantConfig.paper(), progress=False)
-    assert not any(isinstance(module, QuantTensor) for module in simulated.modules())
+def weights(codes: Tensor, bits: int, offset: float) -> QuantizedWeight:
+    one = torch.ones(len(codes))
+    return QuantizedWeight(codes, (one * bits).to(torch.uint8), one * 0.5, one * offset)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("bits", "offset", "expected"),
     [
-        {"kernel_size": 2},
-        {"kernel_size": 3, "stride": 2, "padding": 1},
-        {"kernel_size": (3, 2), "stride": (1, 3), "padding": (1, 0), "dilation": (2, 1)},
+        (4, -8.0, [-64, 56]),
+        (4, -7.625, [-61, 59]),
+        (8, -128.0, [-128, 127]),
+        (2, -1.5, [-48, 48]),
+        (7, -64.0, [-64, 63]),
     ],
 )
-def test_max_pool_codes(arguments: dict[str, object]) -> None:
-    x = torch.randint(0, 256, (2, 5, 13, 11), dtype=torch.uint8)
-    expected = F.max_pool2d(x.float(), **arguments)  # type: ignore[arg-type]
-    assert torch.equal(max_pool_codes(x, **arguments).float(), expected)  # type: ignore[arg-type]
+def test_weights_as_bytes(bits: int, offset: float, expected: list[int]) -> None:
+    codes = torch.tensor([[0, 2**bits - 1]], dtype=torch.uint8)
+    quantized = weights(codes, bits, offset)
+    found, scale = weight_bytes(quantized)
+    assert found.flatten().tolist() == expected
+    assert torch.equal(found * scale[:, None], quantized.values())
 
 
-def test_what_cannot_run_in_integers_says_why(model: nn.Module, images: Tensor) -> None:
-    network = quantize(model, [images], QuantConfig.paper(), progress=False)
-    assert executions(network) == {"simulate"}
-    assert "not folded" in ptq4cuda.report(network)
-    with pytest.raises(ValueError, match=r"cannot be executed in integers: .*not folded"):
-        quantize(model, [images], replace(QuantConfig.paper(), execution="integer"), progress=False)
+@pytest.mark.parametrize(("bits", "offset"), [(4, -7.3125), (8, -127.5), (4, 3.0), (8, 0.0)])
+def test_weights_that_are_no_bytes(bits: int, offset: float) -> None:
+    with pytest.raises(ValueError, match=rf"channel 0, {bits} bits with offset {offset}.*are no signed bytes"):
+        weight_bytes(weights(torch.tensor([[0, 2**bits - 1]], dtype=torch.uint8), bits, offset))
 
 
-def test_padding_of_other_modes_stays_simulated(images: Tensor) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
-    )
-    simulated, integer = both(net.eval(), images)
-    assert [layer.execution for layer in record_of(integer).layers] == ["integer", "simulate"]
-    assert "reflect" in record_of(integer).layers[1].reason
-    assert sqnr(simulated(images), integer(images)) > 30.0
+def test_layers_that_cannot_be_lowered() -> None:
+    source = quantizer(8)
+    conv = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+    with pytest.raises(ValueError, match=r"its padding is .* of mode 'reflect'"):
+        IntegerConv2d.from_quantized(layer(conv, source))
+    with pytest.raises(ValueError, match="its input is not quantized"):
+        IntegerConv2d.from_quantized(QuantConv2d.from_float(nn.Conv2d(8, 8, 3)))
+    with pytest.raises(ValueError, match="its padding is 'same'"):
+        IntegerConv2d.from_quantized(layer(nn.Conv2d(8, 8, 2, padding="same"), source))
+    with pytest.raises(ValueError, match="which is not folded"):
+        unfolded = QuantConv2d.from_float(nn.Conv2d(8, 8, 3), source, bias_correction="none", folded=False)
+        unfolded.weight_offset = torch.full((8,), -8.0)
+        IntegerConv2d.from_quantized(unfolded)
 
 
-def test_walked_by_modules(model: nn.Module, images: Tensor) -> None:
-    class Untraceable(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x if x.sum() > -1e9 else x * 0)
-
-    simulated, integer = both(Untraceable().eval(), images)
-    assert record_of(integer).walked_by == "modules"
-    assert executions(integer) == {"integer", "float"}  # the BatchNorms, which are not folded then
-    assert sqnr(simulated(images), integer(images)) > 30.0
+def test_an_unfolded_depthwise_layer_needs_no_folding() -> None:
+    conv, source = CONVS["depthwise"], quantizer(36)
+    unfolded = QuantConv2d.from_float(conv, source, bias_correction="none", folded=False)
+    unfolded.weight_offset = torch.full((36,), -8.0)
+    x = torch.randn(2, 36, 9, 10)
+    expected = unfolded(x)
+    found = IntegerConv2d.from_quantized(unfolded)(source.quantize(x))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_files_copies_and_state(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    simulated, integer = both(model, images)
-    expected = integer(images)
-    ptq4cuda.save(integer, tmp_path / "integer.ptq4")
-    loaded = ptq4cuda.load(tmp_path / "integer.ptq4", model)
-    assert executions(loaded) == {"integer"}
-    assert torch.equal(loaded(images), expected)
-    assert torch.equal(copy.deepcopy(integer)(images), expected)
-    state, other = integer.state_dict(), simulated.state_dict()
-    assert state.keys() == other.keys()
-    assert all(torch.equal(state[name], other[name]) for name in state)
-    assert torch.equal(loaded.to(torch.float16).float()(images), expected)  # quantizers and weights keep their dtypes
-    with pytest.raises(RuntimeError, match=r"executes in integers; load files with ptq4cuda\.load"):
-        integer.load_state_dict(state)
-
-
-def test_a_file_is_the_same_in_both_executions_but_for_the_record(
-    model: nn.Module, images: Tensor, tmp_path: Path
-) -> None:
-    for name in ("a", "b"):
-        ptq4cuda.save(quantize(model, [images], progress=False), tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_batch_and_size_and_layout_are_free(model: nn.Module, images: Tensor) -> None:
-    _, integer = both(model, images)
-    assert torch.equal(integer(images[:5]), integer(images)[:5])
-    assert integer(torch.randn(2, 3, 30, 18)).shape == (2, 5)
-    assert torch.equal(integer(images.contiguous(memory_format=torch.channels_last)), integer(images))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(integer(images), integer(images))
-
-
-def test_compiles_to_one_graph(model: nn.Module, images: Tensor) -> None:
-    _, integer = both(model, images)
-    compiled = torch.compile(integer, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch in (images, images[:7]):
-        assert torch.equal(compiled(batch), integer(batch))
-
-
-def test_half_precision_model(model: nn.Module, images: Tensor) -> None:
-    network = quantize(model.to(torch.bfloat16), [images.to(torch.bfloat16)], FAST, progress=False)
-    assert executions(network) == {"integer"}
-    assert network(images.to(torch.bfloat16)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
-def test_architectures(name: str) -> None:
-    batch = architectures.images(4, 64, seed=1)
-    net = architectures.ARCHITECTURES[name](num_classes=10, width=0.25)
-    net = architectures.calibrate_batch_norm(net, architectures.images(8, 64)).eval()
-    simulated, integer = both(net, batch, replace(FAST, weight_bits=8, activation_bits=8))
-    assert "integer" in executions(integer), record_of(integer).layers[0].reason
-    with torch.no_grad():
-        assert sqnr(simulated(batch), integer(batch)) > 20.0
-
-
-def test_weights_in_memory(resnet20: networks.Subject) -> None:
-    network = quantize(resnet20.model, [resnet20.calibration[:64]], FAST, progress=False)
-    held = sum(b.numel() * b.element_size() for m in network.modules() for b in m._buffers.values() if b is not None)
-    assert held <= 0.30 * record_of(network).float_bytes
-
-
-@pytest.mark.parametrize("subject", ["resnet20", "mobilenet"])
-def test_real_networks(subject: str, request: pytest.FixtureRequest) -> None:
-    real: networks.Subject = request.getfixturevalue(subject)
-    simulated, integer = both(real.model, real.calibration[:64])
-    result = compare(simulated, integer, real.test)
-    assert result.agreement >= 99.0 and result.sqnr >= 25.0
-    a, b = (compare(real.model, network, real.test) for network in (simulated, integer))
-    assert abs(a.agreement - b.agreement) <= 1.0 and abs(a.sqnr - b.sqnr) <= 0.3
+def test_bad_arguments() -> None:
+    source = quantizer(8)
+    weight, scale = torch.ones(4, 1, 1, 8, dtype=torch.int8), torch.ones(4)
+    with pytest.raises(ValueError, match="weight must be int8"):
+        IntegerConv2d(weight.float(), scale, None, source)
+    with pytest.raises(ValueError, match="do not make 3 groups"):
+        IntegerConv2d(weight, scale, None, source, groups=3)
+    with pytest.raises(ValueError, match="must be finite"):
+        IntegerConv2d(weight, scale * math.inf, None, source)
+    with pytest.raises(ValueError, match="out has 8 channels, the convolution has 4"):
+        IntegerConv2d(weight, scale, None, source, out=source)
+    with pytest.raises(ValueError, match="can leave 32 bits"):
+        huge = QuantParams(source.bits, source.scale, source.zero_point * 0 + (1 << 22))
+        IntegerConv2d(weight.expand(4, 9, 9, 8), scale, None, huge)
+    with pytest.raises(ValueError, match="a residual comes with its quantizer"):
+        codes = torch.zeros(1, 8, 2, 2, dtype=torch.uint8)
+        IntegerConv2d(weight, scale, None, source)(codes, codes[:, :4])

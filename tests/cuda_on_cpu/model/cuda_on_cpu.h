@@ -24,4 +24,33 @@ void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t share
     cuda_on_cpu::launch(kernel, dim3(static_cast<unsigned>(grid)), dim3(block), shared_bytes, arguments...);
 }
 
+// --- csrc/cuda/mma.cuh: the lanes bring their words to the warp, and each takes what its sums need ---------------
+
+inline void multiply_add(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         const cuda_on_cpu::Place& place = cuda_on_cpu::Place::current()) {
+    const auto two = [](uint32_t low, uint32_t high) { return low | uint64_t{high} << 32; };
+    const auto words = cuda_on_cpu::wait_for_warp(cuda_on_cpu::kAllLanes,
+                                                  {two(a[0], a[1]), two(a[2], a[3]), two(b[0], b[1])}, place);
+    const int g = cuda_on_cpu::this_lane() / 4, q = cuda_on_cpu::this_lane() % 4;
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 32; ++k) {
+            const int half = k / 16, owner = k % 16 / 4, shift = k % 4 * 8;
+            const uint64_t left = words[half][4 * g + owner] >> (i / 2 * 32 + shift);
+            const uint64_t right = words[2][4 * (2 * q + i % 2) + owner] >> (half * 32 + shift);
+            c[i] += static_cast<int8_t>(left) * static_cast<uint8_t>(right);
+        }
+}
+
+// Copies are done at once; the strictness is in the barriers.
+template <int N>
+void copy_async(void* shared, const void* global, bool inside) {
+    if (reinterpret_cast<uintptr_t>(shared) % N || reinterpret_cast<uintptr_t>(global) % N)
+        throw std::runtime_error("cuda_on_cpu: an asynchronous copy of " + std::to_string(N) +
+                                 " bytes that are not aligned");
+    inside ? std::memcpy(shared, global, N) : std::memset(shared, 0, N);
+}
+inline void end_of_copies() {}
+template <int N>
+void wait_for_copies() {}
+
 }  // namespace ptq4cuda

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <source_location>
 #include <stdexcept>
 #include <tuple>
@@ -54,8 +55,11 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 
 void wait_for_block(const Place& place);
-// Waits for the lanes of the mask and returns what each brought (valid until the thread waits again).
-const uint64_t* wait_for_warp(unsigned mask, uint64_t value, const Place& place);
+// Waits for the lanes of the mask and returns the words that each brought, up to kWarpWords of them, by word and lane
+// (valid until the thread waits again).
+constexpr int kWarpWords = 3;
+using WarpValues = const uint64_t (*)[warpSize];
+WarpValues wait_for_warp(unsigned mask, std::initializer_list<uint64_t> values, const Place& place);
 // The value of a lane, which must be in the mask.
 uint64_t lane_value(const uint64_t* values, unsigned mask, int lane, const Place& place);
 int this_lane();
@@ -74,7 +78,7 @@ T shuffle(unsigned mask, T value, int width, const Place& place, const F& source
     static_assert(sizeof(T) <= sizeof(uint64_t));
     uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
-    const uint64_t* values = wait_for_warp(mask, bits, place);
+    const uint64_t* values = *wait_for_warp(mask, {bits}, place);
     const int segment = this_lane() / width * width, lane = source(this_lane() - segment);
     if (lane < 0 || lane >= width) return value;
     bits = lane_value(values, mask, segment + lane, place);
@@ -84,7 +88,7 @@ T shuffle(unsigned mask, T value, int width, const Place& place, const F& source
 
 template <class T, class F>
 T reduce(unsigned mask, T value, const Place& place, const F& combine) {
-    const uint64_t* values = wait_for_warp(mask, static_cast<uint64_t>(value), place);
+    const uint64_t* values = *wait_for_warp(mask, {static_cast<uint64_t>(value)}, place);
     bool first = true;
     for (int lane = 0; lane < warpSize; ++lane)
         if (mask >> lane & 1) {
@@ -100,7 +104,7 @@ T reduce(unsigned mask, T value, const Place& place, const F& combine) {
 
 inline void __syncthreads(PTQ_PLACE) { cuda_on_cpu::wait_for_block(place); }
 inline void __syncwarp(unsigned mask = cuda_on_cpu::kAllLanes, PTQ_PLACE) {
-    cuda_on_cpu::wait_for_warp(mask, 0, place);
+    cuda_on_cpu::wait_for_warp(mask, {}, place);
 }
 
 template <class T>

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -33,9 +34,10 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     int thread = -1;
     State state = State::running;
-    Place place;                                // where it waits
-    unsigned mask = 0;                          // for which lanes
-    uint64_t value = 0, lane_values[warpSize];  // what it brings to a warp function, and gets
+    Place place;                                 // where it waits
+    unsigned mask = 0;                           // for which lanes
+    uint64_t values[kWarpWords] = {};            // what it brings to a warp function
+    uint64_t lane_values[kWarpWords][warpSize];  // and gets
     void* asan_stack = nullptr;
 };
 
@@ -132,9 +134,10 @@ bool release() {
         const bool warp = fiber->state == State::waiting_for_warp;
         const int first = warp ? t / warpSize * warpSize : 0, last = warp ? first + warpSize : block.threads;
         const unsigned mask = fiber->mask;
-        uint64_t values[warpSize] = {};
+        uint64_t values[kWarpWords][warpSize] = {};
         for (int i = first; warp && i < last; ++i)
-            if (mask >> (i - first) & 1) values[i - first] = block.of_thread[i]->value;
+            for (int word = 0; word < kWarpWords; ++word)
+                if (mask >> (i - first) & 1) values[word][i - first] = block.of_thread[i]->values[word];
         for (int i = first; i < last; ++i) {
             if (warp && !(mask >> (i - first) & 1)) continue;
             std::memcpy(block.of_thread[i]->lane_values, values, sizeof(values));
@@ -211,11 +214,11 @@ void wait(State state, const Place& place) {
 
 void wait_for_block(const Place& place) { wait(State::waiting_for_block, place); }
 
-const uint64_t* wait_for_warp(unsigned mask, uint64_t value, const Place& place) {
+WarpValues wait_for_warp(unsigned mask, std::initializer_list<uint64_t> values, const Place& place) {
     if (!(mask >> this_lane() & 1))
         fail(position(current->thread) + " is not in the mask of the warp function at " + position(place));
     current->mask = mask;
-    current->value = value;
+    std::copy(values.begin(), values.end(), current->values);
     wait(State::waiting_for_warp, place);
     return current->lane_values;
 }

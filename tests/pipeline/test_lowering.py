@@ -1,0 +1,253 @@
+"""Execution in integers: it computes what the simulated network computes, and the result is a good citizen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import architectures
+import networks
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ptq4cuda
+from ptq4cuda import QuantConfig, quantize
+from ptq4cuda.integer import max_pool_codes
+from ptq4cuda.metrics import Noise, compare
+from ptq4cuda.nn import QuantModule, QuantTensor
+from ptq4cuda.record import record_of
+
+FAST = QuantConfig.fast()
+
+
+def both(model: nn.Module, batch: Tensor, config: QuantConfig = FAST) -> tuple[nn.Module, nn.Module]:
+    """Return a network simulated and in integers."""
+    return tuple(  # type: ignore[return-value]
+        quantize(model, [batch], replace(config, execution=execution), progress=False)
+        for execution in ("simulate", "integer")
+    )
+
+
+def sqnr(expected: object, found: object) -> float:
+    noise = Noise()
+    noise.add(expected, found)
+    return 200.0 if noise.sqnr is None else noise.sqnr
+
+
+def executions(network: nn.Module) -> set[str]:
+    return {layer.execution for layer in record_of(network).layers}
+
+
+@pytest.mark.parametrize("config", [FAST, QuantConfig(), replace(FAST, activation_granularity="per_tensor")])
+def test_integer_is_simulate(model: nn.Module, images: Tensor, config: QuantConfig) -> None:
+    simulated, integer = both(model, images, config)
+    assert executions(integer) == {"integer"}
+    assert sqnr(simulated(images), integer(images)) > 30.0
+    assert sqnr(simulated(images.half().float()), integer(images.half().float())) > 30.0
+
+
+class Block(nn.Module):
+    """A tensor with three readers: two convolutions of other bits and a sum; a pooled one; a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.c = nn.Conv2d(16, 8, 1)
+        self.d = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        a, b = F.relu(self.a(x) + x), F.leaky_relu(self.b(x), 0.2)
+        y = F.max_pool2d(torch.cat([a, b], 1), 3, stride=2, padding=1)
+        return self.d(F.relu(self.c(y)))
+
+
+def exact(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the codes that every quantized layer reads."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def on_call(module: QuantModule, args: tuple[Tensor, ...]) -> None:
+            codes = args[0]
+            if codes.dtype != torch.uint8:
+                assert module.activation is not None
+                codes = module.activation.quantize(codes)
+            seen[name] = codes.int()
+
+        return on_call
+
+    hooks = [
+        module.register_forward_pre_hook(hook(name))
+        for name, module in network.named_modules()
+        if isinstance(module, QuantModule)
+    ]
+    network(x)
+    for handle in hooks:
+        handle.remove()
+    return seen
+
+
+def test_layers_read_the_same_codes_but_for_ties(images: Tensor) -> None:
+    torch.manual_seed(3)
+    simulated, integer = both(Block().eval(), images)
+    expected, found = exact(simulated, images), exact(integer, images)
+    assert expected.keys() == found.keys() and len(found) == 5
+    for name, codes in expected.items():
+        different = (codes != found[name]).float().mean().item()
+        assert different < 1e-3, f"{name}: {different}"
+        assert (codes - found[name]).abs().max() <= 1
+
+
+def test_codes_flow_through_pooling_and_concatenation(images: Tensor) -> None:
+    torch.manual_seed(3)
+    _, integer = both(Block().eval(), images)
+    float_values = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def on_call(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if args[0].dtype != torch.uint8:
+                float_values.append(name)
+
+        return on_call
+
+    for name, module in integer.named_modules():
+        if isinstance(module, QuantModule):
+            module.register_forward_hook(hook(name))
+    integer(images)
+    assert float_values == []
+    assert any(node.target is max_pool_codes for node in integer.graph.nodes)  # type: ignore[union-attr]
+
+
+def test_residual_operands_have_8_bits_in_both_executions(images: Tensor) -> None:
+    torch.manual_seed(3)
+    for network in both(Block().eval(), images):
+        marked = [module for module in network.modules() if isinstance(module, QuantTensor)]
+        assert len(marked) == 1 and marked[0].bits.tolist() == [8] * 8
+    simulated = quantize(Block().eval(), [images], QuantConfig.paper(), progress=False)
+    assert not any(isinstance(module, QuantTensor) for module in simulated.modules())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (3, 2), "stride": (1, 3), "padding": (1, 0), "dilation": (2, 1)},
+    ],
+)
+def test_max_pool_codes(arguments: dict[str, object]) -> None:
+    x = torch.randint(0, 256, (2, 5, 13, 11), dtype=torch.uint8)
+    expected = F.max_pool2d(x.float(), **arguments)  # type: ignore[arg-type]
+    assert torch.equal(max_pool_codes(x, **arguments).float(), expected)  # type: ignore[arg-type]
+
+
+def test_what_cannot_run_in_integers_says_why(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model, [images], QuantConfig.paper(), progress=False)
+    assert executions(network) == {"simulate"}
+    assert "not folded" in ptq4cuda.report(network)
+    with pytest.raises(ValueError, match=r"cannot be executed in integers: .*not folded"):
+        quantize(model, [images], replace(QuantConfig.paper(), execution="integer"), progress=False)
+
+
+def test_padding_of_other_modes_stays_simulated(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+    )
+    simulated, integer = both(net.eval(), images)
+    assert [layer.execution for layer in record_of(integer).layers] == ["integer", "simulate"]
+    assert "reflect" in record_of(integer).layers[1].reason
+    assert sqnr(simulated(images), integer(images)) > 30.0
+
+
+def test_walked_by_modules(model: nn.Module, images: Tensor) -> None:
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x if x.sum() > -1e9 else x * 0)
+
+    simulated, integer = both(Untraceable().eval(), images)
+    assert record_of(integer).walked_by == "modules"
+    assert executions(integer) == {"integer", "float"}  # the BatchNorms, which are not folded then
+    assert sqnr(simulated(images), integer(images)) > 30.0
+
+
+def test_files_copies_and_state(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    simulated, integer = both(model, images)
+    expected = integer(images)
+    ptq4cuda.save(integer, tmp_path / "integer.ptq4")
+    loaded = ptq4cuda.load(tmp_path / "integer.ptq4", model)
+    assert executions(loaded) == {"integer"}
+    assert torch.equal(loaded(images), expected)
+    assert torch.equal(copy.deepcopy(integer)(images), expected)
+    state, other = integer.state_dict(), simulated.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    assert torch.equal(loaded.to(torch.float16).float()(images), expected)  # quantizers and weights keep their dtypes
+    with pytest.raises(RuntimeError, match=r"executes in integers; load files with ptq4cuda\.load"):
+        integer.load_state_dict(state)
+
+
+def test_a_file_is_the_same_in_both_executions_but_for_the_record(
+    model: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        ptq4cuda.save(quantize(model, [images], progress=False), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_batch_and_size_and_layout_are_free(model: nn.Module, images: Tensor) -> None:
+    _, integer = both(model, images)
+    assert torch.equal(integer(images[:5]), integer(images)[:5])
+    assert integer(torch.randn(2, 3, 30, 18)).shape == (2, 5)
+    assert torch.equal(integer(images.contiguous(memory_format=torch.channels_last)), integer(images))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(integer(images), integer(images))
+
+
+def test_compiles_to_one_graph(model: nn.Module, images: Tensor) -> None:
+    _, integer = both(model, images)
+    compiled = torch.compile(integer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (images, images[:7]):
+        assert torch.equal(compiled(batch), integer(batch))
+
+
+def test_half_precision_model(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model.to(torch.bfloat16), [images.to(torch.bfloat16)], FAST, progress=False)
+    assert executions(network) == {"integer"}
+    assert network(images.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
+def test_architectures(name: str) -> None:
+    batch = architectures.images(4, 64, seed=1)
+    net = architectures.ARCHITECTURES[name](num_classes=10, width=0.25)
+    net = architectures.calibrate_batch_norm(net, architectures.images(8, 64)).eval()
+    simulated, integer = both(net, batch, replace(FAST, weight_bits=8, activation_bits=8))
+    assert "integer" in executions(integer), record_of(integer).layers[0].reason
+    with torch.no_grad():
+        assert sqnr(simulated(batch), integer(batch)) > 20.0
+
+
+def test_weights_in_memory(resnet20: networks.Subject) -> None:
+    network = quantize(resnet20.model, [resnet20.calibration[:64]], FAST, progress=False)
+    held = sum(b.numel() * b.element_size() for m in network.modules() for b in m._buffers.values() if b is not None)
+    assert held <= 0.30 * record_of(network).float_bytes
+
+
+@pytest.mark.parametrize("subject", ["resnet20", "mobilenet"])
+def test_real_networks(subject: str, request: pytest.FixtureRequest) -> None:
+    real: networks.Subject = request.getfixturevalue(subject)
+    simulated, integer = both(real.model, real.calibration[:64])
+    result = compare(simulated, integer, real.test)
+    assert result.agreement >= 99.0 and result.sqnr >= 25.0
+    a, b = (compare(real.model, network, real.test) for network in (simulated, integer))
+    assert abs(a.agreement - b.agreement) <= 1.0 and abs(a.sqnr - b.sqnr) <= 0.3
