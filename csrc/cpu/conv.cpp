@@ -239,7 +239,8 @@ private:
     // In vectors; what the compiler takes for so few bytes is slow to start.
     template <size_t N>
     static void clear(int32_t (&sums)[N]) {
-        const simd::UShort8 zero = {};
+        using Four = int32_t __attribute__((vector_size(16)));
+        const Four zero = {};
 #pragma GCC unroll 48
         for (size_t i = 0; i < N; i += 4) std::memcpy(sums + i, &zero, sizeof zero);
     }
