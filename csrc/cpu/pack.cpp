@@ -166,8 +166,8 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
             uint32_t words[kWords * kPixels] = {};
             simd::Block<T, kPixels> values[kWord];
             for (int64_t w = 0; w < tile.words; ++w) {
-                const int64_t channel = tile.channel + w * kWord,
-                              count = std::min<int64_t>(kWord, channels - channel);
+                const int64_t channel = tile.channel + w * kWord;
+                const int64_t count = std::min<int64_t>(kWord, channels - channel);
                 w + 1 < tile.words ? fetch(tile, channel + kWord) : fetch(next, next.channel);
                 WordRows<Value> rows;
                 for (int64_t k = 0; k < kWord; ++k) {

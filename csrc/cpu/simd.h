@@ -77,7 +77,7 @@ void run(Args... args) {
     Kernel::run(args...);
 }
 
-// --- 16-bit floats -------------------------------------------------------------------------------------------------
+// --- 16-bit floats ---
 //
 // Conversions without branches, so that loops over them vectorise. Magnitudes are compared as signed numbers: AVX2
 // has no comparison of unsigned ones.
@@ -127,8 +127,7 @@ PTQ_INLINE void store(float v, Half& y) {
     y.x = static_cast<uint16_t>(bits | (word >> 16 & 0x8000));
 }
 
-// --- blocks
-// ---------------------------------------------------------------------------------------------------------
+// --- blocks ---
 //
 // Halves are converted a block at a time, in memory that stays in the first-level cache: compilers know the
 // instructions for it only by name, and names of instructions cannot be in loops that are compiled for several sets.
@@ -214,8 +213,7 @@ private:
     alignas(64) Value values_[kConverts ? kSize : 1];
 };
 
-// --- memory
-// ---------------------------------------------------------------------------------------------------------
+// --- memory ---
 
 // Asks for the next `bytes` bytes of what lies from `from` to `end`.
 PTQ_INLINE void prefetch(const char*& from, const char* end, int64_t bytes) {

@@ -112,6 +112,18 @@ __device__ __forceinline__ int place(const Tiles& tiles, int pixel, int word) {
     return pixel * (tiles.words() + 1) + word;
 }
 
+// The packed words of a tile: f(place in the shared tile, first byte in the packed tensor, bytes).
+template <class F>
+__device__ __forceinline__ void for_each_word(const Tiles& tiles, int total_words, int64_t first_pixel,
+                                              int64_t first_channel, const F& f) {
+    for (int i = threadIdx.x; i < total_words; i += kThreads) {
+        const int pixel = i >> tiles.log_words, word = i & (tiles.words() - 1);
+        const int64_t c = first_channel + word * kCodes;
+        if (first_pixel + pixel >= tiles.pixels) break;
+        f(place(tiles, pixel, word), (first_pixel + pixel) * tiles.bytes + c / 2, tiles.word_bytes(c));
+    }
+}
+
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     pack_tiles_kernel(const T* x, uint8_t* packed, QuantizerTable table, Tiles tiles) {
@@ -147,18 +159,14 @@ __global__ void __launch_bounds__(kThreads)
             for (int j = 0; j < V; ++j) tile[place(tiles, pixel + j, word)] = words[j];
         });
         __syncthreads();
-        for (int i = threadIdx.x; i < kWords; i += kThreads) {
-            const int pixel = i >> tiles.log_words, word = i & (tiles.words() - 1);
-            const int64_t c = first_channel + word * kCodes;
-            if (first_pixel + pixel >= tiles.pixels) break;
-            uint8_t* to = packed + (first_pixel + pixel) * tiles.bytes + c / 2;
-            const uint32_t value = tile[place(tiles, pixel, word)];
-            if (tiles.words_aligned && tiles.word_bytes(c) == 4) {
-                *reinterpret_cast<uint32_t*>(to) = value;
+        for_each_word(tiles, kWords, first_pixel, first_channel, [&](int at, int64_t byte, int count) {
+            uint8_t* to = packed + byte;
+            if (tiles.words_aligned && count == 4) {
+                *reinterpret_cast<uint32_t*>(to) = tile[at];
             } else {
-                for (int b = 0; b < tiles.word_bytes(c); ++b) to[b] = static_cast<uint8_t>(value >> (8 * b));
+                for (int b = 0; b < count; ++b) to[b] = static_cast<uint8_t>(tile[at] >> (8 * b));
             }
-        }
+        });
         // The barrier after the next quantizers also ends the reading of this tile.
     }
 }
@@ -173,19 +181,16 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t t = blockIdx.x; t < tiles.count; t += gridDim.x) {
         const int64_t first_pixel = tiles.first_pixel(t, kWords), first_channel = tiles.first_channel(t);
         stage_quantizers(quantizers, table, tiles, first_channel);
-        for (int i = threadIdx.x; i < kWords; i += kThreads) {
-            const int pixel = i >> tiles.log_words, word = i & (tiles.words() - 1);
-            const int64_t c = first_channel + word * kCodes;
-            if (first_pixel + pixel >= tiles.pixels) break;
-            const uint8_t* from = packed + (first_pixel + pixel) * tiles.bytes + c / 2;
+        for_each_word(tiles, kWords, first_pixel, first_channel, [&](int at, int64_t byte, int count) {
+            const uint8_t* from = packed + byte;
             uint32_t value = 0;
-            if (tiles.words_aligned && tiles.word_bytes(c) == 4) {
+            if (tiles.words_aligned && count == 4) {
                 value = *reinterpret_cast<const uint32_t*>(from);
             } else {
-                for (int b = 0; b < tiles.word_bytes(c); ++b) value |= uint32_t{from[b]} << (8 * b);
+                for (int b = 0; b < count; ++b) value |= uint32_t{from[b]} << (8 * b);
             }
-            tile[place(tiles, pixel, word)] = value;
-        }
+            tile[at] = value;
+        });
         __syncthreads();
         for_each_task<V>(tiles, first_pixel, [&](int pixel, int word) {
             const int64_t n = tiles.sample(first_pixel + pixel), c = first_channel + word * kCodes;
