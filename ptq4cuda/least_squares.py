@@ -64,8 +64,9 @@ def _variances(covariance: Tensor) -> Tensor:
 
 def _solve(moments: Moments, weight: Tensor, ridge: float) -> Tensor:
     covariance = moments.covariance
-    # Where all inputs are constant any weights do; the smallest of ridges then returns the float ones.
-    damping = (ridge * _variances(covariance)).clamp_min(torch.finfo(torch.float32).tiny)
+    # Where all inputs are constant any weights do; a ridge above the rounding of the sums returns the float ones.
+    floor = 1e-9 * (moments.uu.diagonal(dim1=1, dim2=2) / moments.count).mean(1, keepdim=True)
+    damping = torch.maximum(ridge * _variances(covariance), floor).clamp_min(torch.finfo(torch.float32).tiny)
     right = moments.cross + damping[:, None, :] * weight
     return torch.cholesky_solve(right.mT, torch.linalg.cholesky(covariance + torch.diag_embed(damping))).mT
 

@@ -43,13 +43,21 @@ class Moments:
 
     @classmethod
     def of(cls, u: Tensor, t: Tensor) -> Moments:
-        """Sum up samples u float32 [G, n, d] and t float32 [G, n, R]."""
+        """Sum up samples u float32 [G, n, d] and t float32 [G, n, R].
+
+        Products of float32 are summed about the mean: of values far from zero little else would be left.
+        """
+        n = u.shape[1]
+        mean_u, mean_t = u.mean(1, keepdim=True), t.mean(1, keepdim=True)
+        u, t = u - mean_u, t - mean_t
+        mu, mt = mean_u.double(), mean_t.double()
+        su, st = u.sum(1, keepdim=True, dtype=torch.float64), t.sum(1, keepdim=True, dtype=torch.float64)
         return cls(
-            u.shape[1],
-            (u.mT @ u).double(),
-            (t.mT @ u).double(),
-            u.sum(1, dtype=torch.float64),
-            t.sum(1, dtype=torch.float64),
+            n,
+            (u.mT @ u).double() + mu.mT @ su + su.mT @ mu + n * (mu.mT @ mu),
+            (t.mT @ u).double() + mt.mT @ su + st.mT @ mu + n * (mt.mT @ mu),
+            (su + n * mu).squeeze(1),
+            (st + n * mt).squeeze(1),
         )
 
     def __add__(self, other: Moments) -> Moments:

@@ -24,9 +24,8 @@ Rounding = Literal["nearest", "compensated", "descent"]
 ROUNDINGS = get_args(Rounding)
 
 _BLOCK = 64  # inputs that are rounded before the rest of the row is brought up to date
-# Parts of a row's range, tried for the scale to start from. The small ones are for rows whose largest weights belong
-# to inputs that hardly vary, as folded scales of channels with few bits make them.
-_SHRINKS = [*(0.3 * 0.7**i for i in range(8, 0, -1)), *(i / 40 for i in range(12, 41))]
+_SHRINKS = [i / 40 for i in range(12, 41)]  # of a row's range, tried for the scale to start from
+_QUIET = 0.01  # of the mean variance: inputs of less may have weights beyond a row's range
 _STARTS = (0.85, 1.0, 1.2)  # times that scale
 _SWEEPS = 4
 _DAMPING = 0.01  # of the mean diagonal, for the inverse in compensated rounding
@@ -42,6 +41,7 @@ def round_to_nearest(weight: Tensor, bits: Tensor) -> QuantizedWeight:
     rows = weight.flatten(1)
     low, high = rows.aminmax(dim=1)
     widest = torch.maximum(-low, high)
+    widest = torch.where(widest > 0, widest, 1.0)  # zeros have the code of zero like those of other rows
     full = bits == 8
     low, high = torch.where(full, -widest * (128 / 127), low), torch.where(full, widest, high)
     quantizer = QuantParams.from_range(low, high, bits, axis=0, constant=rows.double().mean(1))
@@ -103,24 +103,28 @@ class _Rows:
     def start(cls, weight: Tensor, bits: Tensor, h: Tensor) -> _Rows:
         """Round to nearest with the scale, a part of the row's range, that does least harm.
 
-        The inputs count by their variances alone here: this runs once for each scale that is tried.
+        Two ranges are tried: that of all weights, and that of inputs that vary. A folded scale makes the weights of
+        an input large that has few bits because it hardly varies. The inputs count by their variances alone here:
+        this runs once for each scale that is tried.
         """
-        qmax = torch.exp2(bits) - 1.0
-        low, high = weight.amin(-1).clamp_max(0.0), weight.amax(-1).clamp_min(0.0)
-        symmetric = torch.maximum(-low / 128.0, high / 127.0)
-        step = torch.where(bits == 8, symmetric, (high - low) / qmax).clamp_min(torch.finfo(torch.float32).tiny)
+        variances = h.diagonal(dim1=1, dim2=2)[:, None, :]
+        loud = variances > _QUIET * variances.mean(-1, keepdim=True)
         best: _Rows | None = None
-        least = torch.full_like(step, torch.inf)
-        for shrink in _SHRINKS:
-            scale = step * shrink
-            rows = cls(weight, bits, h, scale, _snap(low / step, bits), torch.empty(0))
-            rows.codes = rows.nearest(weight)
-            error = (rows.difference().square() * h.diagonal(dim1=1, dim2=2)[:, None, :]).sum(-1)
-            if best is None:
-                best = rows
-            better = error < least
-            least = torch.where(better, error, least)
-            best.take(rows, better)
+        least = torch.full_like(bits, torch.inf)
+        for within in [weight] if bool(loud.all()) else [weight, weight * loud]:
+            low, high = within.amin(-1).clamp_max(0.0), within.amax(-1).clamp_min(0.0)
+            symmetric = torch.maximum(-low / 128.0, high / 127.0)
+            step = torch.where(bits == 8, symmetric, (high - low) / (torch.exp2(bits) - 1.0))
+            step = step.clamp_min(torch.finfo(torch.float32).tiny)
+            for shrink in _SHRINKS:
+                rows = cls(weight, bits, h, step * shrink, _snap(low / step, bits), torch.empty(0))
+                rows.codes = rows.nearest(weight)
+                error = (rows.difference().square() * variances).sum(-1)
+                if best is None:
+                    best = rows
+                better = error < least
+                least = torch.where(better, error, least)
+                best.take(rows, better)
         assert best is not None
         return best
 

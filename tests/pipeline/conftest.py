@@ -66,5 +66,15 @@ def resnet20(real_data: None) -> networks.Subject:
 
 
 @pytest.fixture(scope="session")
+def resnet20_512(real_data: None) -> networks.Subject:
+    return networks.resnet20(calibration_images=512)
+
+
+@pytest.fixture(scope="session")
+def mobilenet_128(real_data: None) -> networks.Subject:
+    return networks.mobilenet()
+
+
+@pytest.fixture(scope="session")
 def mobilenet(real_data: None) -> networks.Subject:
     return networks.mobilenet(calibration_images=64, test_images=100)

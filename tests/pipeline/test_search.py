@@ -93,8 +93,8 @@ def test_search_is_near_the_best_range(bits: int, exponent: float) -> None:
     # The search minimises the paper's model of the noise, brute force the noise itself: a histogram of few levels,
     # which zero must be one of, is up to a quarter worse where the range is not a multiple of the step.
     least = brute_force(h, bits, exponent)
-    # Its model takes values to be spread over the steps that they are rounded with: no model for one step from zero
-    # to values far away from it.
+    # Its model takes values to be spread over the steps that they are rounded with, which is wrong for one step from
+    # zero to values far away from it.
     ratio = (found / least)[: -1 if bits == 1 else None]
     assert bool((ratio <= (1.6 if bits == 2 else 1.35)).all()), dict(zip(DISTRIBUTIONS, ratio.tolist(), strict=False))
     assert float(ratio.median()) <= 1.15
