@@ -225,6 +225,8 @@ class Deep(nn.Module):
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(6))
         self.fc = nn.Linear(8, 5)
+        for layer in self.layers:  # so that the signal does not fade on the way
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         if bad is not None:
             with torch.no_grad():  # one output channel of huge weights that the next layer hardly reads
                 self.layers[bad].weight[:, 0] *= 0.005
