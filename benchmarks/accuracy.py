@@ -2,9 +2,9 @@
 
 Three parts: 4-bit activations with 8-bit weights, 4-bit weights with 8-bit activations, and 4 bits for both, each
 with every method of the paper alone and with all of them, beside the baseline that the paper compares with (KLD).
-Then the steps that lead to the default. First convolution and last layer at 8 bits, and in the default depthwise ones;
-statistics from the calibration images, not from the test images; every input of a layer is quantized, residual sums
-included.
+Then the steps that lead to the default. First convolution and last layer at 8 bits, and in the default depthwise
+ones; statistics from the calibration images, not from the test images; every input of a layer is quantized,
+residual sums included.
 """
 
 from __future__ import annotations
