@@ -1,6 +1,6 @@
 """What 4 bits cost: python benchmarks/accuracy.py [--network resnet20 | --model module:function --images FOLDER].
 
-Three tables of the paper (4-bit activations with 8-bit weights, 4-bit weights with 8-bit activations, 4 bits of each),
+Three tables of the paper (4-bit activations with 8-bit weights, 4-bit weights with 8-bit activations, 4 of each),
 each with every method alone and with all of them, and the ladder of the default recipe, one step at a time. All rows
 quantize every input of a layer, residual sums included, with statistics measured once on the calibration images.
 
@@ -93,6 +93,8 @@ def ladder(images: int) -> list[Method]:
         "default, depthwise at 4 bits": replace(full, depthwise_bits=None),
         "default, 4 bits for every channel": replace(full, activation_allocation="uniform"),
         "default, one scale per tensor": replace(full, activation_granularity="per_tensor"),
+        "default with 8-bit activations": replace(full, activation_bits=8),
+        "default with 8-bit weights": replace(full, weight_bits=8),
     }
     methods = [Method("ladder", name, config, images) for name, config in rows.items()]
     return [*methods, Method("ladder", f"default, {images // 8} images", full, images // 8)]

@@ -30,6 +30,7 @@ CONFIGS = {
     "W4A8 paper": QuantConfig.paper(4, 8),
     "W4A4 naive": QuantConfig.naive(),
     "W4A4 paper": QuantConfig.paper(),
+    "W4A4 default": QuantConfig(),
 }
 
 
@@ -161,7 +162,7 @@ def results_table(rows: list[Row], float_bytes: int) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw agreement and SQNR of naive and paper quantization side by side."""
+    """Draw agreement and SQNR of the configurations side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -172,11 +173,13 @@ def draw(rows: list[Row], path: Path) -> None:
         ("same class as float, %", "SQNR of the logits, dB"),
         strict=True,
     ):
-        for shift, (method, colour) in enumerate((("naive", "#b0b7c3"), ("paper", "#2a6fdb"))):
-            values = [getattr(row.result, field) for row in rows if row.name.endswith(method)]
-            bars = axes.bar(
-                [i + 0.4 * shift - 0.2 for i in range(len(values))], values, 0.38, color=colour, label=method
-            )
+        for shift, (method, colour) in enumerate(
+            (("naive", "#b0b7c3"), ("paper", "#2a6fdb"), ("default", "#12355b"))
+        ):
+            shown = [row for row in rows if row.name.endswith(method)]
+            places = [settings.index(row.name.split()[0]) + 0.28 * (shift - 1) for row in shown]
+            values = [getattr(row.result, field) for row in shown]
+            bars = axes.bar(places, values, 0.26, color=colour, label=method)
             axes.bar_label(bars, fmt="%.1f", fontsize=8)
         axes.set_xticks(range(len(settings)), settings)
         axes.set_ylabel(label)
@@ -184,6 +187,6 @@ def draw(rows: list[Row], path: Path) -> None:
         if field == "agreement":
             lowest = min(row.result.agreement for row in rows)
             axes.set_ylim(max(0.0, lowest - 0.5 * (100.0 - lowest) - 1.0), 100.5)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     figure.suptitle("Handwritten digits: a float network and its 4-bit forms", x=0.02, ha="left")
     figure.savefig(path, dpi=150)

@@ -41,6 +41,25 @@ struct Tile {
 
 // --- from sums to outputs ------------------------------------------------------------------------------------------
 
+// Where outputs go. Their type is no template parameter: it matters in one place only, and there are enough kernels.
+struct Output {
+    void* y;
+    ScalarType dtype;
+    bool aligned;  // kVector outputs, and as many codes of the residual, are one vector in memory
+};
+
+template <int V, class T>
+__device__ __forceinline__ void put(const Output& output, int64_t at, int count, const float (&values)[V]) {
+    T* y = static_cast<T*>(output.y) + at;
+    Vector<T, V> v;
+#pragma unroll
+    for (int j = 0; j < V; ++j) v.at[j] = static_cast<T>(values[j]);
+    if (count == V) return store<V>(y, v, output.aligned);
+#pragma unroll  // registers have no index at run time
+    for (int j = 0; j < V; ++j)
+        if (j < count) y[j] = v.at[j];
+}
+
 // What the outputs of V neighbouring channels need, kept in registers from pixel to pixel.
 template <int V>
 struct Channels {
@@ -61,58 +80,61 @@ struct Channels {
     }
 };
 
-// The place of an output pixel, and which of its taps are inside of the image: [top, bottom) x [left, right).
+__device__ __forceinline__ bool inside(int i, int size) { return 0 <= i && i < size; }
+
+// The place of an output pixel in the input.
 struct Pixel {
-    int64_t image;        // of the batch
-    int64_t row, column;  // of the first tap, may be negative
+    int64_t image;    // of the batch
+    int row, column;  // of the first tap, may be negative
 
     __device__ __forceinline__ Pixel(const ConvShape& s, int64_t index) {
-        const int64_t in_image = index % s.out.area();
-        image = index / s.out.area();
-        row = in_image / s.out.width * s.stride.height - s.padding.height;
-        column = in_image % s.out.width * s.stride.width - s.padding.width;
+        const int width = static_cast<int>(s.out.width), area = static_cast<int>(s.out.area());
+        const int in_image = static_cast<int>(index % area);
+        image = index / area;
+        row = in_image / width * static_cast<int>(s.stride.height) - static_cast<int>(s.padding.height);
+        column = in_image % width * static_cast<int>(s.stride.width) - static_cast<int>(s.padding.width);
     }
 };
 
-template <class I>
-__device__ __forceinline__ bool inside(I i, I size) {
-    return 0 <= i && i < size;
+// Calls f(tap, row, column) for the taps of a pixel that are inside of the image.
+template <class F>
+__device__ __forceinline__ void for_each_tap(const ConvShape& s, const Pixel& pixel, const F& f) {
+    const int height = static_cast<int>(s.in.height), width = static_cast<int>(s.in.width);
+    const int down = static_cast<int>(s.dilation.height), right = static_cast<int>(s.dilation.width);
+    const int rows = static_cast<int>(s.kernel.height), columns = static_cast<int>(s.kernel.width);
+    for (int r = 0, row = pixel.row; r < rows; ++r, row += down)
+        for (int c = 0, column = pixel.column; c < columns; ++c, column += right)
+            if (inside(row, height) && inside(column, width)) f(r * columns + c, row, column);
 }
 
 // Finishes sums of V neighbouring channels of one pixel, from channel `first` on, without the share of zero points.
-template <int V, class T>
+template <int V>
 __device__ __forceinline__ void finish(const ConvProblem& problem, const Channels<V>& of, int64_t pixel,
-                                       int64_t first, int32_t (&sums)[V], T* y, bool aligned) {
+                                       int64_t first, const int32_t (&sums)[V], const Output& output) {
     const int64_t at = pixel * problem.shape.out_channels + first;
-    const bool whole = of.count == V;
     Vector<uint8_t, V> residual{};
     if (problem.residual) {
-        if (whole) {
-            residual = load<V>(problem.residual + at, aligned);
+        if (of.count == V) {
+            residual = load<V>(problem.residual + at, output.aligned);
         } else {
-#pragma unroll  // registers have no index at run time
+#pragma unroll
             for (int j = 0; j < V; ++j)
                 if (j < of.count) residual.at[j] = problem.residual[at + j];
         }
     }
-    Vector<T, V> out;
+    float values[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-        float v = scaled_sum(sums[j], of.scale[j], of.bias[j]);
-        if (problem.residual) v += value(static_cast<float>(residual.at[j]), of.residual[j]);
-        v = activated(v, problem.activation.negative_slope, problem.activation.upper);
-        if constexpr (std::is_same_v<T, uint8_t>) {
-            out.at[j] = code(v, of.out[j]);
-        } else {
-            out.at[j] = static_cast<T>(v);
-        }
+        values[j] = scaled_sum(sums[j], of.scale[j], of.bias[j]);
+        if (problem.residual) values[j] += value(static_cast<float>(residual.at[j]), of.residual[j]);
+        values[j] = activated(values[j], problem.activation.negative_slope, problem.activation.upper);
+        if (output.dtype == ScalarType::Byte) values[j] = static_cast<float>(int_code(values[j], of.out[j]));
     }
-    if (whole) {
-        store<V>(y + at, out, aligned);
-    } else {
-#pragma unroll
-        for (int j = 0; j < V; ++j)
-            if (j < of.count) y[at + j] = out.at[j];
+    switch (output.dtype) {
+        case ScalarType::Byte: return put<V, uint8_t>(output, at, of.count, values);
+        case ScalarType::Half: return put<V, torch::headeronly::Half>(output, at, of.count, values);
+        case ScalarType::BFloat16: return put<V, torch::headeronly::BFloat16>(output, at, of.count, values);
+        default: return put<V, float>(output, at, of.count, values);
     }
 }
 
@@ -129,14 +151,11 @@ __device__ __forceinline__ void subtract_zeros(const ConvProblem& problem, int c
         for (int j = 0; j < V; ++j) sums[j] -= all[j];
         return;
     }
-    for (int64_t tap = 0; tap < s.kernel.area(); ++tap) {
-        const int64_t row = pixel.row + tap / s.kernel.width * s.dilation.height;
-        const int64_t column = pixel.column + tap % s.kernel.width * s.dilation.width;
-        if (!inside(row, s.in.height) || !inside(column, s.in.width)) continue;
+    for_each_tap(s, pixel, [&](int tap, int, int) {
 #pragma unroll
         for (int j = 0; j < V; ++j)
             if (j < count) sums[j] -= problem.zero_sums[tap * s.out_channels + first + j];
-    }
+    });
 }
 
 __device__ __forceinline__ int32_t sum_of_zeros(const ConvProblem& problem, int64_t output) {
@@ -157,8 +176,8 @@ struct Source {
     int row, column;  // of the first tap
 };
 
-template <int kWarps, Fetch fetch, class T>
-__global__ void __launch_bounds__(Tile<kWarps>::threads) conv_kernel(ConvProblem problem, T* y, bool aligned) {
+template <int kWarps, Fetch fetch>
+__global__ void __launch_bounds__(Tile<kWarps>::threads) conv_kernel(ConvProblem problem, Output output) {
     using Shape = Tile<kWarps>;
     constexpr int kThreadsPerRow = kChunk / 4, kRows = 2;  // a thread fetches 4 words of 2 pixels
     static_assert(Shape::pixels * kThreadsPerRow == kRows * Shape::threads);
@@ -185,8 +204,8 @@ __global__ void __launch_bounds__(Tile<kWarps>::threads) conv_kernel(ConvProblem
         const int64_t index = first_pixel + thread / kThreadsPerRow + i * (Shape::pixels / kRows);
         const Pixel pixel(s, min(index, pixels - 1));  // the sums of pixels that do not exist are not stored
         sources[i].image = problem.x + pixel.image * s.in.area() * s.channels + group * channels;
-        sources[i].row = static_cast<int>(pixel.row);
-        sources[i].column = static_cast<int>(pixel.column);
+        sources[i].row = pixel.row;
+        sources[i].column = pixel.column;
     }
 
     const auto fetch_chunk = [&](int chunk, uint32_t* stage) {
@@ -294,7 +313,7 @@ __global__ void __launch_bounds__(Tile<kWarps>::threads) conv_kernel(ConvProblem
         for (int j = 0; j < kVector; ++j) four[j] = gathered[p * kSumRow + mine + j];
         if (problem.zero_sums)
             subtract_zeros(problem, of.count, first_pixel + p, first_output + mine, zeros + mine, four);
-        finish(problem, of, first_pixel + p, first_output + mine, four, y, aligned);
+        finish(problem, of, first_pixel + p, first_output + mine, four, output);
     }
 }
 
@@ -303,8 +322,8 @@ __global__ void __launch_bounds__(Tile<kWarps>::threads) conv_kernel(ConvProblem
 constexpr int kDepthwiseThreads = 128;
 constexpr int kDepthwisePixels = 8;  // that a thread does one after the other, with the same parameters
 
-template <int V, class T>
-__global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(ConvProblem problem, T* y, bool aligned) {
+template <int V>
+__global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(ConvProblem problem, Output output) {
     const ConvShape& s = problem.shape;
     const int64_t vectors = (s.channels + V - 1) / V, pixels = s.pixels();
     const int64_t index = int64_t{blockIdx.x} * kDepthwiseThreads + threadIdx.x;
@@ -319,18 +338,16 @@ __global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(ConvProble
     for (int64_t p = first_pixel; p < min(first_pixel + kDepthwisePixels, pixels); ++p) {
         const Pixel pixel(s, p);
         int32_t sums[V] = {};
-        for (int64_t tap = 0; tap < s.kernel.area(); ++tap) {
-            const int64_t row = pixel.row + tap / s.kernel.width * s.dilation.height;
-            const int64_t column = pixel.column + tap % s.kernel.width * s.dilation.width;
-            if (!inside(row, s.in.height) || !inside(column, s.in.width)) continue;
-            const uint8_t* x = problem.x + ((pixel.image * s.in.height + row) * s.in.width + column) * s.channels;
-            const Vector<uint8_t, V> codes = load<V>(x + first, aligned);
-            const Vector<int8_t, V> weights = load<V>(problem.weight + tap * s.channels + first, aligned);
+        const uint8_t* image = problem.x + pixel.image * s.in.area() * s.channels + first;
+        for_each_tap(s, pixel, [&](int tap, int row, int column) {
+            const int64_t at = int64_t{row * static_cast<int>(s.in.width) + column} * s.channels;
+            const Vector<uint8_t, V> codes = load<V>(image + at, true);
+            const Vector<int8_t, V> weights = load<V>(problem.weight + tap * s.channels + first, true);
 #pragma unroll
             for (int j = 0; j < V; ++j) sums[j] += codes.at[j] * weights.at[j];
-        }
+        });
         if (problem.zero_sums) subtract_zeros(problem, of.count, p, first, zeros, sums);
-        finish(problem, of, p, first, sums, y, aligned);
+        finish(problem, of, p, first, sums, output);
     }
 }
 
@@ -339,61 +356,67 @@ __global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(ConvProble
 struct Cuda {
     template <class T>
     static void conv(const Tensor& x, const ConvProblem& problem, T* y) {
-        const CurrentStream stream(x);
         const ConvShape& s = problem.shape;
         const int64_t limit = 1 << 30;  // of what is counted in 32 bits
         STD_TORCH_CHECK((s.in.height + 2 * s.padding.height) * (s.in.width + 2 * s.padding.width) < limit &&
                             s.panel_words() < limit,
                         "conv2d_integer: an image of ", s.in.height, " x ", s.in.width, " or a kernel of ",
                         s.kernel.height, " x ", s.kernel.width, " is too large");
-        const bool aligned = s.group_outputs() % kVector == 0 && is_aligned<kVector>(y) &&
-                             (!problem.residual || is_aligned<kVector>(problem.residual));
+        constexpr ScalarType dtype = torch::headeronly::CppTypeToScalarType<T>::value;
+        const bool aligned = is_aligned<kVector>(y) && (!problem.residual || is_aligned<kVector>(problem.residual));
+        const CurrentStream stream(x);
         if (s.depthwise()) {
-            const bool vectors = s.channels % kVector == 0 && is_aligned<kVector>(y) &&
-                                 (!problem.residual || is_aligned<kVector>(problem.residual)) &&
-                                 is_aligned<kVector>(problem.x) && is_aligned<kVector>(problem.weight);
-            const auto run = [&](auto width) {
-                const int64_t threads = ceil_div(s.channels, width) * ceil_div(s.pixels(), kDepthwisePixels);
-                start(depthwise_kernel<width, T>, ceil_div(threads, kDepthwiseThreads), kDepthwiseThreads, 0, stream,
-                      problem, y, true);
-            };
-            return vectors ? run(std::integral_constant<int, kVector>{}) : run(std::integral_constant<int, 1>{});
+            depthwise(problem, {y, dtype, s.channels % kVector == 0 && aligned}, stream);
+        } else {
+            product(problem, {y, dtype, s.group_outputs() % kVector == 0 && aligned}, stream);
         }
-        STD_TORCH_CHECK(is_aligned<16>(problem.weight), "conv2d_integer: weight must be aligned to 16 bytes");
-        const auto multiple = [&](int64_t n) {
-            return s.channels % n == 0 && s.group_channels() % n == 0 &&
-                   reinterpret_cast<uintptr_t>(problem.x) % n == 0;
-        };
-        if (multiple(16)) return with_tile<Fetch::vectors>(problem, y, aligned, stream);
-        if (multiple(4)) return with_tile<Fetch::words>(problem, y, aligned, stream);
-        with_tile<Fetch::bytes>(problem, y, aligned, stream);
     }
 
 private:
-    // The largest tile that leaves every multiprocessor something to do.
-    template <Fetch fetch, class T>
-    static void with_tile(const ConvProblem& problem, T* y, bool aligned, const CurrentStream& stream) {
+    static void depthwise(const ConvProblem& problem, const Output& output, const CurrentStream& stream) {
         const ConvShape& s = problem.shape;
-        const auto run = [&](auto warps) {
-            using Shape = Tile<warps>;
-            start(conv_kernel<warps, fetch, T>, blocks(s, Shape::pixels), Shape::threads, Shape::bytes, stream,
-                  problem, y, aligned);
+        const auto run = [&](auto width) {
+            const int64_t threads = ceil_div(s.channels, width) * ceil_div(s.pixels(), kDepthwisePixels);
+            start(depthwise_kernel<width>, ceil_div(threads, kDepthwiseThreads), kDepthwiseThreads, 0, stream,
+                  problem, output);
         };
-        const int64_t wanted = 2 * multiprocessors();
-        if (blocks(s, Tile<4>::pixels) >= wanted) return run(std::integral_constant<int, 4>{});
-        if (blocks(s, Tile<2>::pixels) >= wanted) return run(std::integral_constant<int, 2>{});
+        if (output.aligned && is_aligned<kVector>(problem.x) && is_aligned<kVector>(problem.weight))
+            return run(std::integral_constant<int, kVector>{});
         run(std::integral_constant<int, 1>{});
     }
 
-    static int64_t blocks(const ConvShape& s, int64_t pixels) {
-        return ceil_div(s.pixels(), pixels) * s.groups * ceil_div(s.panels_per_group(), kPanels);
+    static void product(const ConvProblem& problem, const Output& output, const CurrentStream& stream) {
+        STD_TORCH_CHECK(is_aligned<16>(problem.weight), "conv2d_integer: weight must be aligned to 16 bytes");
+        const auto multiple = [&](int64_t n) {
+            return problem.shape.group_channels() % n == 0 && reinterpret_cast<uintptr_t>(problem.x) % n == 0;
+        };
+        if (multiple(16)) return with_tile<Fetch::vectors>(problem, output, stream);
+        if (multiple(4)) return with_tile<Fetch::words>(problem, output, stream);
+        with_tile<Fetch::bytes>(problem, output, stream);
     }
 
-    template <class T>
-    static void start(void (*kernel)(ConvProblem, T*, bool), int64_t grid, int threads, size_t shared_bytes,
-                      const CurrentStream& stream, const ConvProblem& problem, T* y, bool aligned) {
+    // The largest tile that leaves every multiprocessor something to do.
+    template <Fetch fetch>
+    static void with_tile(const ConvProblem& problem, const Output& output, const CurrentStream& stream) {
+        const ConvShape& s = problem.shape;
+        const auto blocks = [&](int64_t pixels) {
+            return ceil_div(s.pixels(), pixels) * s.groups * ceil_div(s.panels_per_group(), kPanels);
+        };
+        const auto run = [&](auto warps) {
+            using Shape = Tile<warps>;
+            start(conv_kernel<warps, fetch>, blocks(Shape::pixels), Shape::threads, Shape::bytes, stream, problem,
+                  output);
+        };
+        const int64_t wanted = 2 * multiprocessors();
+        if (blocks(Tile<4>::pixels) >= wanted) return run(std::integral_constant<int, 4>{});
+        if (blocks(Tile<2>::pixels) >= wanted) return run(std::integral_constant<int, 2>{});
+        run(std::integral_constant<int, 1>{});
+    }
+
+    static void start(void (*kernel)(ConvProblem, Output), int64_t grid, int threads, size_t shared_bytes,
+                      const CurrentStream& stream, const ConvProblem& problem, const Output& output) {
         STD_TORCH_CHECK(grid <= kMaximumGrid, "conv2d_integer: the output is too large for one launch");
-        launch(kernel, grid, threads, shared_bytes, stream, problem, y, aligned);
+        launch(kernel, grid, threads, shared_bytes, stream, problem, output);
     }
 };
 
