@@ -13,8 +13,8 @@
 //      ...      (broadcast)    ...
 //      pixel 5  c0 c1 c2 c3    sum50 sum51
 //
-// Codes of 8 bits that could leave 16 bits within a pair or two are taken in two halves: all high nibbles first,
-// whose sums are multiplied by 16, then all low ones.
+// Codes of 8 bits that could leave 16 bits within a pair or two come as two images, of their high nibbles and of their
+// low ones, which are summed one after the other.
 #pragma once
 
 #if defined(__x86_64__)
