@@ -172,14 +172,17 @@ def test_spans() -> None:
     assert span([[-128] * 64], 15) == 8
     assert span([[127] * 64], 17) == 4
     assert span([[-128] * 64], 63) == 2
-    assert span([[-128] * 64], 127) == panels.NIBBLES  # two pairs do not fit
-    assert span([[127] * 64], 255) == panels.NIBBLES  # not even one
-    assert span([[127, -127] * 32], 15) == 16  # all there are: positive and negative products bound a sum apart
+    # Two pairs do not fit, or not even one: nibble by nibble.
+    assert span([[-128] * 64], 127) == -8 == panels.NIBBLES
+    assert span([[127] * 64], 255) == -8
+    assert span([[127, 127] + [10] * 62], 255) == -16
+    # Positive and negative products bound a sum apart. 16 words are all there are.
+    assert span([[127, -127] * 32], 15) == 16
     assert span([[127, -127] * 32, [127] * 64], 15) == 8
-    assert span([[1] * 6], 255) == 2
+    assert span([[1] * 6], 255) == 8
     # Depthwise: pairs of taps, of which one is enough.
     weight = torch.full((64, 3, 3, 1), 127, dtype=torch.int8)
-    for code, expected in ((15, 8), (31, 4), (127, 1), (129, 1), (255, panels.NIBBLES)):
+    for code, expected in ((15, 8), (31, 4), (127, 1), (129, 1), (255, -8)):
         rows = panels.weight_panels(weight, 64)
         assert panels.span_of_sums(rows, torch.full((64,), code), (3, 3), 64) == expected
 
@@ -325,7 +328,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dilation": (0, 1)}, "dilation must be two numbers from 1 on"),
     ({"groups": 0}, "do not make 0 groups"),
     ({"groups": 4}, "do not make 4 groups"),
-    ({"span": -1}, "span must not be negative"),
+    ({"span": 0}, "span must not be 0"),
     (RESIDUAL | {"residual": RESIDUAL["residual"][:1]}, r"residual must be uint8 \[2, 18, 11, 10\]"),
     (RESIDUAL | {"residual": RESIDUAL["residual"].int()}, "residual must be uint8"),
     (RESIDUAL | {"residual_scale": None}, "residual needs residual_scale"),
