@@ -43,7 +43,7 @@ struct ConvProblem {
     const uint8_t* x;          // [N, H, W, C]
     const int8_t* weight;      // panels, or [R * S, C] if depthwise
     const int32_t* zero_sums;  // [R * S, O], or nullptr: all zero points are 0
-    int64_t span;              // products that fit into 16 bits; 0: only nibble by nibble
+    int64_t span;              // pairs of products that fit into 16 bits; negative: of nibbles of the codes
     const float *scale, *bias;
     Activation activation;
     const uint8_t* residual;  // [N, out H, out W, O], or nullptr
@@ -94,7 +94,7 @@ struct ConvOps {
         }
         const Tensor factors = vector(op, "scale", scale, shape.out_channels, x);
         const Tensor offsets = vector(op, "bias", bias, shape.out_channels, x);
-        STD_TORCH_CHECK(span >= 0, op, ": span is ", span);
+        STD_TORCH_CHECK(span != 0, op, ": span is 0");
 
         const std::vector<int64_t> sizes = {shape.batch, shape.out_channels, shape.out.height, shape.out.width};
         std::optional<Tensor> added;

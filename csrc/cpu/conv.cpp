@@ -28,8 +28,8 @@ public:
           shape_(problem.shape),
           y_(y),
           depthwise_(shape_.depthwise()),
-          split_(problem.span == 0),
-          span_(split_ ? kNibbleSpan : problem.span),
+          split_(problem.span < 0),
+          span_(split_ ? -problem.span : problem.span),
           finish_(finisher<T>(problem)) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && shape_.padding.height + shape_.padding.width == 0;
@@ -192,17 +192,26 @@ private:
 
     // Copies a row of the image, or its high nibbles and, a plane further, its low ones.
     void copy_row(const uint8_t* from, uint8_t* to, int64_t plane) const {
-        const int64_t channels = shape_.channels, width = shape_.in.width;
-        const auto copy = [&](const uint8_t* from, uint8_t* to, int64_t n) {
-            if (!split_) {
-                std::memcpy(to, from, n);
-            } else {
-                for (int64_t i = 0; i < n; ++i) to[i] = high_nibble(from[i]);
-                for (int64_t i = 0; i < n; ++i) to[plane + i] = low_nibble(from[i]);
-            }
-        };
-        if (pixel_bytes_ == channels) return copy(from, to, channels * width);
-        for (int64_t c = 0; c < width; ++c) copy(from + c * channels, to + c * pixel_bytes_, channels);
+        const int64_t channels = shape_.channels, width = shape_.in.width, n = channels * width;
+        if (pixel_bytes_ != channels) {
+            for (int64_t i = 0; i < n; i += channels)
+                for (int64_t c = 0; c < channels; c += kWordChannels, to += kWordChannels)
+                    copy_word(from + i + c, std::min<int64_t>(kWordChannels, channels - c), to, plane);
+        } else if (split_) {
+            for (int64_t i = 0; i < n; ++i) to[i] = high_nibble(from[i]);
+            for (int64_t i = 0; i < n; ++i) to[plane + i] = low_nibble(from[i]);
+        } else {
+            std::memcpy(to, from, n);
+        }
+    }
+    PTQ_INLINE void copy_word(const uint8_t* from, int64_t channels, uint8_t* to, int64_t plane) const {
+        uint32_t word = from[0];
+        if (channels > 1) word |= uint32_t{from[1]} << 8;
+        if (channels > 2) word |= uint32_t{from[2]} << 16;
+        if (channels > 3) word |= uint32_t{from[3]} << 24;
+        const uint32_t high = word >> 4 & 0x0f0f0f0f, low = word & 0x0f0f0f0f;
+        std::memcpy(to, split_ ? &high : &word, sizeof word);
+        if (split_) std::memcpy(to + plane, &low, sizeof low);
     }
 
     // Row and column are those of the first tap in the padded image.

@@ -13,8 +13,8 @@
 //      ...      (broadcast)    ...
 //      pixel 5  c0 c1 c2 c3    sum50 sum51
 //
-// Codes of 8 bits that could leave 16 bits within a pair or two are taken in two halves: all high nibbles first,
-// whose sums are multiplied by 16, then all low ones.
+// Codes of 8 bits that could leave 16 bits within a pair or two come as two images, of their high nibbles and of
+// their low ones, which are summed one after the other.
 #pragma once
 
 #if defined(__x86_64__)
@@ -29,7 +29,6 @@
 namespace ptq4cuda {
 
 constexpr int kTilePixels = 6;
-constexpr int kNibbleSpan = 8;
 
 // What one pixel reads: `count` stretches of `words` 32-bit words each, at these bytes from the pixel's address.
 struct Taps {

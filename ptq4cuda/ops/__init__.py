@@ -343,8 +343,8 @@ def conv2d_integer(
     taps = kernel_size[0] * kernel_size[1]
     if zero_sums is not None and (zero_sums.dtype != torch.int32 or tuple(zero_sums.shape) != (taps, outputs)):
         raise ValueError(f"zero_sums must be int32 {[taps, outputs]}, got {_describe(zero_sums)}")
-    if span < 0:
-        raise ValueError(f"span must not be negative, got {span}")
+    if span == 0:
+        raise ValueError("span must not be 0")
     if residual is not None:
         expected = (x.shape[0], outputs, *(size[d] // stride[d] + 1 for d in (0, 1)))
         if residual.dtype != torch.uint8 or tuple(residual.shape) != expected:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 OUTPUTS = 16  # output channels in a panel
 CHANNELS = 4  # input channels in a word
-NIBBLES = 0  # the span that asks for sums nibble by nibble
+NIBBLES = -8  # the span that holds for all codes and weights: 8 pairs of products with numbers up to 15
 
 
 def is_depthwise(out_channels: int, channels_per_group: int, groups: int) -> bool:
@@ -74,32 +74,35 @@ def span_of_sums(panels: Tensor, largest_code: Tensor, kernel: tuple[int, int], 
         groups: of the convolution.
 
     Returns:
-        The number of consecutive pairs, a power of two; or NIBBLES if even two can be too much, or not even one where
-        the convolution is depthwise. Then the two nibbles of a code are taken one after the other: eight pairs of
-        products with numbers up to 15 always fit.
+        The number of consecutive pairs, a power of two. If even two can be too much, or not even one where the
+        convolution is depthwise, the two nibbles of a code are taken one after the other, and the number, which is 8
+        or more, is that for nibbles, negative.
     """
+    span = _span(panels, largest_code, kernel, groups)
+    if span >= (1 if panels.dim() == 2 else 2):
+        return span
+    return -_span(panels, largest_code.clamp_max(15), kernel, groups)
+
+
+def _span(panels: Tensor, largest_code: Tensor, kernel: tuple[int, int], groups: int) -> int:
     codes = largest_code.to(torch.int32)
     if panels.dim() == 2:
         products = panels.to(torch.int32) * codes  # [taps, C]
         products = torch.nn.functional.pad(products, (0, 0, 0, len(products) % 2)).unflatten(0, (-1, 2))
-        smallest = 1
     else:
         codes = torch.nn.functional.pad(codes.view(groups, -1), (0, -codes.numel() // groups % CHANNELS))
         codes = codes.view(groups, 1, 1, -1, 1, CHANNELS)
         taps = kernel[0] * kernel[1]
         products = panels.view(groups, -1, taps, codes.shape[3], OUTPUTS, CHANNELS).to(torch.int32) * codes
         products = products.flatten(2, 3).movedim(2, 0).unflatten(-1, (-1, 2)).movedim(-1, 1)  # [steps, 2, ...]
-        smallest = 2
     # The largest and the least value that the sum of a pair can take: its positive and its negative products.
     ends = torch.stack([products.clamp_min(0).sum(1), products.clamp_max(0).sum(1)], dim=1)  # [steps, 2, ...]
-    span = 0
-    width = 1
+    span, width = 0, 1
     while bool((ends <= 32767).all() and (ends >= -32768).all()):
-        span = width
+        span, width = width, 2 * width
         if len(ends) == 1:
-            return max(span, smallest)
+            return max(span, 8)  # these are all there are
         if len(ends) % 2:
             ends = torch.cat([ends, torch.zeros_like(ends[:1])])
         ends = ends.unflatten(0, (-1, 2)).sum(1)
-        width *= 2
-    return span if span >= smallest else NIBBLES
+    return span

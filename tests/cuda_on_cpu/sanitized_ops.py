@@ -80,7 +80,20 @@ def check_convolution(native: Any, channels: int, outputs: int, kernel: int, gro
     residual = torch.randint(0, 256, (2, outputs, 3, pixels), dtype=torch.uint8, generator=generator)
     for added in ((None, None, None), (residual, scale, zero_point)):
         for out in ((None, None, None), (scale, zero_point, bits)):
-            arguments = (x, weight, zeros, scale / 99, scale, *geometry, 0, 0.0, 9.0, *added, *out, torch.float16)
+            arguments = (
+                x,
+                weight,
+                zeros,
+                scale / 99,
+                scale,
+                *geometry,
+                panels.NIBBLES,
+                0.0,
+                9.0,
+                *added,
+                *out,
+                torch.float16,
+            )
             assert oracle.same(native.conv2d_integer(*arguments), reference.conv2d_integer(*arguments))
     return 4
 

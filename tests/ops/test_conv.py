@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from ops import oracle
 from ops.backends import Backend
+from ptq4cuda import ops
 from ptq4cuda.ops import panels
 
 Pair = tuple[int, int]
@@ -168,14 +172,17 @@ def test_spans() -> None:
     assert span([[-128] * 64], 15) == 8
     assert span([[127] * 64], 17) == 4
     assert span([[-128] * 64], 63) == 2
-    assert span([[-128] * 64], 127) == panels.NIBBLES  # two pairs do not fit
-    assert span([[127] * 64], 255) == panels.NIBBLES  # not even one
-    assert span([[127, -127] * 32], 15) == 16  # all there are: positive and negative products bound a sum apart
+    # Two pairs do not fit, or not even one: nibble by nibble.
+    assert span([[-128] * 64], 127) == -8 == panels.NIBBLES
+    assert span([[127] * 64], 255) == -8
+    assert span([[127, 127] + [10] * 62], 255) == -16
+    # Positive and negative products bound a sum apart. 16 words are all there are.
+    assert span([[127, -127] * 32], 15) == 16
     assert span([[127, -127] * 32, [127] * 64], 15) == 8
-    assert span([[1] * 6], 255) == 2
+    assert span([[1] * 6], 255) == 8
     # Depthwise: pairs of taps, of which one is enough.
     weight = torch.full((64, 3, 3, 1), 127, dtype=torch.int8)
-    for code, expected in ((15, 8), (31, 4), (127, 1), (129, 1), (255, panels.NIBBLES)):
+    for code, expected in ((15, 8), (31, 4), (127, 1), (129, 1), (255, -8)):
         rows = panels.weight_panels(weight, 64)
         assert panels.span_of_sums(rows, torch.full((64,), code), (3, 3), 64) == expected
 
@@ -288,3 +295,129 @@ def test_panels_and_back() -> None:
         assert tuple(there.shape) == panels.shape_of_panels(case.outputs, case.kernel, weight.shape[-1], case.groups)
         back = panels.weight_of_panels(there, case.outputs, case.kernel, weight.shape[-1], case.groups)
         assert torch.equal(back, weight), name
+
+
+# --- arguments -------------------------------------------------------------------------------------------------
+
+RESIDUAL = {
+    "residual": torch.zeros(2, 18, 11, 10, dtype=torch.uint8),
+    "residual_scale": torch.ones(1),
+    "residual_zero_point": torch.zeros(1, dtype=torch.int32),
+}
+OUT = {
+    "out_scale": torch.ones(18),
+    "out_zero_point": torch.zeros(18, dtype=torch.int32),
+    "out_bits": torch.full((1,), 4, dtype=torch.uint8),
+}
+# What is wrong about a call of the 3x3 dilated convolution, and what the typed function says.
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"x": torch.zeros(2, 8, 11, 10)}, "x must be a uint8 tensor"),
+    ({"x": torch.zeros(2, 8, 11, dtype=torch.uint8)}, "x must be a uint8 tensor"),
+    ({"x": torch.zeros(2, 9, 11, 10, dtype=torch.uint8)}, "weight must be int8"),
+    ({"x": torch.zeros(2, 0, 11, 10, dtype=torch.uint8)}, "0 input and 18 output channels do not make 1 groups"),
+    ({"weight": torch.zeros(2, 18, 16, 4)}, "weight must be int8"),
+    ({"weight": torch.zeros(1, 18, 16, 4, dtype=torch.int8)}, r"weight must be int8 \[2, 18, 16, 4\]"),
+    ({"zero_sums": torch.zeros(9, 18)}, "zero_sums must be int32"),
+    ({"zero_sums": torch.zeros(18, 9, dtype=torch.int32)}, r"zero_sums must be int32 \[9, 18\]"),
+    ({"scale": torch.ones(18, dtype=torch.float64)}, "scale must be torch.float32"),
+    ({"bias": torch.ones(17)}, r"bias must have the shape \[18\], got \[17\]"),
+    ({"kernel_size": (0, 3)}, "kernel_size must be two numbers from 1 on"),
+    ({"kernel_size": (9, 3)}, "is larger than the padded input"),
+    ({"stride": (1, 0)}, "stride must be two numbers from 1 on"),
+    ({"padding": (-1, 0)}, "padding must be two numbers from 0 on"),
+    ({"dilation": (0, 1)}, "dilation must be two numbers from 1 on"),
+    ({"groups": 0}, "do not make 0 groups"),
+    ({"groups": 4}, "do not make 4 groups"),
+    ({"span": 0}, "span must not be 0"),
+    (RESIDUAL | {"residual": RESIDUAL["residual"][:1]}, r"residual must be uint8 \[2, 18, 11, 10\]"),
+    (RESIDUAL | {"residual": RESIDUAL["residual"].int()}, "residual must be uint8"),
+    (RESIDUAL | {"residual_scale": None}, "residual needs residual_scale"),
+    (RESIDUAL | {"residual_scale": torch.ones(3)}, "scale must have the shape"),
+    (OUT | {"out_bits": None}, "out_scale needs out_zero_point and out_bits"),
+    (OUT | {"out_scale": torch.ones(17)}, "scale must have the shape"),
+    (OUT | {"out_zero_point": torch.zeros(18)}, "zero_point must be torch.int32"),
+    ({"dtype": torch.int32}, "dtype must be float32, float16 or bfloat16"),
+]
+
+
+def dilated() -> tuple[Tensor, dict[str, Any]]:
+    case = GEOMETRIES["3x3 dilated"]
+    x, weight, zeros = case.make()
+    return channels_last(x), case.arguments(weight, zeros)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), BAD, ids=[f"{next(iter(wrong))} {i}" for i, (wrong, _) in enumerate(BAD)]
+)
+def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:
+    x, arguments = dilated()
+    arguments = arguments | wrong
+    x = arguments.pop("x", x)
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.conv2d_integer(x, **arguments)
+
+
+@pytest.mark.parametrize("which", ["cpu", "cuda_on_cpu"])
+def test_direct_calls_are_checked(request: pytest.FixtureRequest, which: str) -> None:
+    backend: Backend = request.getfixturevalue(which)
+    for wrong, _ in BAD:
+        x, arguments = dilated()
+        arguments = arguments | wrong
+        x = arguments.pop("x", x)
+        with pytest.raises(RuntimeError, match="conv2d_integer"):
+            run(backend, x, arguments)
+
+
+def test_the_typed_function_and_its_defaults() -> None:
+    case = GEOMETRIES["1x1 odd"]
+    x, weight, zeros = dataclasses.replace(case, zero_point=False).make()
+    one, zero = torch.ones(case.outputs), torch.zeros(case.outputs)
+    y = ops.conv2d_integer(x, panels.weight_panels(weight, 1), one, zero, (1, 1))
+    assert oracle.same(y, torch.from_numpy(case.sums(x, weight, zeros)).float())
+
+
+# --- instruction sets ------------------------------------------------------------------------------------------
+
+FINGERPRINT = """
+import hashlib, torch, ptq4cuda.ops as ops
+from ptq4cuda import _native
+from ptq4cuda.ops import panels
+digest = hashlib.sha256()
+g = torch.Generator().manual_seed(0)
+for channels, outputs, groups, bits in ((20, 33, 1, 4), (3, 8, 1, 8), (24, 12, 4, 4), (70, 70, 70, 4), (9, 9, 9, 8)):
+    x = torch.randint(0, 1 << bits, (2, channels, 9, 11), dtype=torch.uint8, generator=g)
+    weight = torch.randint(-128, 128, (outputs, 3, 3, channels // groups), dtype=torch.int8, generator=g)
+    weight = panels.weight_panels(weight, groups)
+    scale = torch.rand(outputs, generator=g) * 1e-3 + 1e-5
+    bias = torch.randn(outputs, generator=g)
+    span = panels.span_of_sums(weight, torch.full((channels,), (1 << bits) - 1), (3, 3), groups)
+    zeros = torch.randint(-99, 99, (9, outputs), dtype=torch.int32, generator=g)
+    residual = torch.randint(0, 256, (2, outputs, 9, 11), dtype=torch.uint8, generator=g)
+    quantizer = scale * 99, zeros[0].contiguous(), torch.randint(0, 9, (outputs,), dtype=torch.uint8, generator=g)
+    for slope, upper in ((1.0, float("inf")), (0.0, float("inf")), (0.2, 6.0)):
+        for added in (None, residual):
+            for out in ((None, None, None), quantizer):
+                y = ops.conv2d_integer(
+                    x, weight, scale, bias, (3, 3), (1, 1), (1, 1), (1, 1), groups, span=span, zero_sums=zeros,
+                    negative_slope=slope, upper=upper, residual=added, residual_scale=scale,
+                    residual_zero_point=zeros[1].contiguous(),
+                    out_scale=out[0], out_zero_point=out[1], out_bits=out[2])
+                digest.update((y + 0).numpy().tobytes())
+print(_native.build_info["simd_level"], digest.hexdigest())
+"""
+
+
+def test_the_instruction_set_does_not_matter() -> None:
+    digests = {}
+    for wanted in ("baseline", "avx2", "avx512"):
+        found = subprocess.run(
+            [sys.executable, "-P", "-c", FINGERPRINT],
+            env={**os.environ, "PTQ4CUDA_SIMD": wanted},
+            text=True,
+            capture_output=True,
+        )
+        assert found.returncode == 0, found.stderr
+        level, digest = found.stdout.split()
+        digests[level] = digest
+    assert "baseline" in digests
+    assert len(set(digests.values())) == 1, digests
