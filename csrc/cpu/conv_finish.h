@@ -9,6 +9,7 @@ namespace ptq4cuda {
 
 // The parameters of a panel's outputs: field f of output o is parameters[16 f + o].
 enum Field {
+    kZeroSum,  // an integer: what the zero points have in the sum, all taps together
     kScale,
     kBias,
     kResidualScale,
@@ -41,13 +42,22 @@ inline std::array<float, kFields> parameters_of(const ConvProblem& problem, cons
                                                 int64_t o) {
     const Quantizer added = problem.residual ? problem.residual_quantizer[o] : Quantizer{};
     const Quantizer out = quantizer.scale ? quantizer[o] : Quantizer{};
-    const int32_t zero_point = static_cast<int32_t>(out.zero_point);
-    float zero_point_bits;
-    std::memcpy(&zero_point_bits, &zero_point, sizeof zero_point);
+    int32_t zero_sum = 0;
+    for (int64_t t = 0; problem.zero_sums && t < problem.shape.kernel.area(); ++t)
+        zero_sum += problem.zero_sums[t * problem.shape.out_channels + o];
     float lowest = -out.zero_point, highest = out.qmax - out.zero_point;
     if (curve_of(problem.activation) == Curve::relu) lowest = std::clamp(0.0f, lowest, highest);
-    return {problem.scale[o], problem.bias[o], added.scale,     added.zero_point, out.inv_scale,
-            out.zero_point,   out.qmax,        zero_point_bits, lowest,           highest};
+    return {simd::reinterpret<float>(zero_sum),
+            problem.scale[o],
+            problem.bias[o],
+            added.scale,
+            added.zero_point,
+            out.inv_scale,
+            out.zero_point,
+            out.qmax,
+            simd::reinterpret<float>(static_cast<int32_t>(out.zero_point)),
+            lowest,
+            highest};
 }
 
 template <class T, bool kResidual, Curve curve>
@@ -58,7 +68,7 @@ struct Finish {
         for (int64_t p = 0; p < pixels; ++p, sums += kPanelOutputs, residual += kResidual ? stride : 0, y += stride)
             for (int o = 0; o < kPanelOutputs; ++o) {
                 const auto of = [&](Field f) { return parameters[f * kPanelOutputs + o]; };
-                float v = scaled_sum(sums[o], of(kScale), of(kBias));
+                float v = scaled_sum(sums[o] - simd::reinterpret<int32_t>(of(kZeroSum)), of(kScale), of(kBias));
                 if (kResidual)
                     v += value(simd::to_float(residual[o]), {0.0f, of(kResidualScale), of(kResidualZeroPoint), 0.0f});
                 if (curve == Curve::relu) v = v > 0.0f ? v : 0.0f;
@@ -80,7 +90,7 @@ template <bool kResidual, Curve curve>
 PTQ_AVX2_INLINE __m256i finish_eight(const int32_t* sums, const uint8_t* residual, const float* parameters,
                                      const Activation& act) {
     const auto of = [&](Field f) { return parameters + f * kPanelOutputs; };
-    __m256 v = _mm256_cvtepi32_ps(load_bytes(sums));
+    __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(load_bytes(sums), load_bytes(of(kZeroSum))));
     v = _mm256_add_ps(_mm256_mul_ps(v, _mm256_loadu_ps(of(kScale))), _mm256_loadu_ps(of(kBias)));
     if (kResidual) {
         const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(residual));
