@@ -31,8 +31,8 @@ public:
                 shape_.dilation.width == 1),
           split_(problem.span < 0 && !wide_ && !depthwise_),
           span_(std::abs(problem.span)),
-          out_{y, finisher<T>(problem)},
-          also_{problem.also, finisher<uint8_t>(problem)} {
+          y_(y),
+          finish_(finisher<T>(problem)) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
@@ -45,8 +45,8 @@ public:
         find_panels();
         if (depthwise_ || wide_) depthwise_ ? lay_out_depthwise_weights() : lay_out_wide_weights();
         if (problem.zero_sums && shape_.padding.height + shape_.padding.width > 0) lay_out_zeros();
-        out_.parameters = parameters(problem.out_quantizer);
-        if (also_.y) also_.parameters = parameters(problem.also_quantizer);
+        parameters_ = parameters(problem.out_quantizer);
+        if (problem.also) also_parameters_ = parameters(problem.also_quantizer);
 #if defined(__x86_64__)
         if (simd::level() >= simd::Level::avx2) {
             dot_ = dot_tile_avx2;
@@ -89,13 +89,6 @@ private:
         int64_t output;   // the first
         int64_t outputs;  // how many there are
         int64_t channel;  // the first input channel
-    };
-
-    template <class U>
-    struct Output {
-        U* y;
-        Finisher<U> finish;
-        std::vector<float> parameters = {};  // [panels][fields][16]
     };
 
     int64_t blocks() const { return static_cast<int64_t>(panels_.size()) / (depthwise_ ? 2 : 1); }
@@ -178,6 +171,7 @@ private:
                 std::memcpy(&zeros_[(i * area + t) * kPanelOutputs],
                             problem_.zero_sums + t * shape_.out_channels + panels_[i].output,
                             panels_[i].outputs * sizeof(int32_t));
+        for (int64_t c = 0; c < shape_.out.width; ++c) columns_.push_back(inside_columns(c));
     }
 
     // --- the input of a unit
@@ -198,10 +192,15 @@ private:
         const Extent in = shape_.in, out = shape_.out, stride = shape_.stride;
         unit.first = first;
         unit.pixels.clear();
+        int64_t n = first / out.area(), row = first / out.width % out.height, column = first % out.width;
         for (int64_t i = first; i < std::min(first + count, shape_.pixels()); ++i) {
-            const int64_t row = i / out.width % out.height * stride.height, column = i % out.width * stride.width;
-            const int64_t n = i / out.area();
-            unit.pixels.push_back(problem_.x + (n * in.height + row) * row_bytes_ + column * pixel_bytes_);
+            unit.pixels.push_back(problem_.x + (n * in.height + row * stride.height) * row_bytes_ +
+                                  column * stride.width * pixel_bytes_);
+            if (++column < out.width) continue;
+            column = 0;
+            if (++row < out.height) continue;
+            row = 0;
+            ++n;
         }
     }
 
@@ -222,12 +221,13 @@ private:
         unit.first = (n * out.height + top) * out.width;
         unit.pixels.clear();
         unit.windows.clear();
-        for (int64_t r = 0; r < bottom - top; ++r)
-            for (int64_t c = 0; c < out.width; ++c) {
-                unit.pixels.push_back(unit.band.data() + r * stride.height * row_bytes_ +
-                                      c * stride.width * pixel_bytes_);
-                if (!zeros_.empty()) unit.windows.push_back(window((top + r) * stride.height, c * stride.width));
-            }
+        for (int64_t r = 0; r < bottom - top; ++r) {
+            const uint8_t* row = unit.band.data() + r * stride.height * row_bytes_;
+            for (int64_t c = 0; c < out.width; ++c) unit.pixels.push_back(row + c * stride.width * pixel_bytes_);
+            if (zeros_.empty()) continue;
+            const auto [first, end] = inside_rows(top + r);
+            for (const auto& [left, right] : columns_) unit.windows.push_back({first, end, left, right});
+        }
     }
 
     // Copies a row of the image, as it is, or widened, or its high nibbles and, a plane further, its low ones.
@@ -259,18 +259,19 @@ private:
         if (split_) std::memcpy(to + plane, &low, sizeof low);
     }
 
-    // Row and column are those of the first tap in the padded image.
-    Window window(int64_t row, int64_t column) const {
-        const auto inside = [](int64_t first, int64_t pad, int64_t size, int64_t step, int64_t count) {
-            const int64_t before = std::clamp<int64_t>(ceil_div(pad - first, step), 0, count);
-            const int64_t end = std::clamp<int64_t>(ceil_div(pad + size - first, step), before, count);
-            return std::pair(before, end);
-        };
-        const auto [top, bottom] =
-            inside(row, shape_.padding.height, shape_.in.height, shape_.dilation.height, shape_.kernel.height);
-        const auto [left, right] =
-            inside(column, shape_.padding.width, shape_.in.width, shape_.dilation.width, shape_.kernel.width);
-        return {top, bottom, left, right};
+    // Which of `count` taps, the first of them at `first` in the padded image, are inside of an image of this size.
+    static std::pair<int64_t, int64_t> inside(int64_t first, int64_t pad, int64_t size, int64_t step, int64_t count) {
+        const int64_t before = std::clamp<int64_t>(ceil_div(pad - first, step), 0, count);
+        const int64_t end = std::clamp<int64_t>(ceil_div(pad + size - first, step), before, count);
+        return {before, end};
+    }
+    std::pair<int64_t, int64_t> inside_rows(int64_t row) const {
+        return inside(row * shape_.stride.height, shape_.padding.height, shape_.in.height, shape_.dilation.height,
+                      shape_.kernel.height);
+    }
+    std::pair<int64_t, int64_t> inside_columns(int64_t column) const {
+        return inside(column * shape_.stride.width, shape_.padding.width, shape_.in.width, shape_.dilation.width,
+                      shape_.kernel.width);
     }
 
     // --- the outputs of a unit
@@ -317,32 +318,37 @@ private:
         put(unit, begin, count, 2 * b + 1, sums + kTilePixels * kPanelOutputs);
     }
 
-    // Finishes the sums of a tile and one panel: a second output begins with the sums once more, which are at hand.
+    // Finishes the sums of a tile and one panel.
     void put(const Unit& unit, int64_t begin, int count, int64_t index, int32_t* sums) const {
         const Panel& panel = panels_[index];
         if (panel.outputs == 0) return;
         if (!zeros_.empty())
             for (int p = 0; p < count; ++p) give_back_zeros(unit.windows[begin + p], index, sums + p * kPanelOutputs);
-        put(out_, unit.first + begin, count, index, sums);
-        if (also_.y) put(also_, unit.first + begin, count, index, sums);
-    }
-    template <class U>
-    void put(const Output<U>& output, int64_t pixel, int count, int64_t index, const int32_t* sums) const {
-        const Panel& panel = panels_[index];
-        const int64_t stride = shape_.out_channels, to = pixel * stride + panel.output;
-        const uint8_t* residual = problem_.residual ? problem_.residual + to : nullptr;
-        const float* parameters = &output.parameters[index * kFields * kPanelOutputs];
-        if (panel.outputs == kPanelOutputs)
-            return output.finish(sums, count, stride, residual, output.y + to, parameters, problem_.activation);
+        const int64_t stride = shape_.out_channels, to = (unit.first + begin) * stride + panel.output;
+        const int64_t parameters = index * kFields * kPanelOutputs;
+        Finishing<T> f = {count,
+                          stride,
+                          problem_.residual ? problem_.residual + to : nullptr,
+                          y_ + to,
+                          &parameters_[parameters],
+                          problem_.also ? problem_.also + to : nullptr,
+                          problem_.also ? &also_parameters_[parameters] : nullptr,
+                          problem_.activation};
+        if (panel.outputs == kPanelOutputs) return finish_(sums, f);
         // Less than a panel: by way of a full one.
-        uint8_t residuals[kTilePixels * kPanelOutputs] = {};
-        U y[kTilePixels * kPanelOutputs];
-        for (int p = 0; residual && p < count; ++p)
-            std::memcpy(residuals + p * kPanelOutputs, residual + p * stride, panel.outputs);
-        output.finish(sums, count, kPanelOutputs, residuals, y, parameters, problem_.activation);
-        for (int p = 0; p < count; ++p)
-            std::memcpy(static_cast<void*>(output.y + to + p * stride), y + p * kPanelOutputs,
-                        panel.outputs * sizeof(U));
+        uint8_t residual[kTilePixels * kPanelOutputs] = {}, also[kTilePixels * kPanelOutputs];
+        T y[kTilePixels * kPanelOutputs];
+        const auto copy = [&](auto* into, int64_t into_stride, const auto* from, int64_t from_stride) {
+            for (int p = 0; p < count; ++p)
+                std::memcpy(static_cast<void*>(into + p * into_stride), from + p * from_stride,
+                            panel.outputs * sizeof(*from));
+        };
+        if (f.residual) copy(residual, kPanelOutputs, f.residual, stride);
+        f = {count,        kPanelOutputs,           residual,          y,
+             f.parameters, f.also ? also : nullptr, f.also_parameters, f.activation};
+        finish_(sums, f);
+        copy(y_ + to, stride, y, kPanelOutputs);
+        if (f.also) copy(problem_.also + to, stride, also, kPanelOutputs);
     }
 
     // Finishing subtracts the share of the zero points in all taps: adds that of the taps outside of the image.
@@ -365,10 +371,12 @@ private:
     Taps taps_{};
     TapPairs tap_pairs_{};
     std::vector<Panel> panels_;
-    std::vector<int32_t> zeros_;    // [panels][taps][16], where padding makes taps differ
-    std::vector<int16_t> weights_;  // of depthwise blocks, or of wide tiles
-    Output<T> out_;
-    Output<uint8_t> also_;
+    std::vector<int32_t> zeros_;                        // [panels][taps][16], where padding makes taps differ
+    std::vector<std::pair<int64_t, int64_t>> columns_;  // taps inside of the image, of each column of the output
+    std::vector<int16_t> weights_;                      // of depthwise blocks, or of wide tiles
+    std::vector<float> parameters_, also_parameters_;   // [panels][fields][16]
+    T* y_;
+    Finisher<T> finish_;
     DotTile dot_ = dot_tile;
     WideTile wide_dot_ = wide_tile;
     DepthwiseTile depthwise_dot_ = depthwise_tile;
