@@ -6,6 +6,9 @@
 // Codes are unsigned bytes, weights signed ones, sums int32. Zero padding pads with the code 0, not with the zero
 // point: what the zero points of the input add, zeros_o = Σ weight * zero_point, is summed over those taps that are
 // inside of the image. So zero points may have any value, also one that no code has.
+//
+// Where the readers of a value disagree on its quantizer (a layer reads 4 bits, the next residual sum 8), a second
+// output spares them the value itself: it would be written once and read twice, in four times the bytes.
 #pragma once
 
 #include "ops.h"
@@ -49,6 +52,8 @@ struct ConvProblem {
     const uint8_t* residual;  // [N, out H, out W, O], or nullptr
     QuantizerTable residual_quantizer;
     QuantizerTable out_quantizer;  // if the output is codes
+    uint8_t* also;                 // a second output, codes of the same values; or nullptr
+    QuantizerTable also_quantizer;
 };
 
 // The backend's
@@ -59,13 +64,13 @@ template <class Backend>
 struct ConvOps {
     using Pair = std::vector<int64_t>;
 
-    static Tensor conv2d_integer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums,
-                                 const Tensor& scale, const Tensor& bias, Pair kernel_size, Pair stride, Pair padding,
-                                 Pair dilation, int64_t groups, int64_t span, double negative_slope, double upper,
-                                 std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
-                                 std::optional<Tensor> residual_zero_point, std::optional<Tensor> out_scale,
-                                 std::optional<Tensor> out_zero_point, std::optional<Tensor> out_bits,
-                                 ScalarType dtype) {
+    static std::vector<Tensor> conv2d_integer(
+        const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
+        const Tensor& bias, Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t span,
+        double negative_slope, double upper, std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
+        std::optional<Tensor> residual_zero_point, std::optional<Tensor> out_scale,
+        std::optional<Tensor> out_zero_point, std::optional<Tensor> out_bits, std::optional<Tensor> also_scale,
+        std::optional<Tensor> also_zero_point, std::optional<Tensor> also_bits, ScalarType dtype) {
         const char* op = "conv2d_integer";
         ConvProblem problem{};
         ConvShape& shape = problem.shape;
@@ -98,7 +103,7 @@ struct ConvOps {
 
         const std::vector<int64_t> sizes = {shape.batch, shape.out_channels, shape.out.height, shape.out.width};
         std::optional<Tensor> added;
-        std::optional<QuantizerArguments> added_quantizer, out_quantizer;
+        std::optional<QuantizerArguments> added_quantizer;
         if (residual) {
             STD_TORCH_CHECK(residual->scalar_type() == ScalarType::Byte && residual->dim() == 4 &&
                                 std::equal(sizes.begin(), sizes.end(), residual->sizes().begin()),
@@ -110,9 +115,17 @@ struct ConvOps {
             problem.residual = added->const_data_ptr<uint8_t>();
             problem.residual_quantizer = added_quantizer->table();
         }
-        if (out_scale) {
-            STD_TORCH_CHECK(out_zero_point && out_bits, op, ": out_scale has no out_zero_point or no out_bits");
-            out_quantizer.emplace(op, x, *out_scale, *out_zero_point, out_bits, shape.out_channels);
+        const auto quantizer = [&](const char* name, const auto& scales, const auto& zero_points, const auto& bits) {
+            std::optional<QuantizerArguments> arguments;
+            if (!scales) return arguments;
+            STD_TORCH_CHECK(zero_points && bits, op, ": ", name, "_scale has no ", name, "_zero_point or no ", name,
+                            "_bits");
+            arguments.emplace(op, x, *scales, *zero_points, bits, shape.out_channels);
+            return arguments;
+        };
+        const auto out_quantizer = quantizer("out", out_scale, out_zero_point, out_bits);
+        const auto also_quantizer = quantizer("also", also_scale, also_zero_point, also_bits);
+        if (out_quantizer) {
             problem.out_quantizer = out_quantizer->table();
             dtype = ScalarType::Byte;
         } else {
@@ -122,7 +135,13 @@ struct ConvOps {
         const int64_t width = shape.out.width * shape.out_channels;
         const std::vector<int64_t> strides = {shape.out.height * width, 1, width, shape.out_channels};
         Tensor y = empty_strided(sizes, strides, dtype, x);
-        if (y.numel() == 0) return y;
+        std::vector<Tensor> outputs = {y};
+        if (also_quantizer) {
+            outputs.push_back(empty_strided(sizes, strides, ScalarType::Byte, x));
+            problem.also = outputs[1].mutable_data_ptr<uint8_t>();
+            problem.also_quantizer = also_quantizer->table();
+        }
+        if (y.numel() == 0) return outputs;
         problem.x = source.const_data_ptr<uint8_t>();
         problem.weight = panels.const_data_ptr<int8_t>();
         problem.zero_sums = zeros ? zeros->const_data_ptr<int32_t>() : nullptr;
@@ -137,7 +156,7 @@ struct ConvOps {
                 Backend::conv(source, problem, static_cast<decltype(type)*>(y.data_ptr()));
             });
         }
-        return y;
+        return outputs;
     }
 
 private:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.nn import QuantConv2d, QuantLinear
+from ptq4cuda.nn.quant_module import Outputs
 from ptq4cuda.nn.quant_tensor import QuantizerState
 from ptq4cuda.ops import panels
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
@@ -55,7 +57,8 @@ class IntegerConv2d(QuantizerState):
         activation: follows the convolution, and the residual if there is one.
         residual: the quantizer of the codes that forward adds ([O] or [1]).
         out: the quantizer of the output ([O] or [1]); None returns values.
-        dtype: of these values.
+        also: the quantizer of a second output, codes too; None if there is none.
+        dtype: of the values.
 
     Raises:
         ValueError: a parameter does not fit, or a sum could leave 32 bits.
@@ -70,6 +73,9 @@ class IntegerConv2d(QuantizerState):
     out_scale: Tensor | None
     out_zero_point: Tensor | None
     out_bits: Tensor | None
+    also_scale: Tensor | None
+    also_zero_point: Tensor | None
+    also_bits: Tensor | None
 
     def __init__(
         self,
@@ -85,6 +91,7 @@ class IntegerConv2d(QuantizerState):
         activation: Activation = IDENTITY,
         residual: QuantParams | None = None,
         out: QuantParams | None = None,
+        also: QuantParams | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -115,7 +122,7 @@ class IntegerConv2d(QuantizerState):
         keep("zero_sums", zero_sums.to(torch.int32) if bool(zero_sums.any()) else None)
         keep("scale", scale)
         keep("bias", torch.zeros_like(scale) if bias is None else bias)
-        for name, params in (("residual", residual), ("out", out)):
+        for name, params in (("residual", residual), ("out", out), ("also", also)):
             if params is not None and params.scale.numel() not in (1, outputs):
                 raise ValueError(f"{name} has {params.scale.numel()} channels, the convolution has {outputs}")
             for field in ("scale", "zero_point", "bits"):
@@ -129,6 +136,7 @@ class IntegerConv2d(QuantizerState):
         activation: Activation = IDENTITY,
         residual: QuantParams | None = None,
         out: QuantParams | None = None,
+        also: QuantParams | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> IntegerConv2d:
         """Lower a quantized layer.
@@ -163,6 +171,7 @@ class IntegerConv2d(QuantizerState):
             activation=activation,
             residual=residual,
             out=out,
+            also=also,
             dtype=dtype,
         )
 
@@ -171,12 +180,12 @@ class IntegerConv2d(QuantizerState):
         zeros = _by_output(zero_point.to(torch.int64), weight.shape[0], self.groups)
         return (weight.to(torch.int64) * zeros).sum(-1).flatten(1).t().contiguous()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Outputs:
         """Return the convolution of codes x, uint8 [N, C, H, W], plus the residual's values, channels_last."""
         if (residual is None) != (self.residual_scale is None):
             raise ValueError("a residual comes with its quantizer, and only with it")
         # The operator itself: what ops.conv2d_integer would check again and again has been checked once.
-        result: Tensor = torch.ops.ptq4cuda.conv2d_integer(
+        first, *second = torch.ops.ptq4cuda.conv2d_integer(
             x,
             self.weight,
             self.zero_sums,
@@ -196,9 +205,12 @@ class IntegerConv2d(QuantizerState):
             self.out_scale,
             self.out_zero_point,
             self.out_bits,
+            self.also_scale,
+            self.also_zero_point,
+            self.also_bits,
             self.dtype,
         )
-        return result
+        return (first, *second) if second else first
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the codes [O, R, S, C / groups] that weight_bytes made bytes of."""
@@ -232,6 +244,7 @@ class IntegerLinear(nn.Module):
         activation: Activation = IDENTITY,
         residual: QuantParams | None = None,
         out: QuantParams | None = None,
+        also: QuantParams | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> IntegerLinear:
         """Lower a quantized layer; arguments and errors as for IntegerConv2d.from_quantized."""
@@ -250,14 +263,15 @@ class IntegerLinear(nn.Module):
             activation=activation,
             residual=residual,
             out=out,
+            also=also,
             dtype=dtype,
         )
         return cls(convolution)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Outputs:
         """Return the layer's output for codes [*, C]."""
         y = self.convolution(x.reshape(-1, x.shape[-1], 1, 1), residual)
-        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        return tree_map(lambda t: t.view(*x.shape[:-1], -1), y)  # type: ignore[no-any-return]
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the codes [O, C]."""

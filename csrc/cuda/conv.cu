@@ -45,16 +45,16 @@ struct Tile {
 struct Output {
     void* y;
     ScalarType dtype;
-    bool aligned;  // kVector outputs, and as many codes of the residual, are one vector in memory
+    bool aligned;  // kVector outputs, and as many codes of the residual or a second output, are one vector in memory
 };
 
 template <int V, class T>
-__device__ __forceinline__ void put(const Output& output, int64_t at, int count, const float (&values)[V]) {
-    T* y = static_cast<T*>(output.y) + at;
+__device__ __forceinline__ void put(void* to, int64_t at, int count, bool aligned, const float (&values)[V]) {
+    T* y = static_cast<T*>(to) + at;
     Vector<T, V> v;
 #pragma unroll
     for (int j = 0; j < V; ++j) v.at[j] = static_cast<T>(values[j]);
-    if (count == V) return store<V>(y, v, output.aligned);
+    if (count == V) return store<V>(y, v, aligned);
 #pragma unroll  // registers have no index at run time
     for (int j = 0; j < V; ++j)
         if (j < count) y[j] = v.at[j];
@@ -64,7 +64,7 @@ __device__ __forceinline__ void put(const Output& output, int64_t at, int count,
 template <int V>
 struct Channels {
     float scale[V], bias[V];
-    Quantizer residual[V], out[V];
+    Quantizer residual[V], out[V], also[V];
     int count;  // channels that exist
 
     __device__ Channels(const ConvProblem& problem, int64_t first, int64_t end)
@@ -76,6 +76,7 @@ struct Channels {
             bias[j] = problem.bias[first + j];
             if (problem.residual) residual[j] = problem.residual_quantizer[first + j];
             if (problem.out_quantizer.scale) out[j] = problem.out_quantizer[first + j];
+            if (problem.also) also[j] = problem.also_quantizer[first + j];
         }
     }
 };
@@ -128,13 +129,20 @@ __device__ __forceinline__ void finish(const ConvProblem& problem, const Channel
         values[j] = scaled_sum(sums[j], of.scale[j], of.bias[j]);
         if (problem.residual) values[j] += value(static_cast<float>(residual.at[j]), of.residual[j]);
         values[j] = activated(values[j], problem.activation.negative_slope, problem.activation.upper);
-        if (output.dtype == ScalarType::Byte) values[j] = static_cast<float>(int_code(values[j], of.out[j]));
     }
+    const auto put_codes = [&](void* to, const Quantizer(&quantizers)[V]) {
+        float codes[V];
+#pragma unroll
+        for (int j = 0; j < V; ++j) codes[j] = static_cast<float>(int_code(values[j], quantizers[j]));
+        put<V, uint8_t>(to, at, of.count, output.aligned, codes);
+    };
+    if (problem.also) put_codes(problem.also, of.also);
+    using torch::headeronly::BFloat16, torch::headeronly::Half;
     switch (output.dtype) {
-        case ScalarType::Byte: return put<V, uint8_t>(output, at, of.count, values);
-        case ScalarType::Half: return put<V, torch::headeronly::Half>(output, at, of.count, values);
-        case ScalarType::BFloat16: return put<V, torch::headeronly::BFloat16>(output, at, of.count, values);
-        default: return put<V, float>(output, at, of.count, values);
+        case ScalarType::Byte: return put_codes(output.y, of.out);
+        case ScalarType::Half: return put<V, Half>(output.y, at, of.count, output.aligned, values);
+        case ScalarType::BFloat16: return put<V, BFloat16>(output.y, at, of.count, output.aligned, values);
+        default: return put<V, float>(output.y, at, of.count, output.aligned, values);
     }
 }
 
@@ -363,7 +371,8 @@ struct Cuda {
                         "conv2d_integer: an image of ", s.in.height, " x ", s.in.width, " or a kernel of ",
                         s.kernel.height, " x ", s.kernel.width, " is too large");
         constexpr ScalarType dtype = torch::headeronly::CppTypeToScalarType<T>::value;
-        const bool aligned = is_aligned<kVector>(y) && (!problem.residual || is_aligned<kVector>(problem.residual));
+        const bool aligned = is_aligned<kVector>(y) && is_aligned<kVector>(problem.residual) &&
+                             is_aligned<kVector>(problem.also);  // a null pointer is
         const CurrentStream stream(x);
         if (s.depthwise()) {
             depthwise(problem, {y, dtype, s.channels % kVector == 0 && aligned}, stream);

@@ -1,13 +1,15 @@
 """Lowers a quantized network to integers: activations stay codes between layers.
 
 A quantized convolution, the residual sum behind it and the activation behind that become one integer convolution. It
-returns the codes of its reader, where its readers agree on one quantizer and reach it through max pooling and
-concatenation alone; these work on codes as they do on values. Everywhere else values are returned, and a visible
-Quantize turns them into codes again.
+returns the codes of its readers, where they reach it through max pooling and concatenation alone; these work on codes
+as they do on values. Readers may disagree on the quantizer: the next convolution reads 4 bits, the next residual sum
+8. A layer returns two outputs at most, of which one can be values; whoever wants anything else gets values, and a
+visible Quantize turns them into codes again.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +56,17 @@ def _engine(
     activation: Activation = IDENTITY,
     residual: QuantParams | None = None,
     out: QuantParams | None = None,
+    also: QuantParams | None = None,
 ) -> IntegerConv2d | IntegerLinear:
     cls = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
-    return cls.from_quantized(layer, activation=activation, residual=residual, out=out, dtype=dtype)  # type: ignore[arg-type]
+    return cls.from_quantized(
+        layer,  # type: ignore[arg-type]
+        activation=activation,
+        residual=residual,
+        out=out,
+        also=also,
+        dtype=dtype,
+    )
 
 
 def _why_simulated(layer: QuantModule) -> str:
@@ -72,8 +82,10 @@ def _why_simulated(layer: QuantModule) -> str:
 Key = tuple[bytes, ...]
 
 
-def _key(params: QuantParams) -> Key:
-    """Identify a quantizer by its values."""
+def _key(params: QuantParams | None) -> Key | None:
+    """Identify a quantizer by its values, and values by None."""
+    if params is None:
+        return None
     return tuple(t.cpu().numpy().tobytes() for t in (params.bits, params.scale, params.zero_point))
 
 
@@ -143,7 +155,7 @@ class _Lowering:
         waiting = [(node, params)]
         while waiting:
             node, params = waiting.pop()
-            key = None if params is None else _key(params)
+            key = _key(params)
             if key not in self.wanted[node]:
                 self.wanted[node][key] = params
                 waiting += self._needs(node, params)
@@ -229,15 +241,20 @@ class _Lowering:
     # --- how it is made -----------------------------------------------------------------------------------
 
     def _codes(self, node: fx.Node, params: QuantParams | None) -> fx.Node:
-        return self.made[node, None if params is None else _key(params)]
+        return self.made[node, _key(params)]
 
     def _make(self, node: fx.Node, params: QuantParams | None) -> fx.Node:
         chain = self.chains.get(node)
         if chain is not None:
-            wanted = self.wanted[node]
-            if params is None or len(wanted) == 1:
-                return self._integer_layer(chain, params)
-            return self._quantize(node, params)  # readers that disagree get values
+            outputs = self._outputs(node)
+            if params is not None and _key(params) not in map(_key, outputs):
+                return self._quantize(node, params)
+            layer = self._integer_layer(chain, *outputs)
+            if len(outputs) == 1:
+                return layer
+            for i, output in enumerate(outputs):
+                self.made[node, _key(output)] = self.graph.call_function(operator.getitem, (layer, i))
+            return self._codes(node, params)
         if params is None:
             return self.graph.node_copy(node, lambda n: self.made[n, None])
         operands = self._operands(node, params)
@@ -249,9 +266,15 @@ class _Lowering:
             return self.graph.call_function(max_pool_codes, (replaced[_source(node)],), pooling)
         return self.graph.node_copy(node, replaced.__getitem__)
 
-    def _integer_layer(self, chain: _Chain, out: QuantParams | None) -> fx.Node:
+    def _outputs(self, node: fx.Node) -> list[QuantParams | None]:
+        """Return the one or two outputs of an integer layer; values, of which all else can be made, are the first."""
+        wanted = self.wanted[node]
+        values: list[QuantParams | None] = [None] if None in wanted or len(wanted) > 2 else []
+        return (values + [params for params in wanted.values() if params is not None])[:2]
+
+    def _integer_layer(self, chain: _Chain, out: QuantParams | None, also: QuantParams | None = None) -> fx.Node:
         residual = self._residual_params(chain)
-        chain.layer.execute_in_integers(_engine(chain.layer, self.dtype, chain.activation, residual, out))
+        chain.layer.execute_in_integers(_engine(chain.layer, self.dtype, chain.activation, residual, out, also))
         arguments = [self._codes(_source(chain.node), chain.layer.activation)]
         if chain.residual is not None:
             marked = self._module(chain.residual)

@@ -166,8 +166,11 @@ def conv2d_integer(
     out_scale: Tensor | None,
     out_zero_point: Tensor | None,
     out_bits: Tensor | None,
+    also_scale: Tensor | None,
+    also_zero_point: Tensor | None,
+    also_bits: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor:
+) -> list[Tensor]:
     """Convolve codes with integer weights; values, or the codes of the next layer, channels innermost in memory."""
     weight = weight_of_panels(weight, scale.numel(), kernel_size, x.shape[1] // groups, groups)
     # float64 adds integers exactly up to 2^53.
@@ -181,9 +184,12 @@ def conv2d_integer(
         assert residual_scale is not None and residual_zero_point is not None
         y = y + (residual.float() - _along(residual_zero_point, x, 1).float()) * _along(residual_scale, x, 1)
     y = torch.where(y > 0, y, negative_slope * y).clamp_max(upper)
-    if out_scale is not None:
+    if out_scale is None:
+        outputs = [y.to(dtype)]
+    else:
         assert out_zero_point is not None and out_bits is not None
-        y = quantize(y, out_scale, out_zero_point, out_bits, 1)
-        dtype = torch.uint8
-    out = x.new_empty((y.shape[0], *y.shape[2:], y.shape[1]), dtype=dtype).movedim(-1, 1)
-    return out.copy_(y)
+        outputs = [quantize(y, out_scale, out_zero_point, out_bits, 1)]
+    if also_scale is not None:
+        assert also_zero_point is not None and also_bits is not None
+        outputs.append(quantize(y, also_scale, also_zero_point, also_bits, 1))
+    return [out.movedim(1, -1).contiguous().movedim(-1, 1) for out in outputs]

@@ -33,7 +33,8 @@ SCHEMAS = (
     "conv2d_integer(Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, int span, float negative_slope, float upper, "
     "Tensor? residual, Tensor? residual_scale, Tensor? residual_zero_point, "
-    "Tensor? out_scale, Tensor? out_zero_point, Tensor? out_bits, ScalarType dtype) -> Tensor",
+    "Tensor? out_scale, Tensor? out_zero_point, Tensor? out_bits, "
+    "Tensor? also_scale, Tensor? also_zero_point, Tensor? also_bits, ScalarType dtype) -> Tensor[]",
 )
 
 
@@ -95,13 +96,13 @@ def _fake_conv2d_integer(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     *arguments: Any,
-) -> Tensor:
-    out_scale, dtype = arguments[-4], arguments[-1]
+) -> list[Tensor]:
+    out_scale, also_scale, dtype = arguments[-7], arguments[-4], arguments[-1]
     size = [
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
     ]
-    dtype = dtype if out_scale is None else torch.uint8
-    return x.new_empty((x.shape[0], *size, scale.shape[0]), dtype=dtype).movedim(-1, 1)
+    dtypes = [dtype if out_scale is None else torch.uint8] + [torch.uint8] * (also_scale is not None)
+    return [x.new_empty((x.shape[0], *size, scale.shape[0]), dtype=dtype).movedim(-1, 1) for dtype in dtypes]
 
 
 def _fake_out(*args: object, out: Tensor) -> None:
@@ -138,7 +139,7 @@ def _unpack_dequantize_out(packed: Tensor, scale: Tensor, zero_point: Tensor, ax
     out.copy_(reference.unpack_dequantize(packed, scale, zero_point, axis, out.shape[1], out.dtype))
 
 
-_FAKES: dict[str, Callable[..., Tensor]] = {
+_FAKES: dict[str, Callable[..., Tensor | list[Tensor]]] = {
     "channel_statistics": _fake_channel_statistics,
     "channel_histogram": _fake_channel_histogram,
     "fake_quantize": _fake_fake_quantize,

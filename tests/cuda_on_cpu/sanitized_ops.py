@@ -79,7 +79,7 @@ def check_convolution(native: Any, channels: int, outputs: int, kernel: int, gro
     geometry = (kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), groups
     residual = torch.randint(0, 256, (2, outputs, 3, pixels), dtype=torch.uint8, generator=generator)
     for added in ((None, None, None), (residual, scale, zero_point)):
-        for out in ((None, None, None), (scale, zero_point, bits)):
+        for out in ((None,) * 6, (scale, zero_point, bits, scale * 2, zero_point, bits)):
             arguments = (
                 x,
                 weight,
@@ -94,7 +94,9 @@ def check_convolution(native: Any, channels: int, outputs: int, kernel: int, gro
                 *out,
                 torch.float16,
             )
-            assert oracle.same(native.conv2d_integer(*arguments), reference.conv2d_integer(*arguments))
+            expected = reference.conv2d_integer(*arguments)
+            found = native.conv2d_integer(*arguments)
+            assert all(oracle.same(*pair) for pair in zip(found, expected, strict=True))
     return 4
 
 

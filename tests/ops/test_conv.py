@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -96,13 +97,23 @@ class Case:
             "out_scale": None,
             "out_zero_point": None,
             "out_bits": None,
+            "also_scale": None,
+            "also_zero_point": None,
+            "also_bits": None,
             "dtype": torch.float32,
         }
 
 
 def run(backend: Backend, x: Tensor, arguments: dict[str, Any]) -> Tensor:
-    result: Tensor = backend.conv2d_integer(x, *arguments.values())
+    """Return the only output."""
+    (result,) = backend.conv2d_integer(x, *arguments.values())
+    assert isinstance(result, Tensor)
     return result
+
+
+def quantized(name: str, quantizer: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the arguments of the output "out" or "also"."""
+    return dict(zip((f"{name}_scale", f"{name}_zero_point", f"{name}_bits"), quantizer, strict=True))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -221,9 +232,39 @@ def test_epilogue(backend: Backend, name: str, activation: tuple[float, float]) 
             assert oracle.same(run(backend, x, a | {"dtype": dtype}), y.to(dtype))
         for few in (False, True):
             scale, zero_point, bits = (p[:1] if few else p for p in oracle.quantizer(case.outputs, 5))
-            codes = run(backend, x, a | {"out_scale": scale, "out_zero_point": zero_point, "out_bits": bits})
+            codes = run(backend, x, a | quantized("out", (scale, zero_point, bits)))
             assert oracle.same(codes, oracle.quantize(y, scale, zero_point, bits, 1))
             assert codes.movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("name", ["1x1", "1x1 odd", "3x3", "groups odd", "depthwise", "depthwise narrow"])
+def test_two_outputs(backend: Backend, name: str, relu: bool) -> None:
+    """Both are what one alone would be, values or codes of either quantizer, with a residual and without."""
+    case = GEOMETRIES[name]
+    x, weight, zeros = case.make()
+    sums = case.sums(x, weight, zeros)
+    g = torch.Generator().manual_seed(4)
+    a = case.arguments(weight, zeros)
+    a["scale"], a["bias"] = torch.rand(case.outputs, generator=g) * 0.01, torch.randn(case.outputs, generator=g)
+    a["negative_slope"] = 0.0 if relu else 1.0
+    x = channels_last(x)
+    first, second = oracle.quantizer(case.outputs, 5), oracle.quantizer(case.outputs, 6)
+    for residual in (None, torch.randint(0, 256, sums.shape, dtype=torch.uint8, generator=g)):
+        if residual is not None:
+            a["residual"] = channels_last(residual)
+            a["residual_scale"], a["residual_zero_point"], _ = oracle.quantizer(case.outputs, 4)
+        y = finished(case, sums, a, residual)
+        for also in (second, tuple(p[:1] for p in second)):
+            codes = oracle.quantize(y, *also, 1)
+            b = a | quantized("also", also)
+            calls = [(b | {"dtype": dtype}, y.to(dtype)) for dtype in oracle.DTYPES]
+            for arguments, expected in [*calls, (b | quantized("out", first), oracle.quantize(y, *first, 1))]:
+                outputs = backend.conv2d_integer(x, *arguments.values())
+                assert len(outputs) == 2
+                assert oracle.same(outputs[0], expected)
+                assert oracle.same(outputs[1], codes)
+                assert all(output.movedim(1, -1).is_contiguous() for output in outputs)
 
 
 def test_sums_beyond_two_to_the_24_are_rounded_once(backend: Backend) -> None:
@@ -268,6 +309,10 @@ def test_empty_batch(backend: Backend, name: str) -> None:
     y = run(backend, channels_last(x)[:0], case.arguments(weight, zeros))
     assert y.shape[0] == 0
     assert y.shape[1] == case.outputs
+    arguments = case.arguments(weight, zeros) | quantized("also", oracle.quantizer(case.outputs))
+    outputs = backend.conv2d_integer(channels_last(x)[:0], *arguments.values())
+    assert [output.dtype for output in outputs] == [torch.float32, torch.uint8]
+    assert outputs[1].shape == y.shape
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -309,6 +354,7 @@ OUT = {
     "out_zero_point": torch.zeros(18, dtype=torch.int32),
     "out_bits": torch.full((1,), 4, dtype=torch.uint8),
 }
+ALSO = {name.replace("out", "also"): parameter for name, parameter in OUT.items()}
 # What is wrong about a call of the 3x3 dilated convolution, and what the typed function says.
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(2, 8, 11, 10)}, "x must be a uint8 tensor"),
@@ -336,6 +382,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (OUT | {"out_bits": None}, "out_scale needs out_zero_point and out_bits"),
     (OUT | {"out_scale": torch.ones(17)}, "scale must have the shape"),
     (OUT | {"out_zero_point": torch.zeros(18)}, "zero_point must be torch.int32"),
+    (ALSO | {"also_zero_point": None}, "also_scale needs also_zero_point and also_bits"),
+    (ALSO | {"also_bits": torch.ones(18)}, "bits must be torch.uint8"),
+    (ALSO | {"also_scale": torch.ones(2)}, "scale must have the shape"),
     ({"dtype": torch.int32}, "dtype must be float32, float16 or bfloat16"),
 ]
 
@@ -372,7 +421,7 @@ def test_the_typed_function_and_its_defaults() -> None:
     case = GEOMETRIES["1x1 odd"]
     x, weight, zeros = dataclasses.replace(case, zero_point=False).make()
     one, zero = torch.ones(case.outputs), torch.zeros(case.outputs)
-    y = ops.conv2d_integer(x, panels.weight_panels(weight, 1), one, zero, (1, 1))
+    (y,) = ops.conv2d_integer(x, panels.weight_panels(weight, 1), one, zero, (1, 1))
     assert oracle.same(y, torch.from_numpy(case.sums(x, weight, zeros)).float())
 
 
@@ -397,12 +446,14 @@ for channels, outputs, groups, bits in ((20, 33, 1, 4), (3, 8, 1, 8), (24, 12, 4
     for slope, upper in ((1.0, float("inf")), (0.0, float("inf")), (0.2, 6.0)):
         for added in (None, residual):
             for out in ((None, None, None), quantizer):
-                y = ops.conv2d_integer(
+                outputs = ops.conv2d_integer(
                     x, weight, scale, bias, (3, 3), (1, 1), (1, 1), (1, 1), groups, span=span, zero_sums=zeros,
                     negative_slope=slope, upper=upper, residual=added, residual_scale=scale,
                     residual_zero_point=zeros[1].contiguous(),
-                    out_scale=out[0], out_zero_point=out[1], out_bits=out[2])
-                digest.update((y + 0).numpy().tobytes())
+                    out_scale=out[0], out_zero_point=out[1], out_bits=out[2],
+                    also_scale=scale, also_zero_point=zeros[2].contiguous(), also_bits=quantizer[2])
+                for y in outputs:
+                    digest.update((y + 0).numpy().tobytes())
 print(_native.build_info["simd_level"], digest.hexdigest())
 """
 

@@ -11,14 +11,14 @@ import architectures
 import networks
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
-from ptq4cuda.integer import max_pool_codes
+from ptq4cuda.integer import IntegerConv2d, max_pool_codes
 from ptq4cuda.metrics import Noise, compare
-from ptq4cuda.nn import QuantModule, QuantTensor
+from ptq4cuda.nn import Quantize, QuantModule, QuantTensor
 from ptq4cuda.record import record_of
 
 FAST = QuantConfig.fast()
@@ -121,6 +121,78 @@ def test_codes_flow_through_pooling_and_concatenation(images: Tensor) -> None:
     integer(images)
     assert float_values == []
     assert any(node.target is max_pool_codes for node in integer.graph.nodes)  # type: ignore[union-attr]
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(channels, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(8, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))) + x)
+
+
+class Bottlenecks(nn.Module):
+    """Every residual sum is read with 4 bits by the next block's convolution, and with 8 by its sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 20, 3, padding=1)
+        self.blocks = nn.Sequential(*(Bottleneck(20) for _ in range(3)))
+        self.fc = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(F.max_pool2d(F.relu(self.stem(x)), 2)).mean((2, 3)))
+
+
+def test_residual_blocks_pass_codes_alone(images: Tensor) -> None:
+    torch.manual_seed(3)
+    simulated, integer = both(Bottlenecks().eval(), images)
+    assert executions(integer) == {"integer"}
+    quantized = [node.all_input_nodes[0] for node in integer.graph.nodes if is_quantize(integer, node)]
+    assert [node.name for node in quantized] == ["x", "mean"]
+    layers = [m.engine for m in integer.modules() if isinstance(m, QuantModule)]
+    assert sum(layer.also_scale is not None for layer in layers if isinstance(layer, IntegerConv2d)) == 3
+    assert sqnr(simulated(images), integer(images)) > 30.0
+    expected, found = exact(simulated, images), exact(integer, images)
+    for name, codes in expected.items():
+        assert (codes != found[name]).float().mean().item() < 1e-3, name
+    compiled = torch.compile(integer, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(images), integer(images))
+
+
+def is_quantize(network: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), Quantize)
+
+
+class Readers(nn.Module):
+    """One layer's output is read with 4 bits and, on request, with 8 bits and as values."""
+
+    def __init__(self, residual: bool, values: bool) -> None:
+        super().__init__()
+        self.residual, self.values = residual, values
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = F.relu(self.first(x))
+        y = self.second(x) + x if self.residual else self.second(x)
+        return (y, x) if self.values else (y,)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("values", [False, True])
+def test_what_a_layer_returns_to_readers_that_disagree(images: Tensor, residual: bool, values: bool) -> None:
+    torch.manual_seed(3)
+    simulated, integer = both(Readers(residual, values).eval(), images)
+    engine = integer.get_submodule("first").engine
+    assert isinstance(engine, IntegerConv2d)
+    assert (engine.out_scale is None) == values
+    assert (engine.also_scale is not None) == (residual or values)
+    # Two outputs serve two readers; the third one's codes are made of values.
+    assert sum(is_quantize(integer, node) for node in integer.graph.nodes) == 1 + (residual and values)
+    for expected, found in zip(simulated(images), integer(images), strict=True):
+        assert sqnr(expected, found) > 30.0
 
 
 def test_residual_operands_have_8_bits_in_both_executions(images: Tensor) -> None:
