@@ -130,6 +130,8 @@ GEOMETRIES = {
     "3x3 stride": Case(16, 16, kernel=(3, 3), padding=(1, 1), stride=(2, 2), size=(13, 12)),
     "3x3 dilated": Case(8, 18, kernel=(3, 3), padding=(2, 3), dilation=(2, 3), size=(11, 10)),
     "first": Case(3, 32, kernel=(7, 7), padding=(3, 3), stride=(2, 2), size=(21, 30), bits=8),
+    "first dilated": Case(3, 16, kernel=(3, 3), padding=(2, 1), dilation=(1, 2), size=(9, 11), bits=8),
+    "first grey": Case(1, 20, kernel=(5, 5), stride=(1, 2), size=(12, 13), bits=8),
     "1x7": Case(6, 5, kernel=(1, 7), padding=(0, 3)),
     "even kernel": Case(5, 7, kernel=(2, 4), padding=(1, 2), stride=(3, 1)),
     "kernel over the edge": Case(4, 4, kernel=(5, 5), padding=(4, 4), size=(2, 3), stride=(2, 1)),
@@ -161,7 +163,11 @@ def test_sums_are_exact(backend: Backend, name: str) -> None:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(
-    "name", ["1x1", "3x3", "first", "groups odd", "depthwise", "depthwise 5x5", "depthwise narrow"]
+    "name",
+    [
+        *("1x1", "3x3", "first", "first dilated", "first grey"),
+        *("groups odd", "depthwise", "depthwise 5x5", "depthwise narrow"),
+    ],
 )
 def test_codes_and_weights_at_their_limits(backend: Backend, name: str, bits: int) -> None:
     """No instruction may saturate, whatever span the weights allow."""
@@ -290,7 +296,7 @@ def test_any_layout(backend: Backend, layout: str) -> None:
 
 def test_reads_stay_inside_of_the_input(backend: Backend) -> None:
     """What lies around the input in memory has no influence, also on channels that do not fill a word."""
-    for name in ("1x1 odd", "3x3", "first", "groups odd", "depthwise", "depthwise narrow"):
+    for name in ("1x1 odd", "3x3", "first", "first grey", "groups odd", "depthwise", "depthwise narrow"):
         case = GEOMETRIES[name]
         x, weight, zeros = case.make()
         a = case.arguments(weight, zeros)
@@ -433,7 +439,9 @@ from ptq4cuda import _native
 from ptq4cuda.ops import panels
 digest = hashlib.sha256()
 g = torch.Generator().manual_seed(0)
-for channels, outputs, groups, bits in ((20, 33, 1, 4), (3, 8, 1, 8), (24, 12, 4, 4), (70, 70, 70, 4), (9, 9, 9, 8)):
+for channels, outputs, groups, bits in (
+    (20, 33, 1, 4), (3, 8, 1, 8), (20, 8, 1, 8), (24, 12, 4, 4), (70, 70, 70, 8), (9, 9, 9, 8)
+):
     x = torch.randint(0, 1 << bits, (2, channels, 9, 11), dtype=torch.uint8, generator=g)
     weight = torch.randint(-128, 128, (outputs, 3, 3, channels // groups), dtype=torch.int8, generator=g)
     weight = panels.weight_panels(weight, groups)
