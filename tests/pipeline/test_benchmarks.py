@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import architectures
 import models
+import pytest
 import torch
 from torch import nn
 
@@ -16,14 +20,16 @@ def test_peak_of_activations() -> None:
     assert models.peak_bytes(nn.ReLU(inplace=True), torch.zeros(2, 3)) == 0
 
 
-def test_layers_and_networks() -> None:
+def test_layers_and_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = partial(architectures.build_mobilenet_v2, width=0.25)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "mobilenet_v2", narrow)
     rows = models.measure_layers("mobilenet_v2", 1, 32, 1)
     assert len(rows) == 53
     assert rows[0]["kernel"] == "3x3/2, 8-bit codes"
     assert rows[0]["in"] == [1, 3, 32, 32]
     assert "depthwise" in rows[1]["kernel"]
     assert any("2 outputs" in row["kernel"] for row in rows)
-    float32, integer = models.measure("mobilenet_v2", [1], 32, False, False, 1)
+    float32, integer = models.measure("mobilenet_v2", [1], 64, False, False, 1)
     assert (float32["way"], integer["way"]) == ("float32", models.INTEGER)
     assert integer["runs_as"] == ["integer"]
     assert integer["peak_activation_bytes"] < float32["peak_activation_bytes"] / 3
