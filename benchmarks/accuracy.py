@@ -74,7 +74,7 @@ def paper(images: int) -> list[Method]:
         ("W4A4", "KLD threshold", replace(w4a4, clipping="kld")),
         ("W4A4", "ACIQ, Laplace", replace(w4a4, clipping="laplace")),
         ("W4A4", "correction", replace(w4a4, **corrected)),
-        ("W4A4", "bit allocation", replace(w4a4, **activations, **weights)),
+        ("W4A4", "bit allocation", replace(w4a4, **(activations | weights))),
         ("W4A4", "all three", QuantConfig.paper()),
     ]
     return [Method(setting, name, config, images) for setting, name, config in rows]

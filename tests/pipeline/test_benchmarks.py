@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import accuracy
 import architectures
 import models
 import pytest
@@ -21,7 +22,7 @@ def test_peak_of_activations() -> None:
 
 
 def test_layers_and_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = partial(architectures.build_mobilenet_v2, width=0.25)
+    narrow = partial(architectures.build_mobilenet_v2, width=0.5)
     monkeypatch.setitem(architectures.ARCHITECTURES, "mobilenet_v2", narrow)
     rows = models.measure_layers("mobilenet_v2", 1, 32, 1)
     assert len(rows) == 53
@@ -34,3 +35,10 @@ def test_layers_and_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert integer["runs_as"] == ["integer"]
     assert integer["peak_activation_bytes"] < float32["peak_activation_bytes"] / 3
     assert integer["held_bytes"] < float32["held_bytes"] / 3
+
+
+def test_no_method_is_measured_twice() -> None:
+    methods = [*accuracy.paper(8), *accuracy.ladder(8)]
+    assert len({(method.setting, method.name) for method in methods}) == len(methods)
+    configs = [method.config for method in methods if method.setting != "ladder"]
+    assert all(configs.count(config) == 1 for config in configs)
