@@ -177,17 +177,17 @@ def run_methods(subject: networks.Subject, methods: list[Method]) -> list[dict[s
     return lines
 
 
-# Width and image size that keep a network under two minutes on one core.
-CALIBRATION = 128  # images
-SIZES: dict[str, tuple[float, int]] = {"resnet50": (0.25, 64), "vgg16_bn": (0.125, 64), "densenet": (0.25, 64)}
+# What keeps a network under two minutes on one core.
+CALIBRATION, PIXELS = 128, 64
+WIDTH = {"vgg16_bn": 0.125}  # others: a quarter
 
 
 def run_architectures(names: list[str]) -> list[dict[str, Any]]:
     """Quantize random networks and print SQNR on other images, seconds and peak memory."""
     lines, rows = [], []
     for name in tqdm(names, desc="architectures", unit="network"):
-        width, size = SIZES.get(name, (0.25, 64))
-        calibration, test = architectures.images(CALIBRATION, size), architectures.images(32, size, seed=7)
+        width = WIDTH.get(name, 0.25)
+        calibration, test = architectures.images(CALIBRATION, PIXELS), architectures.images(32, PIXELS, seed=7)
         model = architectures.calibrate_batch_norm(architectures.ARCHITECTURES[name](width=width), calibration[:32])
         with torch.no_grad():
             expected = model(test)
@@ -212,7 +212,7 @@ def run_architectures(names: list[str]) -> list[dict[str, Any]]:
         rows.append((name, f"{width:g}", *sqnr, f"{calibrated:.1f}", *times, f"{memory:,}"))
         for preset, (value, seconds) in figures.items():
             lines.append(
-                {"network": name, "width": width, "size": size, "preset": preset, "sqnr": value, "s": seconds}
+                {"network": name, "width": width, "size": PIXELS, "preset": preset, "sqnr": value, "s": seconds}
             )
     print(f"\nRandom weights, BatchNorm calibrated; {CALIBRATION} calibration images, 32 other test images.\n")
     header = (
