@@ -3,9 +3,11 @@
 //
 //     y_o = activation(scale_o * (sum_o - zeros_o) + bias_o + residual_o),   sum_o = Σ weight * code over the window
 //
-// Codes are unsigned bytes, weights signed ones, sums int32. Zero padding pads with the code 0, not with the zero
-// point: what the zero points of the input add, zeros_o = Σ weight * zero_point, is summed over those taps that are
-// inside of the image. So zero points may have any value, also one that no code has.
+// Codes are unsigned bytes, weights signed ones, sums int32. Codes may come packed (ptq4cuda/ops/nibbles.py): then
+// each nibble of a pixel is a channel, of codes up to 15, and the sums over the high nibbles, which lie behind
+// low_bytes of low ones, count 16-fold. Zero padding pads with the code 0, not with the zero point: what the zero
+// points of the input add, zeros_o = Σ weight * zero_point, is summed over those taps that are inside of the image.
+// So zero points may have any value, also one that no code has.
 #pragma once
 
 #include "ops.h"
@@ -23,6 +25,7 @@ struct Extent {
 
 struct ConvShape {
     int64_t batch, channels, out_channels, groups;
+    int64_t low_bytes;  // of a pixel of packed codes; 0: codes are bytes
     Extent in, out, kernel, stride, padding, dilation;
 
     PTQ_INLINE int64_t group_channels() const { return channels / groups; }
@@ -32,6 +35,9 @@ struct ConvShape {
     PTQ_INLINE int64_t words_per_tap() const { return ceil_div(group_channels(), kWordChannels); }
     PTQ_INLINE int64_t panel_words() const { return kernel.area() * words_per_tap(); }
     PTQ_INLINE int64_t pixels() const { return batch * out.area(); }
+    PTQ_INLINE bool packed() const { return low_bytes > 0; }
+    PTQ_INLINE int64_t pixel_bytes() const { return packed() ? channels / 2 : channels; }
+    PTQ_INLINE int64_t high_bytes() const { return pixel_bytes() - low_bytes; }
 };
 
 struct Activation {
@@ -40,7 +46,7 @@ struct Activation {
 
 struct ConvProblem {
     ConvShape shape;
-    const uint8_t* x;          // [N, H, W, C]
+    const uint8_t* x;          // [N, H, W, pixel_bytes()]
     const int8_t* weight;      // panels, or [R * S, C] if depthwise
     const int32_t* zero_sums;  // [R * S, O], or nullptr: all zero points are 0
     int64_t span;              // pairs of products that fit into 16 bits; negative: of nibbles of the codes
@@ -61,15 +67,15 @@ struct ConvOps {
 
     static Tensor conv2d_integer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums,
                                  const Tensor& scale, const Tensor& bias, Pair kernel_size, Pair stride, Pair padding,
-                                 Pair dilation, int64_t groups, int64_t span, double negative_slope, double upper,
-                                 std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
-                                 std::optional<Tensor> residual_zero_point, std::optional<Tensor> out_scale,
-                                 std::optional<Tensor> out_zero_point, std::optional<Tensor> out_bits,
-                                 ScalarType dtype) {
+                                 Pair dilation, int64_t groups, int64_t low_bytes, int64_t span,
+                                 double negative_slope, double upper, std::optional<Tensor> residual,
+                                 std::optional<Tensor> residual_scale, std::optional<Tensor> residual_zero_point,
+                                 std::optional<Tensor> out_scale, std::optional<Tensor> out_zero_point,
+                                 std::optional<Tensor> out_bits, ScalarType dtype) {
         const char* op = "conv2d_integer";
         ConvProblem problem{};
         ConvShape& shape = problem.shape;
-        shape = conv_shape(op, x, scale, kernel_size, stride, padding, dilation, groups);
+        shape = conv_shape(op, x, scale, kernel_size, stride, padding, dilation, groups, low_bytes);
         const Tensor source = channels_last(x);
 
         const auto [rows, columns] = shape.depthwise()
@@ -159,12 +165,19 @@ private:
     }
 
     static ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& scale, const Pair& kernel_size,
-                                const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups) {
+                                const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups,
+                                int64_t low_bytes) {
         STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4 && x.size(1) > 0, op,
                         ": x must be uint8 [N, C, H, W], got ", shape_of(x));
         ConvShape s;
         s.batch = x.size(0);
-        s.channels = x.size(1);
+        STD_TORCH_CHECK(
+            low_bytes == 0 || (0 < low_bytes && low_bytes <= x.size(1) && low_bytes % kWordChannels == 0 &&
+                               x.size(1) % kWordChannels == 0 && groups == 1),
+            op, ": ", x.size(1), " bytes a pixel, ", low_bytes, " of them low, in ", groups,
+            " groups, are no packed codes");
+        s.low_bytes = low_bytes;
+        s.channels = low_bytes ? 2 * x.size(1) : x.size(1);
         s.out_channels = scale.numel();
         s.groups = groups;
         STD_TORCH_CHECK(groups > 0 && s.channels % groups == 0 && s.out_channels % groups == 0, op, ": ", s.channels,

@@ -187,6 +187,7 @@ class IntegerConv2d(QuantizerState):
             self.padding,
             self.dilation,
             self.groups,
+            0,
             self.span,
             self.activation.negative_slope,
             self.activation.upper,

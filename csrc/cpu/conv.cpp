@@ -28,11 +28,12 @@ public:
           shape_(problem.shape),
           y_(y),
           depthwise_(shape_.depthwise()),
-          split_(problem.span < 0),
-          span_(split_ ? -problem.span : problem.span),
+          packed_(shape_.packed()),
+          split_(problem.span < 0 && !packed_),  // packed codes are nibbles already
+          span_(std::abs(problem.span)),
           finish_(finisher<T>(problem)) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
-        direct_ = whole_words && !split_ && shape_.padding.height + shape_.padding.width == 0;
+        direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
         const bool filled = !direct_ && shape_.groups == 1;
         pixel_bytes_ = filled ? shape_.words_per_tap() * kWordChannels : shape_.channels;
@@ -88,12 +89,16 @@ private:
     void find_taps() {
         const Extent k = shape_.kernel, d = shape_.dilation;
         // The taps of a row follow each other in memory, as their weights do.
-        const bool joined = shape_.groups == 1 && d.width == 1;
+        const bool joined = shape_.groups == 1 && d.width == 1 && !packed_;
         for (int64_t r = 0; r < k.height; ++r)
             for (int64_t s = 0; s < (joined ? 1 : k.width); ++s)
                 offsets_.push_back(r * d.height * row_bytes_ + s * d.width * pixel_bytes_);
-        taps_ = {offsets_.data(), static_cast<int64_t>(offsets_.size()),
-                 shape_.words_per_tap() * (joined ? k.width : 1)};
+        const auto taps = [&](int64_t words) {
+            return Taps{offsets_.data(), static_cast<int64_t>(offsets_.size()), words};
+        };
+        taps_ =
+            taps(packed_ ? shape_.low_bytes * 2 / kWordChannels : shape_.words_per_tap() * (joined ? k.width : 1));
+        high_taps_ = taps(packed_ ? shape_.high_bytes() * 2 / kWordChannels : taps_.words);
         if (!depthwise_) return;
         if (offsets_.size() % 2) offsets_.push_back(0);  // with weights that are zero
         tap_pairs_ = {offsets_.data(), static_cast<int64_t>(offsets_.size()) / 2};
@@ -176,7 +181,7 @@ private:
         for (int64_t i = 0; i < height; ++i) {
             const int64_t row = top * stride.height - pad.height + i;
             if (row < 0 || row >= in.height) continue;
-            copy_row(problem_.x + (n * in.height + row) * in.width * shape_.channels,
+            copy_row(problem_.x + (n * in.height + row) * in.width * shape_.pixel_bytes(),
                      unit.band.data() + i * row_bytes_ + pad.width * pixel_bytes_, unit.plane);
         }
         unit.first = (n * out.height + top) * out.width;
@@ -190,10 +195,18 @@ private:
             }
     }
 
-    // Copies a row of the image, or its high nibbles and, a plane further, its low ones.
+    // Copies a row of the image, or its high nibbles and, a plane further, its low ones. Of a word of packed codes
+    // the even nibbles are followed by the odd ones, as in the panels.
     void copy_row(const uint8_t* from, uint8_t* to, int64_t plane) const {
         const int64_t channels = shape_.channels, width = shape_.in.width, n = channels * width;
-        if (pixel_bytes_ != channels) {
+        if (packed_) {
+            for (int64_t i = 0; i < n; i += 2 * kWordChannels, from += kWordChannels, to += 2 * kWordChannels) {
+                uint32_t word;
+                std::memcpy(&word, from, sizeof word);
+                const uint32_t halves[2] = {word & 0x0f0f0f0f, word >> 4 & 0x0f0f0f0f};
+                std::memcpy(to, halves, sizeof halves);
+            }
+        } else if (pixel_bytes_ != channels) {
             for (int64_t i = 0; i < n; i += channels)
                 for (int64_t c = 0; c < channels; c += kWordChannels, to += kWordChannels)
                     copy_word(from + i + c, std::min<int64_t>(kWordChannels, channels - c), to, plane);
@@ -259,11 +272,15 @@ private:
         const int8_t* weights = problem_.weight + b * shape_.panel_words() * kPanelOutputs * kWordChannels;
         alignas(32) int32_t sums[kTilePixels * kPanelOutputs];
         clear(sums);
-        dot_(pixels, count, panels_[b].channel, taps_, span_, weights, sums);
-        if (split_) {
+        const auto add = [&](int64_t from, const Taps& taps, int64_t word) {
+            dot_(pixels, count, panels_[b].channel + from, taps, span_,
+                 weights + word * kPanelOutputs * kWordChannels, sums);
+        };
+        if (split_ || packed_) {  // high nibbles first
+            add(packed_ ? 2 * shape_.low_bytes : 0, high_taps_, 0);
             for (int32_t& sum : sums) sum *= 16;
-            dot_(pixels, count, panels_[b].channel + unit.plane, taps_, span_, weights, sums);
         }
+        add(split_ ? unit.plane : 0, taps_, packed_ ? high_taps_.count * high_taps_.words : 0);
         put(unit, begin, count, b, sums);
     }
 
@@ -317,10 +334,10 @@ private:
     const ConvProblem& problem_;
     const ConvShape& shape_;
     T* y_;
-    bool depthwise_, split_, direct_;
+    bool depthwise_, packed_, split_, direct_;
     int64_t span_, pixel_bytes_, row_bytes_;  // of the image or of a band
     std::vector<int64_t> offsets_;            // of the taps from a pixel's address
-    Taps taps_{};
+    Taps taps_{}, high_taps_{};
     TapPairs tap_pairs_{};
     std::vector<Panel> panels_;
     std::vector<float> parameters_;  // [panels][fields][16]

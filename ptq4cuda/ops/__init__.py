@@ -273,6 +273,7 @@ def conv2d_integer(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     *,
+    low_bytes: int = 0,
     zero_sums: Tensor | None = None,
     span: int = panels.NIBBLES,
     negative_slope: float = 1.0,
@@ -303,6 +304,8 @@ def conv2d_integer(
         padding: of rows and columns, on both sides.
         dilation: of rows and columns.
         groups: as in torch.nn.Conv2d.
+        low_bytes: of packed codes, see ops.nibbles: x is uint8 [N, bytes, H, W], and weight is arranged by their
+            Nibbles. There are no groups then.
         zero_sums: int32 [R * S, O]: Σ weight * zero_point over the channels of x, of each tap. Default: x has no
             zero points.
         span: what panels.span_of_sums returns for weight and x; the default holds for all.
@@ -332,12 +335,15 @@ def conv2d_integer(
     outputs = scale.shape[0] if isinstance(scale, Tensor) and scale.dim() == 1 else 0
     check_vector("scale", scale, torch.float32, (outputs,), x)
     check_vector("bias", bias, torch.float32, (outputs,), x)
+    if low_bytes and (not 0 < low_bytes <= x.shape[1] or low_bytes % 4 or x.shape[1] % 4 or groups != 1):
+        raise ValueError(f"x {list(x.shape)} with {low_bytes} low bytes and {groups} groups holds no packed codes")
     if groups < 1 or x.shape[1] % groups or outputs % groups or not x.shape[1]:
         raise ValueError(f"{x.shape[1]} input and {outputs} output channels do not make {groups} groups")
     size = [x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1 for d in (0, 1)]
     if min(size) < 0:
         raise ValueError(f"the kernel {kernel_size} is larger than the padded input {list(x.shape)}")
-    shape = panels.shape_of_panels(outputs, kernel_size, x.shape[1] // groups, groups)
+    channels = 2 * x.shape[1] if low_bytes else x.shape[1] // groups
+    shape = panels.shape_of_panels(outputs, kernel_size, channels, groups)
     if not isinstance(weight, Tensor) or weight.dtype != torch.int8 or tuple(weight.shape) != shape:
         raise ValueError(f"weight must be int8 {list(shape)}, got {_describe(weight)}")
     taps = kernel_size[0] * kernel_size[1]
@@ -369,6 +375,7 @@ def conv2d_integer(
         padding,
         dilation,
         groups,
+        low_bytes,
         span,
         negative_slope,
         upper,

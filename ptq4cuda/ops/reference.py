@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq4cuda.ops import nibbles
 from ptq4cuda.ops.panels import weight_of_panels
 
 # Columns of channel_statistics.
@@ -157,6 +158,7 @@ def conv2d_integer(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    low_bytes: int,
     span: int,
     negative_slope: float,
     upper: float,
@@ -169,11 +171,16 @@ def conv2d_integer(
     dtype: torch.dtype,
 ) -> Tensor:
     """Convolve codes with integer weights; values, or the codes of the next layer, channels innermost in memory."""
-    weight = weight_of_panels(weight, scale.numel(), kernel_size, x.shape[1] // groups, groups)
+    inside = torch.ones_like(x[:1, :1], dtype=torch.float64)
+    if low_bytes:  # every nibble is a channel
+        weight = nibbles.weight_of_panels(weight, scale.numel(), kernel_size, x.shape[1], low_bytes)
+        x = nibbles.split(x)
+        x[:, 2 * low_bytes :] *= 16
+    else:
+        weight = weight_of_panels(weight, scale.numel(), kernel_size, x.shape[1] // groups, groups)
     # float64 adds integers exactly up to 2^53.
     sums = torch.conv2d(x.double(), weight.movedim(-1, 1).double(), None, stride, padding, dilation, groups)
     if zero_sums is not None:  # the share of the zero points, of those taps that are inside of the image
-        inside = torch.ones_like(x[:1, :1], dtype=torch.float64)
         kernel = zero_sums.t().reshape(-1, 1, *kernel_size).double()
         sums = sums - torch.conv2d(inside, kernel, None, stride, padding, dilation)
     y = sums.float() * _along(scale, x, 1) + _along(bias, x, 1)

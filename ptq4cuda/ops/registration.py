@@ -31,7 +31,8 @@ SCHEMAS = (
     "pack_codes(Tensor codes, Tensor bits, Tensor offsets, int packed_bytes) -> Tensor",
     "unpack_codes(Tensor packed, Tensor bits, Tensor offsets, int length) -> Tensor",
     "conv2d_integer(Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, int span, float negative_slope, float upper, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int span, "
+    "float negative_slope, float upper, "
     "Tensor? residual, Tensor? residual_scale, Tensor? residual_zero_point, "
     "Tensor? out_scale, Tensor? out_zero_point, Tensor? out_bits, ScalarType dtype) -> Tensor",
 )

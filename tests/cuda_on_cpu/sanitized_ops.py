@@ -6,6 +6,7 @@ GPU, see benchmarks/gpu_check.sh).
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from typing import Any
 
@@ -28,12 +29,14 @@ CASES = (
     (torch.bfloat16, "strided"),
 )
 
-# Input and output channels, kernel, groups, width: every way to fetch codes, tiles of every size, depthwise.
+# Input and output channels, kernel, groups, width: every way to fetch codes, tiles of every size, depthwise. The
+# model runs them on a small device and on one so large that they share out their columns, if these are enough.
 CONVOLUTIONS = (
     (16, 64, 1, 1, 50),
     (20, 24, 3, 1, 20),
     (3, 7, 3, 1, 9),
     (6, 10, 3, 2, 9),
+    (64, 20, 3, 1, 9),
     (40, 40, 3, 40, 9),
     (9, 9, 3, 9, 11),
 )
@@ -87,6 +90,7 @@ def check_convolution(native: Any, channels: int, outputs: int, kernel: int, gro
                 scale / 99,
                 scale,
                 *geometry,
+                0,
                 panels.NIBBLES,
                 0.0,
                 9.0,
@@ -124,15 +128,11 @@ def main(library: str) -> None:
         assert oracle.same(packed, reference.pack_codes(codes, bits, offsets, total))
         assert oracle.same(native.unpack_codes(packed, bits, offsets, length), codes)
         calls += 2
-    for convolution in (
-        (16, 64, 1, 1, 50),
-        (20, 24, 3, 1, 20),
-        (3, 7, 3, 1, 9),
-        (6, 10, 3, 2, 9),
-        (40, 40, 3, 40, 9),
-    ):
-        calls += check_convolution(native, *convolution)
-    calls += check_convolution(native, 9, 9, 3, 9, 11)
+    for device in (None,) if library == "cuda" else (0, 31):
+        if device is not None:
+            ctypes.CDLL(library).cuda_on_cpu_use_device(device)
+        for convolution in CONVOLUTIONS:
+            calls += check_convolution(native, *convolution)
     print(f"{calls} operator calls, all as the reference")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import os
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from ops import oracle
 from ops.backends import Backend
+from ops.test_nibbles import bits_of, codes_of
 from ptq4cuda import ops
 from ptq4cuda.ops import panels
+from ptq4cuda.ops.nibbles import Nibbles
 
 Pair = tuple[int, int]
 
@@ -87,6 +90,7 @@ class Case:
             "padding": self.padding,
             "dilation": self.dilation,
             "groups": self.groups,
+            "low_bytes": 0,
             "span": self.span(weight) if span is None else span,
             "negative_slope": 1.0,
             "upper": float("inf"),
@@ -226,6 +230,34 @@ def test_epilogue(backend: Backend, name: str, activation: tuple[float, float]) 
             assert codes.movedim(1, -1).is_contiguous()
 
 
+PACKED = [
+    *(name for name, case in GEOMETRIES.items() if case.groups == 1),
+    "vectors",
+]
+GEOMETRIES |= {"vectors": Case(96, 70, kernel=(3, 3), padding=(1, 1), stride=(1, 2))}
+
+
+def packed_arguments(case: Case, which: str) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Return packed codes, what their sums are, and the arguments."""
+    bits = bits_of(case.channels, which)
+    layout = Nibbles.of(bits)
+    _, weight, zeros = case.make()
+    codes = codes_of(bits, case.size, case.batch)
+    a = case.arguments(weight, zeros, panels.NIBBLES)
+    a |= {"weight": layout.weight_panels(weight), "low_bytes": layout.low_bytes}
+    return layout.pack(codes), case.sums(codes, weight, zeros), a
+
+
+@pytest.mark.parametrize("which", ["none", "some", "all"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_codes(backend: Backend, name: str, which: str) -> None:
+    x, sums, a = packed_arguments(GEOMETRIES[name], which)
+    y = run(backend, x, a)
+    assert oracle.same(y, torch.from_numpy(sums).float())
+    assert oracle.same(run(backend, x.contiguous(), a), y)
+    assert oracle.same(run(backend, x[1:], a), y[1:])
+
+
 def test_sums_beyond_two_to_the_24_are_rounded_once(backend: Backend) -> None:
     case = Case(2100, 16, size=(2, 2), bits=8, batch=1, zero_point=False)
     x, weight, zeros = case.make()
@@ -268,6 +300,45 @@ def test_empty_batch(backend: Backend, name: str) -> None:
     y = run(backend, channels_last(x)[:0], case.arguments(weight, zeros))
     assert y.shape[0] == 0
     assert y.shape[1] == case.outputs
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "case", "launches"),
+    [
+        (1, Case(64, 32, kernel=(3, 3), padding=(1, 1)), 1),
+        (16, Case(64, 32, kernel=(3, 3), padding=(1, 1)), 2),
+        (16, Case(60, 70, size=(3, 5), kernel=(3, 3), padding=(1, 1), batch=1), 2),
+        (16, Case(21, 30, size=(3, 3), kernel=(5, 5), groups=3, padding=(2, 2)), 1),  # too few columns
+        (33, Case(301, 21, size=(4, 4), kernel=(3, 2), bits=8), 2),
+        (60, Case(48, 20, size=(4, 4), kernel=(7, 7), padding=(3, 3), groups=2), 2),
+        (60, Case(100, 20, size=(4, 4), kernel=(3, 3), batch=1), 2),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_small_outputs_share_out_the_columns(
+    cuda_on_cpu: Backend, model: ctypes.CDLL, multiprocessors: int, case: Case, launches: int, packed: bool
+) -> None:
+    model.cuda_on_cpu_use_device(multiprocessors - 1)
+    if packed and case.groups == 1:
+        x, sums, a = packed_arguments(case, "some")
+    else:
+        x, weight, zeros = case.make()
+        sums, a = case.sums(x, weight, zeros), case.arguments(weight, zeros)
+    before = model.cuda_on_cpu_launches()
+    y = run(cuda_on_cpu, channels_last(x), a)
+    assert model.cuda_on_cpu_launches() - before == launches
+    assert oracle.same(y, torch.from_numpy(sums).float())
+
+    g = torch.Generator().manual_seed(3)
+    a["scale"], a["bias"] = torch.rand(case.outputs, generator=g) * 0.01, torch.randn(case.outputs, generator=g)
+    a["negative_slope"] = 0.0
+    residual = torch.randint(0, 256, sums.shape, dtype=torch.uint8, generator=g)
+    a["residual"] = channels_last(residual)
+    a["residual_scale"], a["residual_zero_point"], _ = oracle.quantizer(case.outputs, 4)
+    y = finished(case, sums, a, residual)
+    assert oracle.same(run(cuda_on_cpu, channels_last(x), a), y)
+    a["out_scale"], a["out_zero_point"], a["out_bits"] = quantizer = oracle.quantizer(case.outputs, 5)
+    assert oracle.same(run(cuda_on_cpu, channels_last(x), a), oracle.quantize(y, *quantizer, 1))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -329,6 +400,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"groups": 0}, "do not make 0 groups"),
     ({"groups": 4}, "do not make 4 groups"),
     ({"span": 0}, "span must not be 0"),
+    ({"low_bytes": 4, "groups": 2}, "holds no packed codes"),
+    ({"low_bytes": 12}, "holds no packed codes"),
+    ({"low_bytes": -4}, "holds no packed codes"),
+    ({"low_bytes": 3}, "holds no packed codes"),
+    ({"low_bytes": 4}, r"weight must be int8 \[2, 36, 16, 4\]"),
     (RESIDUAL | {"residual": RESIDUAL["residual"][:1]}, r"residual must be uint8 \[2, 18, 11, 10\]"),
     (RESIDUAL | {"residual": RESIDUAL["residual"].int()}, "residual must be uint8"),
     (RESIDUAL | {"residual_scale": None}, "residual needs residual_scale"),

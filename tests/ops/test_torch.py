@@ -48,7 +48,7 @@ def convolution(x: Tensor, layout: str, dtype: torch.dtype) -> tuple[Any, ...]:
     weight = panels.weight_panels(torch.randint(-9, 9, (6, 3, 3, x.shape[1]), dtype=torch.int8), 1)
     zeros = torch.randint(-9, 9, (9, 6), dtype=torch.int32)
     scale, zero_point, bits = oracle.quantizer(6)
-    geometry = ((3, 3), (2, 1), (1, 2), (1, 1), 1)
+    geometry = ((3, 3), (2, 1), (1, 2), (1, 1), 1, 0)
     residual = torch.randint(0, 16, (x.shape[0], 6, 2, x.shape[3] + 2), dtype=torch.uint8)
     out = (scale, zero_point, bits) if layout == "channels_last" else (None, None, None)
     return codes, weight, zeros, scale, scale, *geometry, 8, 0.0, 6.0, residual, scale, zero_point, *out, dtype
