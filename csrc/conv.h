@@ -3,11 +3,15 @@
 //
 //     y_o = activation(scale_o * (sum_o - zeros_o) + bias_o + residual_o),   sum_o = Σ weight * code over the window
 //
-// Codes are unsigned bytes, weights signed ones, sums int32. Codes may come packed (ptq4cuda/ops/nibbles.py): then
-// each nibble of a pixel is a channel, of codes up to 15, and the sums over the high nibbles, which lie behind
-// low_bytes of low ones, count 16-fold. Zero padding pads with the code 0, not with the zero point: what the zero
-// points of the input add, zeros_o = Σ weight * zero_point, is summed over those taps that are inside of the image.
-// So zero points may have any value, also one that no code has.
+// Codes are unsigned bytes, weights signed ones, sums int32. Zero padding pads with the code 0, not with the zero
+// point: what the zero points of the input add, zeros_o = Σ weight * zero_point, is summed over those taps that are
+// inside of the image. So zero points may have any value, also one that no code has.
+//
+// Where the readers of a value disagree on its quantizer (a layer reads 4 bits, the next residual sum 8), a second
+// output spares them the value itself: it would be written once and read twice, in four times the bytes.
+//
+// Codes may be packed (ptq4cuda/ops/nibbles.py). Of a packed input each nibble is a channel, of codes up to 15, and
+// the sums over the high nibbles, which lie behind low_bytes of low ones, count 16-fold.
 #pragma once
 
 #include "ops.h"
@@ -16,6 +20,7 @@ namespace ptq4cuda {
 
 constexpr int kPanelOutputs = 16;  // ptq4cuda/ops/panels.py says how weights are laid out
 constexpr int kWordChannels = 4;
+constexpr int kOctet = 8;  // channels whose nibbles are packed together
 
 struct Extent {
     int64_t height, width;
@@ -38,10 +43,22 @@ struct ConvShape {
     PTQ_INLINE bool packed() const { return low_bytes > 0; }
     PTQ_INLINE int64_t pixel_bytes() const { return packed() ? channels / 2 : channels; }
     PTQ_INLINE int64_t high_bytes() const { return pixel_bytes() - low_bytes; }
+    // Whether what is computed together are whole octets, so that outputs can be packed.
+    bool whole_octets() const { return groups == 1 || (depthwise() ? channels : group_outputs()) % kOctet == 0; }
 };
 
 struct Activation {
     float negative_slope, upper;
+};
+
+// How the codes of an output lie in memory.
+struct Packing {
+    const int32_t* starts;  // the bytes of a pixel where the high nibbles of each octet begin, nullptr if not packed
+    int32_t bytes;          // of a pixel
+
+    // Where the high nibbles of an octet are, whatever `starts` holds: [begin, end).
+    PTQ_INLINE int32_t begin(int64_t octet) const { return starts[octet] > 0 ? starts[octet] : 0; }
+    PTQ_INLINE int32_t end(int64_t octet) const { return starts[octet + 1] < bytes ? starts[octet + 1] : bytes; }
 };
 
 struct ConvProblem {
@@ -55,6 +72,10 @@ struct ConvProblem {
     const uint8_t* residual;  // [N, out H, out W, O], or nullptr
     QuantizerTable residual_quantizer;
     QuantizerTable out_quantizer;  // if the output is codes
+    Packing out_packing;
+    uint8_t* also;  // a second output, codes of the same values; or nullptr
+    QuantizerTable also_quantizer;
+    Packing also_packing;
 };
 
 // The backend's
@@ -65,13 +86,15 @@ template <class Backend>
 struct ConvOps {
     using Pair = std::vector<int64_t>;
 
-    static Tensor conv2d_integer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums,
-                                 const Tensor& scale, const Tensor& bias, Pair kernel_size, Pair stride, Pair padding,
-                                 Pair dilation, int64_t groups, int64_t low_bytes, int64_t span,
-                                 double negative_slope, double upper, std::optional<Tensor> residual,
-                                 std::optional<Tensor> residual_scale, std::optional<Tensor> residual_zero_point,
-                                 std::optional<Tensor> out_scale, std::optional<Tensor> out_zero_point,
-                                 std::optional<Tensor> out_bits, ScalarType dtype) {
+    static std::vector<Tensor> conv2d_integer(
+        const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
+        const Tensor& bias, Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups,
+        int64_t low_bytes, int64_t span, double negative_slope, double upper, std::optional<Tensor> residual,
+        std::optional<Tensor> residual_scale, std::optional<Tensor> residual_zero_point,
+        std::optional<Tensor> out_scale, std::optional<Tensor> out_zero_point, std::optional<Tensor> out_bits,
+        std::optional<Tensor> out_starts, int64_t out_bytes, std::optional<Tensor> also_scale,
+        std::optional<Tensor> also_zero_point, std::optional<Tensor> also_bits, std::optional<Tensor> also_starts,
+        int64_t also_bytes, ScalarType dtype) {
         const char* op = "conv2d_integer";
         ConvProblem problem{};
         ConvShape& shape = problem.shape;
@@ -104,7 +127,7 @@ struct ConvOps {
 
         const std::vector<int64_t> sizes = {shape.batch, shape.out_channels, shape.out.height, shape.out.width};
         std::optional<Tensor> added;
-        std::optional<QuantizerArguments> added_quantizer, out_quantizer;
+        std::optional<QuantizerArguments> added_quantizer;
         if (residual) {
             STD_TORCH_CHECK(residual->scalar_type() == ScalarType::Byte && residual->dim() == 4 &&
                                 std::equal(sizes.begin(), sizes.end(), residual->sizes().begin()),
@@ -116,19 +139,54 @@ struct ConvOps {
             problem.residual = added->const_data_ptr<uint8_t>();
             problem.residual_quantizer = added_quantizer->table();
         }
-        if (out_scale) {
-            STD_TORCH_CHECK(out_zero_point && out_bits, op, ": out_scale has no out_zero_point or no out_bits");
-            out_quantizer.emplace(op, x, *out_scale, *out_zero_point, out_bits, shape.out_channels);
+        const auto quantizer = [&](const char* name, const auto& scales, const auto& zero_points, const auto& bits) {
+            std::optional<QuantizerArguments> arguments;
+            if (!scales) return arguments;
+            STD_TORCH_CHECK(zero_points && bits, op, ": ", name, "_scale has no ", name, "_zero_point or no ", name,
+                            "_bits");
+            arguments.emplace(op, x, *scales, *zero_points, bits, shape.out_channels);
+            return arguments;
+        };
+        const auto out_quantizer = quantizer("out", out_scale, out_zero_point, out_bits);
+        const auto also_quantizer = quantizer("also", also_scale, also_zero_point, also_bits);
+        if (out_quantizer) {
             problem.out_quantizer = out_quantizer->table();
             dtype = ScalarType::Byte;
         } else {
             STD_TORCH_CHECK(is_floating(dtype), op, ": dtype must be float32, float16 or bfloat16");
         }
 
-        const int64_t width = shape.out.width * shape.out_channels;
-        const std::vector<int64_t> strides = {shape.out.height * width, 1, width, shape.out_channels};
-        Tensor y = empty_strided(sizes, strides, dtype, x);
-        if (y.numel() == 0) return y;
+        std::vector<Tensor> tables, outputs;  // tables live as long as the launch
+        const auto packing = [&](const char* name, const std::optional<Tensor>& starts, int64_t bytes) {
+            if (!starts) return Packing{};
+            const int64_t octets = ceil_div(shape.out_channels, kOctet);
+            STD_TORCH_CHECK(
+                starts->scalar_type() == ScalarType::Int && starts->dim() == 1 && starts->size(0) == octets + 1, op,
+                ": ", name, "_starts must be int32 [", octets + 1, "], its shape is ", shape_of(*starts));
+            check_same_device(op, "starts", *starts, x);
+            STD_TORCH_CHECK(bytes >= octets * kWordChannels && bytes % kWordChannels == 0 &&
+                                bytes == static_cast<int32_t>(bytes) && shape.whole_octets(),
+                            op, ": ", shape.out_channels, " outputs in ", groups, " groups are not packed in ", bytes,
+                            " bytes");
+            tables.push_back(as_contiguous(*starts));
+            return Packing{tables.back().const_data_ptr<int32_t>(), static_cast<int32_t>(bytes)};
+        };
+        const auto add_output = [&](ScalarType type, const Packing& packed) {
+            const int64_t channels = packed.starts ? packed.bytes : shape.out_channels, width = shape.out.width;
+            const std::vector<int64_t> size = {shape.batch, channels, shape.out.height, width};
+            const std::vector<int64_t> strides = {shape.out.height * width * channels, 1, width * channels, channels};
+            outputs.push_back(empty_strided(size, strides, type, x));
+        };
+        if (out_quantizer) problem.out_packing = packing("out", out_starts, out_bytes);
+        add_output(dtype, problem.out_packing);
+        if (also_quantizer) {
+            problem.also_packing = packing("also", also_starts, also_bytes);
+            add_output(ScalarType::Byte, problem.also_packing);
+            problem.also = outputs[1].mutable_data_ptr<uint8_t>();
+            problem.also_quantizer = also_quantizer->table();
+        }
+        const Tensor& y = outputs[0];
+        if (y.numel() == 0) return outputs;
         problem.x = source.const_data_ptr<uint8_t>();
         problem.weight = panels.const_data_ptr<int8_t>();
         problem.zero_sums = zeros ? zeros->const_data_ptr<int32_t>() : nullptr;
@@ -143,7 +201,7 @@ struct ConvOps {
                 Backend::conv(source, problem, static_cast<decltype(type)*>(y.data_ptr()));
             });
         }
-        return y;
+        return outputs;
     }
 
 private:

@@ -26,12 +26,12 @@ public:
     Convolution(const ConvProblem& problem, T* y)
         : problem_(problem),
           shape_(problem.shape),
-          y_(y),
           depthwise_(shape_.depthwise()),
           packed_(shape_.packed()),
           split_(problem.span < 0 && !packed_),  // packed codes are nibbles already
           span_(std::abs(problem.span)),
-          finish_(finisher<T>(problem)) {
+          out_{y, finisher<T>(problem)},
+          also_{problem.also, finisher<uint8_t>(problem)} {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
@@ -40,7 +40,9 @@ public:
         row_bytes_ = (shape_.in.width + (direct_ ? 0 : 2 * shape_.padding.width)) * pixel_bytes_;
         find_taps();
         find_panels();
-        lay_out_parameters();
+        if (problem.zero_sums) lay_out_zeros();
+        out_.parameters = parameters(problem.out_quantizer);
+        if (also_.y) also_.parameters = parameters(problem.also_quantizer);
 #if defined(__x86_64__)
         if (simd::level() >= simd::Level::avx2) {
             dot_ = dot_tile_avx2;
@@ -82,6 +84,13 @@ private:
         int64_t output;   // the first
         int64_t outputs;  // how many there are
         int64_t channel;  // the first input channel
+    };
+
+    template <class U>
+    struct Output {
+        U* y;
+        Finisher<U> finish;
+        std::vector<float> parameters = {};  // [panels][fields][16]
     };
 
     int64_t blocks() const { return static_cast<int64_t>(panels_.size()) / (depthwise_ ? 2 : 1); }
@@ -126,19 +135,24 @@ private:
         }
     }
 
-    void lay_out_parameters() {
-        const int64_t area = shape_.kernel.area(), outputs = panels_.size() * kPanelOutputs;
-        parameters_.assign(outputs * kFields, 0.0f);
-        if (problem_.zero_sums) zeros_.assign(outputs * (area + 1), 0);
+    std::vector<float> parameters(const QuantizerTable& quantizer) const {
+        std::vector<float> laid_out(panels_.size() * kFields * kPanelOutputs);
         for (size_t i = 0; i < panels_.size(); ++i)
             for (int64_t j = 0; j < panels_[i].outputs; ++j) {
-                const int64_t o = panels_[i].output + j;
-                const auto values = parameters_of(problem_, o);
-                for (int f = 0; f < kFields; ++f) parameters_[(i * kFields + f) * kPanelOutputs + j] = values[f];
-                if (!problem_.zero_sums) continue;
+                const auto values = parameters_of(problem_, quantizer, panels_[i].output + j);
+                for (int f = 0; f < kFields; ++f) laid_out[(i * kFields + f) * kPanelOutputs + j] = values[f];
+            }
+        return laid_out;
+    }
+
+    void lay_out_zeros() {
+        const int64_t area = shape_.kernel.area();
+        zeros_.assign(panels_.size() * (area + 1) * kPanelOutputs, 0);
+        for (size_t i = 0; i < panels_.size(); ++i)
+            for (int64_t j = 0; j < panels_[i].outputs; ++j) {
                 int32_t* zeros = &zeros_[i * (area + 1) * kPanelOutputs + j];
                 for (int64_t t = 0; t < area; ++t) {
-                    zeros[t * kPanelOutputs] = problem_.zero_sums[t * shape_.out_channels + o];
+                    zeros[t * kPanelOutputs] = problem_.zero_sums[t * shape_.out_channels + panels_[i].output + j];
                     zeros[area * kPanelOutputs] += zeros[t * kPanelOutputs];
                 }
             }
@@ -299,25 +313,32 @@ private:
         put(unit, begin, count, 2 * b + 1, sums + kTilePixels * kPanelOutputs);
     }
 
-    // Finishes the sums of a tile and one panel.
+    // Finishes the sums of a tile and one panel: a second output begins with the sums once more, which are at hand.
     void put(const Unit& unit, int64_t begin, int count, int64_t index, int32_t* sums) const {
         const Panel& panel = panels_[index];
         if (panel.outputs == 0) return;
         if (problem_.zero_sums)
             for (int p = 0; p < count; ++p) subtract_zeros(unit.windows[begin + p], index, sums + p * kPanelOutputs);
-        const int64_t stride = shape_.out_channels, to = (unit.first + begin) * stride + panel.output;
+        put(out_, unit.first + begin, count, index, sums);
+        if (also_.y) put(also_, unit.first + begin, count, index, sums);
+    }
+    template <class U>
+    void put(const Output<U>& output, int64_t pixel, int count, int64_t index, const int32_t* sums) const {
+        const Panel& panel = panels_[index];
+        const int64_t stride = shape_.out_channels, to = pixel * stride + panel.output;
         const uint8_t* residual = problem_.residual ? problem_.residual + to : nullptr;
-        const float* parameters = &parameters_[index * kFields * kPanelOutputs];
+        const float* parameters = &output.parameters[index * kFields * kPanelOutputs];
         if (panel.outputs == kPanelOutputs)
-            return finish_(sums, count, stride, residual, y_ + to, parameters, problem_.activation);
+            return output.finish(sums, count, stride, residual, output.y + to, parameters, problem_.activation);
         // Less than a panel: by way of a full one.
         uint8_t residuals[kTilePixels * kPanelOutputs] = {};
-        T y[kTilePixels * kPanelOutputs];
+        U y[kTilePixels * kPanelOutputs];
         for (int p = 0; residual && p < count; ++p)
             std::memcpy(residuals + p * kPanelOutputs, residual + p * stride, panel.outputs);
-        finish_(sums, count, kPanelOutputs, residuals, y, parameters, problem_.activation);
+        output.finish(sums, count, kPanelOutputs, residuals, y, parameters, problem_.activation);
         for (int p = 0; p < count; ++p)
-            std::memcpy(static_cast<void*>(y_ + to + p * stride), y + p * kPanelOutputs, panel.outputs * sizeof(T));
+            std::memcpy(static_cast<void*>(output.y + to + p * stride), y + p * kPanelOutputs,
+                        panel.outputs * sizeof(U));
     }
 
     void subtract_zeros(const Window& w, int64_t index, int32_t* sums) const {
@@ -333,25 +354,62 @@ private:
 
     const ConvProblem& problem_;
     const ConvShape& shape_;
-    T* y_;
     bool depthwise_, packed_, split_, direct_;
     int64_t span_, pixel_bytes_, row_bytes_;  // of the image or of a band
     std::vector<int64_t> offsets_;            // of the taps from a pixel's address
     Taps taps_{}, high_taps_{};
     TapPairs tap_pairs_{};
     std::vector<Panel> panels_;
-    std::vector<float> parameters_;  // [panels][fields][16]
-    std::vector<int32_t> zeros_;     // [panels][taps, then all taps together][16]
-    std::vector<int8_t> weights_;    // of depthwise blocks
-    Finisher<T> finish_;
+    std::vector<int32_t> zeros_;   // [panels][taps, then all taps together][16]
+    std::vector<int8_t> weights_;  // of depthwise blocks
+    Output<T> out_;
+    Output<uint8_t> also_;
     DotTile dot_ = dot_tile;
     DepthwiseTile depthwise_dot_ = depthwise_tile;
 };
 
+// Packs codes of all pixels: nibble after nibble, each octet's into two words.
+void pack(const std::vector<uint8_t>& codes, const QuantizerTable& quantizer, const Packing& packing, int64_t pixels,
+          uint8_t* to) {
+    const int64_t channels = codes.size() / pixels, octets = ceil_div(channels, kOctet);
+    std::vector<bool> is_high(channels);
+    for (int64_t c = 0; c < channels; ++c) is_high[c] = quantizer[c].qmax > 15.0f;
+    torch::stable::parallel_for(0, pixels, kTaskProducts / channels + 1, [&](int64_t p, int64_t end_pixel) {
+        for (; p < end_pixel; ++p)
+            for (int64_t k = 0; k < octets; ++k) {
+                uint32_t low = 0, high = 0;
+                int bits = 0;  // of the high nibbles
+                for (int64_t c = k * kOctet; c < std::min(channels, (k + 1) * kOctet); ++c) {
+                    const uint32_t code = codes[p * channels + c];
+                    low |= (code & 15) << (c % kOctet * 4);
+                    if (!is_high[c]) continue;
+                    high |= code >> 4 << bits;
+                    bits += 4;
+                }
+                uint8_t* pixel = to + p * packing.bytes;
+                std::memcpy(pixel + k * sizeof low, &low, sizeof low);
+                const int32_t begin = packing.begin(k), end = packing.end(k);
+                for (int32_t b = begin; b < end; ++b)
+                    pixel[b] = b - begin < 4 ? static_cast<uint8_t>(high >> (8 * (b - begin))) : 0;
+            }
+    });
+}
+
 struct Cpu {
+    // Outputs that are packed are computed in bytes first.
     template <class T>
-    static void conv(const Tensor&, const ConvProblem& problem, T* y) {
-        Convolution<T>(problem, y).run();
+    static void conv(const Tensor&, const ConvProblem& given, T* y) {
+        ConvProblem problem = given;
+        const int64_t pixels = problem.shape.pixels(), size = pixels * problem.shape.out_channels;
+        std::vector<uint8_t> out(given.out_packing.starts ? size : 0), also(given.also_packing.starts ? size : 0);
+        if (!also.empty()) problem.also = also.data();
+        if constexpr (std::is_same_v<T, uint8_t>) {
+            Convolution<T>(problem, out.empty() ? y : out.data()).run();
+            if (!out.empty()) pack(out, given.out_quantizer, given.out_packing, pixels, y);
+        } else {
+            Convolution<T>(problem, y).run();
+        }
+        if (!also.empty()) pack(also, given.also_quantizer, given.also_packing, pixels, given.also);
     }
 };
 

@@ -36,10 +36,11 @@ inline Curve curve_of(const Activation& act) {
     return act.negative_slope == 1.0f ? Curve::identity : act.negative_slope == 0.0f ? Curve::relu : Curve::other;
 }
 
-// The parameters of output channel o of a problem, one for each field.
-inline std::array<float, kFields> parameters_of(const ConvProblem& problem, int64_t o) {
+// The parameters of output channel o of a problem, one for each field, for an output with a quantizer or without.
+inline std::array<float, kFields> parameters_of(const ConvProblem& problem, const QuantizerTable& quantizer,
+                                                int64_t o) {
     const Quantizer added = problem.residual ? problem.residual_quantizer[o] : Quantizer{};
-    const Quantizer out = problem.out_quantizer.scale ? problem.out_quantizer[o] : Quantizer{};
+    const Quantizer out = quantizer.scale ? quantizer[o] : Quantizer{};
     const int32_t zero_point = static_cast<int32_t>(out.zero_point);
     float zero_point_bits;
     std::memcpy(&zero_point_bits, &zero_point, sizeof zero_point);

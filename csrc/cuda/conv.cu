@@ -56,26 +56,52 @@ struct Tile {
 struct Output {
     void* y;
     ScalarType dtype;  // Int: of sums that are not complete, and not finished
-    bool aligned;      // kVector outputs, and as many codes of the residual, are one vector in memory
+    bool aligned;  // kVector outputs, and as many codes of the residual or a second output, are one vector in memory
 };
 
 template <class T, int V, class Value>
-__device__ __forceinline__ void put(const Output& output, int64_t at, int count, const Value (&values)[V]) {
-    T* y = static_cast<T*>(output.y) + at;
+__device__ __forceinline__ void put(void* to, int64_t at, int count, bool aligned, const Value (&values)[V]) {
+    T* y = static_cast<T*>(to) + at;
     Vector<T, V> v;
 #pragma unroll
     for (int j = 0; j < V; ++j) v.at[j] = static_cast<T>(values[j]);
-    if (count == V) return store<V>(y, v, output.aligned);
+    if (count == V) return store<V>(y, v, aligned);
 #pragma unroll  // registers have no index at run time
     for (int j = 0; j < V; ++j)
         if (j < count) y[j] = v.at[j];
+}
+
+// Stores the codes of four channels packed. The neighbouring thread has the other four of the octet: together they
+// store its high nibbles, byte by byte in turn.
+__device__ __forceinline__ void put_nibbles(uint8_t* pixel, const Packing& packing, int64_t first, int count,
+                                            const int32_t (&codes)[kVector], const Quantizer (&quantizers)[kVector]) {
+    uint32_t low = 0, high = 0;
+    int bits = 0;  // of the high nibbles
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+        if (j >= count) continue;
+        low |= (codes[j] & 15) << (4 * j);
+        if (quantizers[j].qmax <= 15.0f) continue;
+        high |= codes[j] >> 4 << bits;
+        bits += 4;
+    }
+    *reinterpret_cast<uint16_t*>(pixel + first / 2) = static_cast<uint16_t>(low);
+
+    const uint32_t mine = high | bits << 16;
+    const uint32_t other = __shfl_xor_sync(3u << (threadIdx.x % 32 & ~1u), mine, 1);
+    const bool is_second = first % kOctet != 0;
+    const uint32_t before = is_second ? other : mine, after = is_second ? mine : other;
+    const uint32_t octet = (before & 0xffff) | (after & 0xffff) << (before >> 16);
+    const int32_t begin = packing.begin(first / kOctet), end = packing.end(first / kOctet);
+    for (int32_t b = begin + is_second; b < end; b += 2)
+        pixel[b] = b - begin < 4 ? static_cast<uint8_t>(octet >> (8 * (b - begin))) : 0;
 }
 
 // What the outputs of V neighbouring channels need, kept in registers from pixel to pixel.
 template <int V>
 struct Channels {
     float scale[V], bias[V];
-    Quantizer residual[V], out[V];
+    Quantizer residual[V], out[V], also[V];
     int count;  // channels that exist
 
     __device__ Channels(const ConvProblem& problem, int64_t first, int64_t end)
@@ -87,6 +113,7 @@ struct Channels {
             bias[j] = problem.bias[first + j];
             if (problem.residual) residual[j] = problem.residual_quantizer[first + j];
             if (problem.out_quantizer.scale) out[j] = problem.out_quantizer[first + j];
+            if (problem.also) also[j] = problem.also_quantizer[first + j];
         }
     }
 };
@@ -123,7 +150,7 @@ template <int V>
 __device__ __forceinline__ void finish(const ConvProblem& problem, const Channels<V>& of, int64_t pixel,
                                        int64_t first, const int32_t (&sums)[V], const Output& output) {
     const int64_t at = pixel * problem.shape.out_channels + first;
-    if (output.dtype == ScalarType::Int) return put<int32_t>(output, at, of.count, sums);
+    if (output.dtype == ScalarType::Int) return put<int32_t>(output.y, at, of.count, output.aligned, sums);
     Vector<uint8_t, V> residual{};
     if (problem.residual) {
         if (of.count == V) {
@@ -140,13 +167,23 @@ __device__ __forceinline__ void finish(const ConvProblem& problem, const Channel
         values[j] = scaled_sum(sums[j], of.scale[j], of.bias[j]);
         if (problem.residual) values[j] += value(static_cast<float>(residual.at[j]), of.residual[j]);
         values[j] = activated(values[j], problem.activation.negative_slope, problem.activation.upper);
-        if (output.dtype == ScalarType::Byte) values[j] = static_cast<float>(int_code(values[j], of.out[j]));
     }
+    const auto put_codes = [&](uint8_t* to, const Packing& packing, const Quantizer(&quantizers)[V]) {
+        int32_t codes[V];
+#pragma unroll
+        for (int j = 0; j < V; ++j) codes[j] = int_code(values[j], quantizers[j]);
+        if constexpr (V == kVector)
+            if (packing.starts)
+                return put_nibbles(to + pixel * int64_t{packing.bytes}, packing, first, of.count, codes, quantizers);
+        put<uint8_t>(to, at, of.count, output.aligned, codes);
+    };
+    if (problem.also) put_codes(problem.also, problem.also_packing, of.also);
+    using torch::headeronly::BFloat16, torch::headeronly::Half;
     switch (output.dtype) {
-        case ScalarType::Byte: return put<uint8_t>(output, at, of.count, values);
-        case ScalarType::Half: return put<torch::headeronly::Half>(output, at, of.count, values);
-        case ScalarType::BFloat16: return put<torch::headeronly::BFloat16>(output, at, of.count, values);
-        default: return put<float>(output, at, of.count, values);
+        case ScalarType::Byte: return put_codes(static_cast<uint8_t*>(output.y), problem.out_packing, of.out);
+        case ScalarType::Half: return put<Half>(output.y, at, of.count, output.aligned, values);
+        case ScalarType::BFloat16: return put<BFloat16>(output.y, at, of.count, output.aligned, values);
+        default: return put<float>(output.y, at, of.count, output.aligned, values);
     }
 }
 
@@ -365,7 +402,7 @@ __global__ void __launch_bounds__(Tile<kWarps, packed>::threads)
     constexpr int kThreadsPerPixel = kOutputs / kVector;
     const int mine = thread % kThreadsPerPixel * kVector;
     const Channels<kVector> of(problem, first_output + mine, end_output);
-    if (of.count <= 0) return;
+    if (first_output + mine / kOctet * kOctet >= end_output) return;
     for (int p = thread / kThreadsPerPixel; p < Shape::pixels; p += Shape::threads / kThreadsPerPixel) {
         if (first_pixel + p >= pixels) break;
         int32_t four[kVector];
@@ -378,29 +415,33 @@ __global__ void __launch_bounds__(Tile<kWarps, packed>::threads)
 
 constexpr int kAddingThreads = 128;
 
+// Threads for the outputs of a pixel: two for each octet.
+__host__ __device__ inline int64_t vectors_of_octets(int64_t outputs) {
+    return (outputs + kOctet - 1) / kOctet * (kOctet / kVector);
+}
+
 // Adds up shares of sums, int32 [splits, N, out H, out W, O], and finishes them.
 __global__ void __launch_bounds__(kAddingThreads)
     add_kernel(ConvProblem problem, Output output, const int32_t* shares, int splits) {
     const ConvShape& s = problem.shape;
-    const int64_t vectors = (s.out_channels + kVector - 1) / kVector, size = s.pixels() * s.out_channels;
+    const int64_t vectors = vectors_of_octets(s.out_channels), size = s.pixels() * s.out_channels;
     const int64_t index = int64_t{blockIdx.x} * kAddingThreads + threadIdx.x;
     const int64_t first = index % vectors * kVector, pixel = index / vectors;
     if (pixel >= s.pixels()) return;
-    const Channels<kVector> of(problem, first, s.out_channels);
     int32_t sums[kVector] = {};
     for (int split = 0; split < splits; ++split) {
         const int32_t* share = shares + split * size + pixel * s.out_channels + first;
-        if (s.out_channels % kVector == 0) {
+        if (s.out_channels % kVector == 0 && first < s.out_channels) {
             const Vector<int32_t, kVector> four = load<kVector>(share, true);
 #pragma unroll
             for (int j = 0; j < kVector; ++j) sums[j] += four.at[j];
         } else {
 #pragma unroll
             for (int j = 0; j < kVector; ++j)
-                if (j < of.count) sums[j] += share[j];
+                if (first + j < s.out_channels) sums[j] += share[j];
         }
     }
-    finish(problem, of, pixel, first, sums, output);
+    finish(problem, Channels<kVector>(problem, first, s.out_channels), pixel, first, sums, output);
 }
 
 // --- depthwise -----------------------------------------------------------------------------------------------------
@@ -449,7 +490,8 @@ struct Cuda {
                         "conv2d_integer: an image of ", s.in.height, " x ", s.in.width, ", a kernel of ",
                         s.kernel.height, " x ", s.kernel.width, " or ", s.out_channels, " outputs are too large");
         constexpr ScalarType dtype = torch::headeronly::CppTypeToScalarType<T>::value;
-        const bool aligned = is_aligned<kVector>(y) && (!problem.residual || is_aligned<kVector>(problem.residual));
+        const bool aligned = is_aligned<kVector>(y) && is_aligned<kVector>(problem.residual) &&
+                             is_aligned<kVector>(problem.also);  // a null pointer is
         const CurrentStream stream(x);
         if (s.depthwise()) {
             depthwise(problem, {y, dtype, s.channels % kVector == 0 && aligned}, stream);
@@ -466,8 +508,10 @@ private:
             start(depthwise_kernel<width>, ceil_div(threads, kDepthwiseThreads), kDepthwiseThreads, 0, stream,
                   problem, output);
         };
-        if (output.aligned && is_aligned<kVector>(problem.x) && is_aligned<kVector>(problem.weight))
-            return run(std::integral_constant<int, kVector>{});
+        const bool vectors = is_aligned<kVector>(problem.x) && is_aligned<kVector>(problem.weight);
+        if (vectors && s.channels % kVector == 0) return run(std::integral_constant<int, kVector>{});
+        STD_TORCH_CHECK(!problem.out_packing.starts && !problem.also_packing.starts,
+                        "conv2d_integer: codes and weights must be aligned to words where outputs are packed");
         run(std::integral_constant<int, 1>{});
     }
 
@@ -517,9 +561,10 @@ private:
         int32_t* shares = workspace.mutable_data_ptr<int32_t>();
         ConvProblem part = problem;  // shares of sums meet no quantizer
         part.residual = nullptr;
+        part.also = nullptr;
         part.out_quantizer = {};
         run(small, part, {shares, ScalarType::Int, s.group_outputs() % kVector == 0}, splits);
-        const int64_t threads = ceil_div(s.out_channels, kVector) * s.pixels();
+        const int64_t threads = vectors_of_octets(s.out_channels) * s.pixels();
         start(add_kernel, ceil_div(threads, kAddingThreads), kAddingThreads, 0, stream, problem, output, shares,
               static_cast<int>(splits));
     }

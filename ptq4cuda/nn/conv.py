@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda.correction import WeightCorrection
-from ptq4cuda.nn.quant_module import QuantModule
+from ptq4cuda.nn.quant_module import Outputs, QuantModule
 from ptq4cuda.quantizer import QuantParams
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -102,7 +102,7 @@ class QuantConv2d(QuantModule):
         layer._quantize_from(conv, activation, weight_bits, bias_correction)
         return layer
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Outputs:
         """Return the convolution of the quantized input with the quantized weights.
 
         Args:

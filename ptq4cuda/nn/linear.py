@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4cuda.correction import WeightCorrection
-from ptq4cuda.nn.quant_module import QuantModule
+from ptq4cuda.nn.quant_module import Outputs, QuantModule
 from ptq4cuda.quantizer import QuantParams
 
 
@@ -61,7 +61,7 @@ class QuantLinear(QuantModule):
         layer._quantize_from(linear, activation, weight_bits, bias_correction)
         return layer
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Outputs:
         """Return the product of the quantized input with the quantized weights."""
         if self.engine is not None:
             return self._integer_forward(input, None)

@@ -26,11 +26,14 @@ _ROWS = ("weight_bits", "weight_scale", "weight_offset")
 _ACTIVATION = ("activation_bits", "activation_scale", "activation_zero_point")
 
 
+Outputs = Tensor | tuple[Tensor, Tensor]  # of a layer in integers: two where its readers disagree on codes
+
+
 class IntegerEngine(Protocol):
     """Computes a layer from the codes of its input; it is a module without a state of its own."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Return values, or the codes of the next layer."""
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Outputs:
+        """Return values, or the codes of the next layers."""
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the weights as codes uint8 [O, *kernel, C / groups]."""
@@ -188,7 +191,7 @@ class QuantModule(QuantizerState):
         self.engine = engine
         self.register_buffer("weight_packed", self.weight_packed[:0].clone(), persistent=False)
 
-    def _integer_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _integer_forward(self, x: Tensor, residual: Tensor | None) -> Outputs:
         """Compute from codes, or from values, which are quantized first."""
         assert self.engine is not None
         if x.dtype != torch.uint8:

@@ -284,8 +284,15 @@ def conv2d_integer(
     out_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: Tensor | None = None,
+    out_starts: Tensor | None = None,
+    out_bytes: int = 0,
+    also_scale: Tensor | None = None,
+    also_zero_point: Tensor | None = None,
+    also_bits: Tensor | None = None,
+    also_starts: Tensor | None = None,
+    also_bytes: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+) -> list[Tensor]:
     """Convolve unsigned codes with signed 8-bit weights, and finish the integer sums in the same pass.
 
         y_o = activation(scale_o * Σ weight * (code - zero_point) + bias_o + residual_o)
@@ -317,10 +324,19 @@ def conv2d_integer(
         out_scale: float32 [O] or [1]: the output is quantized with this scale, exactly as `quantize` would.
         out_zero_point: int32 [O] or [1], with out_scale.
         out_bits: uint8 [O] or [1], with out_scale.
+        out_starts: the codes are packed: starts and, as out_bytes, the bytes of the ops.nibbles.Nibbles of out_bits.
+            The outputs of a group are whole octets then, or there is one group.
+        out_bytes: with out_starts.
+        also_scale: float32 [O] or [1]: there is a second output, codes of the same values with this scale.
+        also_zero_point: int32 [O] or [1], with also_scale.
+        also_bits: uint8 [O] or [1], with also_scale.
+        also_starts: as out_starts.
+        also_bytes: with also_starts.
         dtype: of the output, without out_scale: float32, float16 or bfloat16.
 
     Returns:
-        [N, O, H', W'], channels_last: values, or uint8 codes where out_scale is given.
+        The output [N, O, H', W'], channels_last: values, or uint8 codes where out_scale is given. Where also_scale
+        is given, a second one follows, uint8 codes of the same shape. Packed codes are [N, bytes, H', W'].
     """
     if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
         raise TypeError(f"x must be a uint8 tensor [N, C, H, W], got {_describe(x)}")
@@ -358,11 +374,22 @@ def conv2d_integer(
         if residual_scale is None or residual_zero_point is None:
             raise ValueError("residual needs residual_scale and residual_zero_point")
         _parameters(x, outputs, residual_scale, residual_zero_point, 8)
-    if out_scale is not None:
-        if out_zero_point is None or out_bits is None:
-            raise ValueError("out_scale needs out_zero_point and out_bits")
-        _parameters(x, outputs, out_scale, out_zero_point, out_bits)
-    elif dtype not in FLOATING:
+    whole_octets = panels.whole_octets(outputs, x.shape[1] // groups, groups)
+    for name, scales, zero_points, bits, starts, packed in (
+        ("out", out_scale, out_zero_point, out_bits, out_starts, out_bytes),
+        ("also", also_scale, also_zero_point, also_bits, also_starts, also_bytes),
+    ):
+        if scales is None:
+            continue
+        if zero_points is None or bits is None:
+            raise ValueError(f"{name}_scale needs {name}_zero_point and {name}_bits")
+        _parameters(x, outputs, scales, zero_points, bits)
+        if starts is not None:
+            octets = -(-outputs // panels.OCTET)
+            check_vector(f"{name}_starts", starts, torch.int32, (octets + 1,), x)
+            if packed < 4 * octets or packed % 4 or not whole_octets:
+                raise ValueError(f"{outputs} outputs in {groups} groups are not packed in {packed} bytes")
+    if out_scale is None and dtype not in FLOATING:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     return _ops.conv2d_integer(  # type: ignore[no-any-return]
         x,
@@ -385,6 +412,13 @@ def conv2d_integer(
         out_scale,
         out_zero_point,
         out_bits,
+        out_starts,
+        out_bytes,
+        also_scale,
+        also_zero_point,
+        also_bits,
+        also_starts,
+        also_bytes,
         dtype,
     )
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ptq4cuda.ops import panels
+from ptq4cuda.ops.panels import OCTET
 
-OCTET = 8
 _LOW_BITS = 4
 _WORD = 4  # bytes
 _VECTOR = 16  # bytes that the kernels fetch at once
@@ -114,12 +114,12 @@ def split(packed: Tensor) -> Tensor:
     return torch.stack([packed & 0x0F, packed >> 4], dim=2).flatten(1, 2)
 
 
-def weight_of_panels(weight: Tensor, outputs: int, kernel: tuple[int, int], size: int, low_bytes: int) -> Tensor:
-    """Return the weights of all nibbles, int8 [O, R, S, 2 * bytes], that weight_panels arranged."""
-    high_words = kernel[0] * kernel[1] * (size - low_bytes) * 2 // panels.CHANNELS
+def weight_of_panels(weight: Tensor, outputs: int, kernel: tuple[int, int], low_bytes: int) -> Tensor:
+    """Return the weights of all nibbles, int8 [O, R, S, 2 * bytes], that Nibbles.weight_panels arranged."""
+    taps, low_words = kernel[0] * kernel[1], 2 * low_bytes // panels.CHANNELS
     sections = []
-    for part, nibbles in ((weight[:, high_words:], 2 * low_bytes), (weight[:, :high_words], 2 * (size - low_bytes))):
-        if nibbles:
-            columns = panels.weight_of_panels(part, outputs, kernel, nibbles, 1)
+    for part in reversed(weight.split([weight.shape[1] - taps * low_words, taps * low_words], dim=1)):
+        if part.shape[1]:
+            columns = panels.weight_of_panels(part, outputs, kernel, part.shape[1] // taps * panels.CHANNELS, 1)
             sections.append(columns.unflatten(-1, (-1, 2, OCTET // 2)).transpose(-1, -2).flatten(-3))
     return torch.cat(sections, dim=-1)

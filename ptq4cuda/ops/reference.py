@@ -168,12 +168,19 @@ def conv2d_integer(
     out_scale: Tensor | None,
     out_zero_point: Tensor | None,
     out_bits: Tensor | None,
+    out_starts: Tensor | None,
+    out_bytes: int,
+    also_scale: Tensor | None,
+    also_zero_point: Tensor | None,
+    also_bits: Tensor | None,
+    also_starts: Tensor | None,
+    also_bytes: int,
     dtype: torch.dtype,
-) -> Tensor:
+) -> list[Tensor]:
     """Convolve codes with integer weights; values, or the codes of the next layer, channels innermost in memory."""
     inside = torch.ones_like(x[:1, :1], dtype=torch.float64)
     if low_bytes:  # every nibble is a channel
-        weight = nibbles.weight_of_panels(weight, scale.numel(), kernel_size, x.shape[1], low_bytes)
+        weight = nibbles.weight_of_panels(weight, scale.numel(), kernel_size, low_bytes)
         x = nibbles.split(x)
         x[:, 2 * low_bytes :] *= 16
     else:
@@ -188,9 +195,19 @@ def conv2d_integer(
         assert residual_scale is not None and residual_zero_point is not None
         y = y + (residual.float() - _along(residual_zero_point, x, 1).float()) * _along(residual_scale, x, 1)
     y = torch.where(y > 0, y, negative_slope * y).clamp_max(upper)
-    if out_scale is not None:
-        assert out_zero_point is not None and out_bits is not None
-        y = quantize(y, out_scale, out_zero_point, out_bits, 1)
-        dtype = torch.uint8
-    out = x.new_empty((y.shape[0], *y.shape[2:], y.shape[1]), dtype=dtype).movedim(-1, 1)
-    return out.copy_(y)
+
+    def codes(
+        scale: Tensor, zero_point: Tensor | None, bits: Tensor | None, starts: Tensor | None, size: int
+    ) -> Tensor:
+        assert zero_point is not None and bits is not None
+        found = quantize(y, scale, zero_point, bits, 1)
+        return found if starts is None else nibbles.pack(found, bits.expand(y.shape[1]), starts, size)
+
+    outputs = []
+    if out_scale is None:
+        outputs.append(y.to(dtype))
+    else:
+        outputs.append(codes(out_scale, out_zero_point, out_bits, out_starts, out_bytes))
+    if also_scale is not None:
+        outputs.append(codes(also_scale, also_zero_point, also_bits, also_starts, also_bytes))
+    return [out.movedim(1, -1).contiguous().movedim(-1, 1) for out in outputs]

@@ -34,7 +34,9 @@ SCHEMAS = (
     "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int span, "
     "float negative_slope, float upper, "
     "Tensor? residual, Tensor? residual_scale, Tensor? residual_zero_point, "
-    "Tensor? out_scale, Tensor? out_zero_point, Tensor? out_bits, ScalarType dtype) -> Tensor",
+    "Tensor? out_scale, Tensor? out_zero_point, Tensor? out_bits, Tensor? out_starts, int out_bytes, "
+    "Tensor? also_scale, Tensor? also_zero_point, Tensor? also_bits, Tensor? also_starts, int also_bytes, "
+    "ScalarType dtype) -> Tensor[]",
 )
 
 
@@ -96,13 +98,20 @@ def _fake_conv2d_integer(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     *arguments: Any,
-) -> Tensor:
-    out_scale, dtype = arguments[-4], arguments[-1]
+) -> list[Tensor]:
+    out_scale, _, _, out_starts, out_bytes, also_scale, _, _, also_starts, also_bytes, dtype = arguments[-11:]
     size = [
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
     ]
-    dtype = dtype if out_scale is None else torch.uint8
-    return x.new_empty((x.shape[0], *size, scale.shape[0]), dtype=dtype).movedim(-1, 1)
+
+    def output(dtype: torch.dtype, starts: Tensor | None, bytes: int) -> Tensor:
+        channels = scale.shape[0] if starts is None else bytes
+        return x.new_empty((x.shape[0], *size, channels), dtype=dtype).movedim(-1, 1)
+
+    outputs = [output(dtype, None, 0) if out_scale is None else output(torch.uint8, out_starts, out_bytes)]
+    if also_scale is not None:
+        outputs.append(output(torch.uint8, also_starts, also_bytes))
+    return outputs
 
 
 def _fake_out(*args: object, out: Tensor) -> None:
@@ -139,7 +148,7 @@ def _unpack_dequantize_out(packed: Tensor, scale: Tensor, zero_point: Tensor, ax
     out.copy_(reference.unpack_dequantize(packed, scale, zero_point, axis, out.shape[1], out.dtype))
 
 
-_FAKES: dict[str, Callable[..., Tensor]] = {
+_FAKES: dict[str, Callable[..., Tensor | list[Tensor]]] = {
     "channel_statistics": _fake_channel_statistics,
     "channel_histogram": _fake_channel_histogram,
     "fake_quantize": _fake_fake_quantize,

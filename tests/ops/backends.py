@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from ptq4cuda import _native
 
@@ -38,10 +39,10 @@ class Backend:
     def __getattr__(self, name: str) -> Any:
         op = getattr(getattr(torch.ops, self.namespace), name)
 
-        def call(*args: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+        def call(*args: Any, out: torch.Tensor | None = None) -> Any:
             args = tuple(a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args)
             if out is None:
-                return op(*args).cpu()
+                return tree_map(torch.Tensor.cpu, op(*args))
             there = out if self.device == "cpu" else _same_storage_on(self.device, out)
             op.out(*args, out=there)
             return out if there is out else out.copy_(there)

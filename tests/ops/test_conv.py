@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -100,13 +101,29 @@ class Case:
             "out_scale": None,
             "out_zero_point": None,
             "out_bits": None,
+            "out_starts": None,
+            "out_bytes": 0,
+            "also_scale": None,
+            "also_zero_point": None,
+            "also_bits": None,
+            "also_starts": None,
+            "also_bytes": 0,
             "dtype": torch.float32,
         }
 
 
 def run(backend: Backend, x: Tensor, arguments: dict[str, Any]) -> Tensor:
-    result: Tensor = backend.conv2d_integer(x, *arguments.values())
+    """Return the only output."""
+    (result,) = backend.conv2d_integer(x, *arguments.values())
+    assert isinstance(result, Tensor)
     return result
+
+
+def quantized(name: str, quantizer: Sequence[Tensor], layout: Nibbles | None = None) -> dict[str, Any]:
+    """Return the arguments of the output "out" or "also", packed where there is a layout."""
+    starts, size = (layout.starts, layout.bytes) if layout else (None, 0)
+    names = (f"{name}_{field}" for field in ("scale", "zero_point", "bits", "starts", "bytes"))
+    return dict(zip(names, (*quantizer, starts, size), strict=True))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -128,6 +145,7 @@ GEOMETRIES = {
     "kernel over the edge": Case(4, 4, kernel=(5, 5), padding=(4, 4), size=(2, 3), stride=(2, 1)),
     "padding beyond the kernel": Case(4, 4, kernel=(2, 2), padding=(3, 4), size=(2, 2), dilation=(2, 1)),
     "groups": Case(24, 40, kernel=(3, 3), padding=(1, 1), groups=4),
+    "groups whole": Case(12, 48, kernel=(3, 2), padding=(1, 1), groups=3),
     "groups odd": Case(15, 9, kernel=(3, 2), padding=(1, 1), groups=3),
     "depthwise": Case(40, 40, kernel=(3, 3), padding=(1, 1), groups=40),
     "depthwise narrow": Case(9, 9, kernel=(3, 3), padding=(1, 1), groups=9),
@@ -136,6 +154,7 @@ GEOMETRIES = {
     "depthwise multiplied": Case(8, 24, kernel=(3, 3), padding=(1, 1), groups=8),
     "one channel": Case(1, 1, kernel=(3, 3), padding=(1, 1)),
     "one pixel": Case(70, 33, size=(1, 1), batch=5),
+    "vectors": Case(96, 70, kernel=(3, 3), padding=(1, 1), stride=(1, 2)),
     "a row": Case(7, 3, size=(1, 200), kernel=(1, 3)),
     "wide": Case(16, 16, size=(3, 130), kernel=(3, 3), padding=(1, 1), batch=1),
     "deep": Case(600, 20, size=(3, 3), kernel=(3, 3), padding=(1, 1), batch=1),
@@ -225,16 +244,9 @@ def test_epilogue(backend: Backend, name: str, activation: tuple[float, float]) 
             assert oracle.same(run(backend, x, a | {"dtype": dtype}), y.to(dtype))
         for few in (False, True):
             scale, zero_point, bits = (p[:1] if few else p for p in oracle.quantizer(case.outputs, 5))
-            codes = run(backend, x, a | {"out_scale": scale, "out_zero_point": zero_point, "out_bits": bits})
+            codes = run(backend, x, a | quantized("out", (scale, zero_point, bits)))
             assert oracle.same(codes, oracle.quantize(y, scale, zero_point, bits, 1))
             assert codes.movedim(1, -1).is_contiguous()
-
-
-PACKED = [
-    *(name for name, case in GEOMETRIES.items() if case.groups == 1),
-    "vectors",
-]
-GEOMETRIES |= {"vectors": Case(96, 70, kernel=(3, 3), padding=(1, 1), stride=(1, 2))}
 
 
 def packed_arguments(case: Case, which: str) -> tuple[Tensor, Any, dict[str, Any]]:
@@ -249,13 +261,88 @@ def packed_arguments(case: Case, which: str) -> tuple[Tensor, Any, dict[str, Any
 
 
 @pytest.mark.parametrize("which", ["none", "some", "all"])
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [name for name, case in GEOMETRIES.items() if case.groups == 1])
 def test_packed_codes(backend: Backend, name: str, which: str) -> None:
     x, sums, a = packed_arguments(GEOMETRIES[name], which)
     y = run(backend, x, a)
     assert oracle.same(y, torch.from_numpy(sums).float())
     assert oracle.same(run(backend, x.contiguous(), a), y)
     assert oracle.same(run(backend, x[1:], a), y[1:])
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("name", ["1x1", "1x1 odd", "3x3", "groups odd", "depthwise", "depthwise narrow"])
+def test_two_outputs(backend: Backend, name: str, relu: bool) -> None:
+    """Both are what one alone would be, values or codes of either quantizer, with a residual and without."""
+    case = GEOMETRIES[name]
+    x, weight, zeros = case.make()
+    sums = case.sums(x, weight, zeros)
+    g = torch.Generator().manual_seed(4)
+    a = case.arguments(weight, zeros)
+    a["scale"], a["bias"] = torch.rand(case.outputs, generator=g) * 0.01, torch.randn(case.outputs, generator=g)
+    a["negative_slope"] = 0.0 if relu else 1.0
+    x = channels_last(x)
+    first, second = oracle.quantizer(case.outputs, 5), oracle.quantizer(case.outputs, 6)
+    for residual in (None, torch.randint(0, 256, sums.shape, dtype=torch.uint8, generator=g)):
+        if residual is not None:
+            a["residual"] = channels_last(residual)
+            a["residual_scale"], a["residual_zero_point"], _ = oracle.quantizer(case.outputs, 4)
+        y = finished(case, sums, a, residual)
+        for also in (second, tuple(p[:1] for p in second)):
+            codes = oracle.quantize(y, *also, 1)
+            b = a | quantized("also", also)
+            calls = [(b | {"dtype": dtype}, y.to(dtype)) for dtype in oracle.DTYPES]
+            for arguments, expected in [*calls, (b | quantized("out", first), oracle.quantize(y, *first, 1))]:
+                outputs = backend.conv2d_integer(x, *arguments.values())
+                assert len(outputs) == 2
+                assert oracle.same(outputs[0], expected)
+                assert oracle.same(outputs[1], codes)
+                assert all(output.movedim(1, -1).is_contiguous() for output in outputs)
+
+
+def finishing(case: Case, sums: Any, a: dict[str, Any], seed: int) -> Tensor:
+    """Add to the arguments what a layer within a residual block has, and return its values."""
+    g = torch.Generator().manual_seed(seed)
+    a["scale"], a["bias"] = torch.rand(case.outputs, generator=g) * 0.01, torch.randn(case.outputs, generator=g)
+    a["negative_slope"] = 0.0
+    residual = torch.randint(0, 256, sums.shape, dtype=torch.uint8, generator=g)
+    a["residual"] = channels_last(residual)
+    a["residual_scale"], a["residual_zero_point"], _ = oracle.quantizer(case.outputs, 4)
+    return finished(case, sums, a, residual)
+
+
+def assert_packed(outputs: Sequence[Tensor], expected: Sequence[tuple[Tensor, Nibbles | None]]) -> None:
+    for output, (codes, layout) in zip(outputs, expected, strict=True):
+        assert output.movedim(1, -1).is_contiguous()
+        assert oracle.same(output, layout.pack(codes) if layout else codes)
+
+
+@pytest.mark.parametrize("which", ["none", "some", "all"])
+@pytest.mark.parametrize(
+    "name", ["1x1", "1x1 odd", "3x3", "3x3 dilated", "first", "groups whole", "depthwise", "one channel", "vectors"]
+)
+def test_packed_outputs(backend: Backend, name: str, which: str) -> None:
+    """One output or both are packed, also where one is values, of codes of per-channel bits and of one number."""
+    case = GEOMETRIES[name]
+    x, weight, zeros = case.make()
+    sums, a = case.sums(x, weight, zeros), case.arguments(weight, zeros)
+    y, x = finishing(case, sums, a, 5), channels_last(x)
+    scale, zero_point, _ = oracle.quantizer(case.outputs, 5)
+    first, second = ((scale * k, zero_point, bits_of(case.outputs, which)) for k in (0.2, 0.1))
+    one, other = (oracle.quantize(y, *quantizer, 1) for quantizer in (first, second))
+    layout = Nibbles.of(first[2])
+    packed = a | quantized("out", first, layout)
+    assert_packed(backend.conv2d_integer(x, *packed.values()), [(one, layout)])
+    packed |= quantized("also", second)
+    assert_packed(backend.conv2d_integer(x, *packed.values()), [(one, layout), (other, None)])
+    packed |= quantized("also", second, layout)
+    assert_packed(backend.conv2d_integer(x, *packed.values()), [(one, layout), (other, layout)])
+    values = packed | dict.fromkeys(("out_scale", "out_zero_point", "out_bits", "out_starts"))
+    assert_packed(backend.conv2d_integer(x, *values.values()), [(y, None), (other, layout)])
+    uniform = scale[:1], zero_point[:1], torch.full((1,), {"none": 4, "some": 5, "all": 8}[which]).to(torch.uint8)
+    layout = Nibbles.of(uniform[2].expand(case.outputs))
+    outputs = backend.conv2d_integer(x, *(a | quantized("out", uniform, layout)).values())
+    assert_packed(outputs, [(oracle.quantize(y, *uniform, 1), layout)])
 
 
 def test_sums_beyond_two_to_the_24_are_rounded_once(backend: Backend) -> None:
@@ -300,6 +387,10 @@ def test_empty_batch(backend: Backend, name: str) -> None:
     y = run(backend, channels_last(x)[:0], case.arguments(weight, zeros))
     assert y.shape[0] == 0
     assert y.shape[1] == case.outputs
+    arguments = case.arguments(weight, zeros) | quantized("also", oracle.quantizer(case.outputs))
+    outputs = backend.conv2d_integer(channels_last(x)[:0], *arguments.values())
+    assert [output.dtype for output in outputs] == [torch.float32, torch.uint8]
+    assert outputs[1].shape == y.shape
 
 
 @pytest.mark.parametrize(
@@ -329,16 +420,16 @@ def test_small_outputs_share_out_the_columns(
     assert model.cuda_on_cpu_launches() - before == launches
     assert oracle.same(y, torch.from_numpy(sums).float())
 
-    g = torch.Generator().manual_seed(3)
-    a["scale"], a["bias"] = torch.rand(case.outputs, generator=g) * 0.01, torch.randn(case.outputs, generator=g)
-    a["negative_slope"] = 0.0
-    residual = torch.randint(0, 256, sums.shape, dtype=torch.uint8, generator=g)
-    a["residual"] = channels_last(residual)
-    a["residual_scale"], a["residual_zero_point"], _ = oracle.quantizer(case.outputs, 4)
-    y = finished(case, sums, a, residual)
-    assert oracle.same(run(cuda_on_cpu, channels_last(x), a), y)
-    a["out_scale"], a["out_zero_point"], a["out_bits"] = quantizer = oracle.quantizer(case.outputs, 5)
-    assert oracle.same(run(cuda_on_cpu, channels_last(x), a), oracle.quantize(y, *quantizer, 1))
+    y, x = finishing(case, sums, a, 3), channels_last(x)
+    quantizer = oracle.quantizer(case.outputs, 5)
+    codes = oracle.quantize(y, *quantizer, 1)
+    b = a | quantized("also", quantizer)
+    assert_packed(cuda_on_cpu.conv2d_integer(x, *b.values()), [(y, None), (codes, None)])
+    if case.groups == 1:
+        layout = Nibbles.of(quantizer[2])
+        b = a | quantized("out", quantizer, layout) | quantized("also", quantizer)
+        assert_packed(cuda_on_cpu.conv2d_integer(x, *b.values()), [(codes, layout), (codes, None)])
+    assert model.cuda_on_cpu_launches() - before == launches * (2 if case.groups > 1 else 3)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -380,6 +471,8 @@ OUT = {
     "out_zero_point": torch.zeros(18, dtype=torch.int32),
     "out_bits": torch.full((1,), 4, dtype=torch.uint8),
 }
+PACKED = OUT | {"out_starts": torch.full((4,), 12, dtype=torch.int32), "out_bytes": 12}
+ALSO = {name.replace("out", "also"): parameter for name, parameter in OUT.items()}
 # What is wrong about a call of the 3x3 dilated convolution, and what the typed function says.
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(2, 8, 11, 10)}, "x must be a uint8 tensor"),
@@ -412,6 +505,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (OUT | {"out_bits": None}, "out_scale needs out_zero_point and out_bits"),
     (OUT | {"out_scale": torch.ones(17)}, "scale must have the shape"),
     (OUT | {"out_zero_point": torch.zeros(18)}, "zero_point must be torch.int32"),
+    (ALSO | {"also_zero_point": None}, "also_scale needs also_zero_point and also_bits"),
+    (ALSO | {"also_bits": torch.ones(18)}, "bits must be torch.uint8"),
+    (ALSO | {"also_scale": torch.ones(2)}, "scale must have the shape"),
+    (PACKED | {"out_starts": OUT["out_zero_point"]}, r"out_starts must have the shape \[4\]"),
+    (PACKED | {"out_starts": OUT["out_scale"][:4]}, "out_starts must be torch.int32"),
+    (PACKED | {"out_bytes": 8}, "18 outputs in 1 groups are not packed in 8 bytes"),
+    (PACKED | {"out_bytes": 18}, "are not packed in 18 bytes"),
     ({"dtype": torch.int32}, "dtype must be float32, float16 or bfloat16"),
 ]
 
@@ -448,7 +548,7 @@ def test_the_typed_function_and_its_defaults() -> None:
     case = GEOMETRIES["1x1 odd"]
     x, weight, zeros = dataclasses.replace(case, zero_point=False).make()
     one, zero = torch.ones(case.outputs), torch.zeros(case.outputs)
-    y = ops.conv2d_integer(x, panels.weight_panels(weight, 1), one, zero, (1, 1))
+    (y,) = ops.conv2d_integer(x, panels.weight_panels(weight, 1), one, zero, (1, 1))
     assert oracle.same(y, torch.from_numpy(case.sums(x, weight, zeros)).float())
 
 
@@ -473,12 +573,14 @@ for channels, outputs, groups, bits in ((20, 33, 1, 4), (3, 8, 1, 8), (24, 12, 4
     for slope, upper in ((1.0, float("inf")), (0.0, float("inf")), (0.2, 6.0)):
         for added in (None, residual):
             for out in ((None, None, None), quantizer):
-                y = ops.conv2d_integer(
+                outputs = ops.conv2d_integer(
                     x, weight, scale, bias, (3, 3), (1, 1), (1, 1), (1, 1), groups, span=span, zero_sums=zeros,
                     negative_slope=slope, upper=upper, residual=added, residual_scale=scale,
                     residual_zero_point=zeros[1].contiguous(),
-                    out_scale=out[0], out_zero_point=out[1], out_bits=out[2])
-                digest.update((y + 0).numpy().tobytes())
+                    out_scale=out[0], out_zero_point=out[1], out_bits=out[2],
+                    also_scale=scale, also_zero_point=zeros[2].contiguous(), also_bits=quantizer[2])
+                for y in outputs:
+                    digest.update((y + 0).numpy().tobytes())
 print(_native.build_info["simd_level"], digest.hexdigest())
 """
 

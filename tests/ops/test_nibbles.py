@@ -80,7 +80,7 @@ def test_weights_of_nibbles(channels: int, which: str) -> None:
     weight = torch.randint(-128, 128, (20, 3, 2, channels), dtype=torch.int8, generator=g)
     there = layout.weight_panels(weight)
     assert tuple(there.shape) == panels.shape_of_panels(20, (3, 2), 2 * layout.bytes, 1)
-    back = weight_of_panels(there, 20, (3, 2), layout.bytes, layout.low_bytes)
+    back = weight_of_panels(there, 20, (3, 2), layout.low_bytes)
     assert torch.equal(back[..., :channels], weight)
     nibbles = split(layout.pack(codes)).long()
     nibbles[:, 2 * layout.low_bytes :] *= 16

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import ptq4cuda.ops
 from ops import oracle
 from ops.backends import Backend
 from ptq4cuda.ops import panels, registration
+from ptq4cuda.ops.nibbles import Nibbles
 
 NATIVE = ("cpu", "cuda_on_cpu")
 
@@ -43,15 +45,18 @@ def samples(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 3, 
 
 
 def convolution(x: Tensor, layout: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """A 3x3 convolution to 6 channels, to values or, from channels_last, to codes."""
+    """A 3x3 convolution to 6 channels,to values or, from channels_last, to codes and packed codes."""
     codes = oracle.arrange(torch.randint(0, 16, x.shape, dtype=torch.uint8), layout)
     weight = panels.weight_panels(torch.randint(-9, 9, (6, 3, 3, x.shape[1]), dtype=torch.int8), 1)
     zeros = torch.randint(-9, 9, (9, 6), dtype=torch.int32)
     scale, zero_point, bits = oracle.quantizer(6)
     geometry = ((3, 3), (2, 1), (1, 2), (1, 1), 1, 0)
     residual = torch.randint(0, 16, (x.shape[0], 6, 2, x.shape[3] + 2), dtype=torch.uint8)
-    out = (scale, zero_point, bits) if layout == "channels_last" else (None, None, None)
-    return codes, weight, zeros, scale, scale, *geometry, 8, 0.0, 6.0, residual, scale, zero_point, *out, dtype
+    packing = Nibbles.of(bits)
+    both: tuple[Any, ...] = (None, None, None, None, 0) * 2
+    if layout == "channels_last":
+        both = scale, zero_point, bits, None, 0, scale * 2, zero_point, bits, packing.starts, packing.bytes
+    return codes, weight, zeros, scale, scale, *geometry, 8, 0.0, 6.0, residual, scale, zero_point, *both, dtype
 
 
 OPERATORS = list(samples("contiguous", torch.float32))
@@ -103,10 +108,11 @@ def test_meta_tensors_have_the_same_form(cpu: Backend, name: str) -> None:
         for dtype in oracle.DTYPES:
             arguments = samples(layout, dtype)[name]
             meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
-            expected = overload("ptq4cuda", name)(*arguments)
-            found = overload("ptq4cuda", name)(*meta)
-            assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-            assert found.stride() == expected.stride(), layout
+            expected = tree_leaves(overload("ptq4cuda", name)(*arguments))
+            found = tree_leaves(overload("ptq4cuda", name)(*meta))
+            for a, b in zip(found, expected, strict=True):
+                assert (a.shape, a.dtype) == (b.shape, b.dtype)
+                assert a.stride() == b.stride(), layout
 
 
 # --- torch.compile -------------------------------------------------------------------------------------------
@@ -184,14 +190,15 @@ def test_cuda_graphs_capture_every_operator() -> None:
         named = {key: value.cuda() for key, value in named.items()}
         op = overload("ptq4cuda", name)
         expected = op(*there, **named)
-        expected = named["out"].clone() if named else expected
+        expected = [named["out"].clone()] if named else tree_leaves(expected)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found = op(*there, **named)
-        found = named["out"] if named else found
-        found.zero_()
+        found = [named["out"]] if named else tree_leaves(found)
+        for output in found:
+            output.zero_()
         graph.replay()
-        assert oracle.same(found.cpu(), expected.cpu()), name
+        assert all(oracle.same(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True)), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

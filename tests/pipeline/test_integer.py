@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda.clipping import Activation
-from ptq4cuda.integer import IntegerConv2d, weight_bytes
-from ptq4cuda.nn import QuantConv2d
+from ptq4cuda.integer import IntegerConv2d, IntegerLinear, weight_bytes
+from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 
 
@@ -75,6 +75,27 @@ def test_a_block_of_codes() -> None:
     added = (codes.float() - source.zero_point.view(-1, 1, 1)) * source.scale.view(-1, 1, 1)
     assert torch.equal(one(codes), hidden)
     assert torch.equal(found, out.quantize((values(hidden) + added).relu()))
+
+
+def test_two_outputs() -> None:
+    torch.manual_seed(1)
+    source, first, second = quantizer(16, 8), quantizer(24, 4, seed=1), quantizer(24, None, seed=2)
+    quantized = layer(nn.Conv2d(16, 24, 3, padding=1), source)
+    codes = source.quantize(torch.randn(2, 16, 7, 6))
+    y = IntegerConv2d.from_quantized(quantized)(codes)
+    found = IntegerConv2d.from_quantized(quantized, out=first, also=second)(codes)
+    assert len(found) == 2
+    assert torch.equal(found[0], first.quantize(y))
+    assert torch.equal(found[1], second.quantize(y))
+    found = IntegerConv2d.from_quantized(quantized, also=second)(codes)
+    assert torch.equal(found[0], y)
+    assert torch.equal(found[1], second.quantize(y))
+    linear = QuantLinear.from_float(nn.Linear(16, 24), quantizer(1, 8), bias_correction="none")
+    assert linear.weight_offset is not None
+    linear.weight_offset = torch.full_like(linear.weight_offset, -8.0)
+    x = torch.randint(0, 256, (2, 5, 16), dtype=torch.uint8)
+    outputs = IntegerLinear.from_quantized(linear, also=QuantParams(second.bits, second.scale, second.zero_point))(x)
+    assert [tuple(output.shape) for output in outputs] == [(2, 5, 24)] * 2
 
 
 def weights(codes: Tensor, bits: int, offset: float) -> QuantizedWeight:
