@@ -5,7 +5,7 @@
 // panels of weights pass by, a few at a time, and these stay in the first-level cache while they meet all tiles of
 // the unit. Nothing is unfolded: a tile reads each tap of its pixels where it lies. Where the image is padded, the
 // rows that a unit needs are copied into a band with zeros around them; also where channels do not fill words, and
-// where codes are split into nibbles.
+// where codes are split into nibbles or widened to 16 bits.
 #include <vector>
 
 #include "conv_finish.h"
@@ -28,24 +28,30 @@ public:
           shape_(problem.shape),
           depthwise_(shape_.depthwise()),
           packed_(shape_.packed()),
-          split_(problem.span < 0 && !packed_),  // packed codes are nibbles already
+          wide_(problem.span < 0 && shape_.groups == 1 && shape_.channels < kWordChannels &&
+                shape_.dilation.width == 1),
+          split_(problem.span < 0 && !wide_ && !depthwise_ && !packed_),  // packed codes are nibbles already
           span_(std::abs(problem.span)),
-          out_{y, finisher<T>(problem)},
-          also_{problem.also, finisher<uint8_t>(problem)} {
+          y_(y),
+          finish_(finisher<T>(problem)) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
         const bool filled = !direct_ && shape_.groups == 1;
-        pixel_bytes_ = filled ? shape_.words_per_tap() * kWordChannels : shape_.channels;
+        pixel_bytes_ = wide_    ? shape_.channels * sizeof(uint16_t)
+                       : filled ? shape_.words_per_tap() * kWordChannels
+                                : shape_.channels;
         row_bytes_ = (shape_.in.width + (direct_ ? 0 : 2 * shape_.padding.width)) * pixel_bytes_;
         find_taps();
         find_panels();
-        if (problem.zero_sums) lay_out_zeros();
-        out_.parameters = parameters(problem.out_quantizer);
-        if (also_.y) also_.parameters = parameters(problem.also_quantizer);
+        if (depthwise_ || wide_) depthwise_ ? lay_out_depthwise_weights() : lay_out_wide_weights();
+        if (problem.zero_sums && shape_.padding.height + shape_.padding.width > 0) lay_out_zeros();
+        parameters_ = parameters(problem.out_quantizer);
+        if (problem.also) also_parameters_ = parameters(problem.also_quantizer);
 #if defined(__x86_64__)
         if (simd::level() >= simd::Level::avx2) {
             dot_ = dot_tile_avx2;
+            wide_dot_ = wide_tile_avx2;
             if (shape_.channels >= kBlock) depthwise_dot_ = depthwise_tile_avx2;
         }
 #endif
@@ -86,13 +92,6 @@ private:
         int64_t channel;  // the first input channel
     };
 
-    template <class U>
-    struct Output {
-        U* y;
-        Finisher<U> finish;
-        std::vector<float> parameters = {};  // [panels][fields][16]
-    };
-
     int64_t blocks() const { return static_cast<int64_t>(panels_.size()) / (depthwise_ ? 2 : 1); }
 
     void find_taps() {
@@ -105,8 +104,9 @@ private:
         const auto taps = [&](int64_t words) {
             return Taps{offsets_.data(), static_cast<int64_t>(offsets_.size()), words};
         };
-        taps_ =
-            taps(packed_ ? shape_.low_bytes * 2 / kWordChannels : shape_.words_per_tap() * (joined ? k.width : 1));
+        taps_ = taps(wide_     ? ceil_div(k.width * shape_.channels, 2)
+                     : packed_ ? shape_.low_bytes * 2 / kWordChannels
+                               : shape_.words_per_tap() * (joined ? k.width : 1));
         high_taps_ = taps(packed_ ? shape_.high_bytes() * 2 / kWordChannels : taps_.words);
         if (!depthwise_) return;
         if (offsets_.size() % 2) offsets_.push_back(0);  // with weights that are zero
@@ -122,17 +122,41 @@ private:
                                        g * shape_.group_channels()});
             return;
         }
-        const int64_t channels = shape_.channels, pairs = tap_pairs_.count;
-        weights_.assign(ceil_div(channels, kBlock) * pairs * 2 * kBlock, 0);
+        const int64_t channels = shape_.channels;
         for (int64_t b = 0; b < channels; b += kBlock) {
             // The last block begins early enough to be full, and does some channels again.
             const int64_t first = std::max<int64_t>(0, std::min(b, channels - kBlock));
             const int64_t count = std::min<int64_t>(kBlock, channels - first);
             for (int64_t i = 0; i < kBlock; i += kPanelOutputs)
                 panels_.push_back({first + i, std::clamp<int64_t>(count - i, 0, kPanelOutputs), first});
-            for (int64_t t = 0; t < shape_.kernel.area(); ++t)
-                std::memcpy(&weights_[b * 2 * pairs + t * kBlock], problem_.weight + t * channels + first, count);
         }
+    }
+
+    void lay_out_depthwise_weights() {
+        const int64_t block = tap_pairs_.count * 2 * kBlock;
+        weights_.assign(blocks() * block, 0);
+        for (int64_t b = 0; b < blocks(); ++b) {
+            const int64_t first = panels_[2 * b].channel;
+            for (int64_t t = 0; t < shape_.kernel.area(); ++t)
+                for (int64_t c = 0; c < std::min<int64_t>(kBlock, shape_.channels - first); ++c)
+                    weights_[b * block + (t / 2 * kBlock + place_in_block(c)) * 2 + t % 2] =
+                        problem_.weight[t * shape_.channels + first + c];
+        }
+    }
+
+    // From panels of single pixels to rows of taps without gaps.
+    void lay_out_wide_weights() {
+        const Extent kernel = shape_.kernel;
+        const int64_t row = taps_.words * 2 * kPanelOutputs;
+        weights_.assign(blocks() * kernel.height * row, 0);
+        const int8_t* from = problem_.weight;
+        for (int64_t i = 0; i < blocks() * kernel.height; ++i)
+            for (int64_t s = 0; s < kernel.width; ++s)
+                for (int64_t o = 0; o < kPanelOutputs; ++o, from += kWordChannels)
+                    for (int64_t c = 0; c < shape_.channels; ++c) {
+                        const int64_t at = s * shape_.channels + c;
+                        weights_[i * row + (at / 2 * kPanelOutputs + o) * 2 + at % 2] = from[c];
+                    }
     }
 
     std::vector<float> parameters(const QuantizerTable& quantizer) const {
@@ -147,15 +171,13 @@ private:
 
     void lay_out_zeros() {
         const int64_t area = shape_.kernel.area();
-        zeros_.assign(panels_.size() * (area + 1) * kPanelOutputs, 0);
+        zeros_.assign(panels_.size() * area * kPanelOutputs, 0);
         for (size_t i = 0; i < panels_.size(); ++i)
-            for (int64_t j = 0; j < panels_[i].outputs; ++j) {
-                int32_t* zeros = &zeros_[i * (area + 1) * kPanelOutputs + j];
-                for (int64_t t = 0; t < area; ++t) {
-                    zeros[t * kPanelOutputs] = problem_.zero_sums[t * shape_.out_channels + panels_[i].output + j];
-                    zeros[area * kPanelOutputs] += zeros[t * kPanelOutputs];
-                }
-            }
+            for (int64_t t = 0; t < area; ++t)
+                std::memcpy(&zeros_[(i * area + t) * kPanelOutputs],
+                            problem_.zero_sums + t * shape_.out_channels + panels_[i].output,
+                            panels_[i].outputs * sizeof(int32_t));
+        for (int64_t c = 0; c < shape_.out.width; ++c) columns_.push_back(inside_columns(c));
     }
 
     // --- the input of a unit
@@ -167,21 +189,25 @@ private:
     struct Unit {
         int64_t first = 0;                   // output pixel; the others follow
         std::vector<const uint8_t*> pixels;  // where each of them reads its first tap
-        std::vector<Window> windows;         // of each of them, if zero points have a share
+        std::vector<Window> windows;         // of each of them, if zero points have a share that padding changes
         std::vector<uint8_t> band;
         int64_t plane = 0;  // bytes from the high nibbles to the low ones
     };
 
     void take_pixels(int64_t first, int64_t count, Unit& unit) const {
-        const Extent in = shape_.in, out = shape_.out, stride = shape_.stride, kernel = shape_.kernel;
+        const Extent in = shape_.in, out = shape_.out, stride = shape_.stride;
         unit.first = first;
         unit.pixels.clear();
+        int64_t n = first / out.area(), row = first / out.width % out.height, column = first % out.width;
         for (int64_t i = first; i < std::min(first + count, shape_.pixels()); ++i) {
-            const int64_t row = i / out.width % out.height * stride.height, column = i % out.width * stride.width;
-            const int64_t n = i / out.area();
-            unit.pixels.push_back(problem_.x + (n * in.height + row) * row_bytes_ + column * pixel_bytes_);
+            unit.pixels.push_back(problem_.x + (n * in.height + row * stride.height) * row_bytes_ +
+                                  column * stride.width * pixel_bytes_);
+            if (++column < out.width) continue;
+            column = 0;
+            if (++row < out.height) continue;
+            row = 0;
+            ++n;
         }
-        if (problem_.zero_sums) unit.windows.assign(unit.pixels.size(), {0, kernel.height, 0, kernel.width});
     }
 
     void take_band(int64_t u, int64_t rows, Unit& unit) const {
@@ -201,16 +227,17 @@ private:
         unit.first = (n * out.height + top) * out.width;
         unit.pixels.clear();
         unit.windows.clear();
-        for (int64_t r = 0; r < bottom - top; ++r)
-            for (int64_t c = 0; c < out.width; ++c) {
-                unit.pixels.push_back(unit.band.data() + r * stride.height * row_bytes_ +
-                                      c * stride.width * pixel_bytes_);
-                if (problem_.zero_sums) unit.windows.push_back(window((top + r) * stride.height, c * stride.width));
-            }
+        for (int64_t r = 0; r < bottom - top; ++r) {
+            const uint8_t* row = unit.band.data() + r * stride.height * row_bytes_;
+            for (int64_t c = 0; c < out.width; ++c) unit.pixels.push_back(row + c * stride.width * pixel_bytes_);
+            if (zeros_.empty()) continue;
+            const auto [first, end] = inside_rows(top + r);
+            for (const auto& [left, right] : columns_) unit.windows.push_back({first, end, left, right});
+        }
     }
 
-    // Copies a row of the image, or its high nibbles and, a plane further, its low ones. Of a word of packed codes
-    // the even nibbles are followed by the odd ones, as in the panels.
+    // Copies a row of the image, as it is, or widened, or its high nibbles and, a plane further, its low ones. Of a
+    // word of packed codes the even nibbles are followed by the odd ones, as in the panels.
     void copy_row(const uint8_t* from, uint8_t* to, int64_t plane) const {
         const int64_t channels = shape_.channels, width = shape_.in.width, n = channels * width;
         if (packed_) {
@@ -219,6 +246,11 @@ private:
                 std::memcpy(&word, from, sizeof word);
                 const uint32_t halves[2] = {word & 0x0f0f0f0f, word >> 4 & 0x0f0f0f0f};
                 std::memcpy(to, halves, sizeof halves);
+            }
+        } else if (wide_) {
+            for (int64_t i = 0; i < n; ++i) {
+                const uint16_t code = from[i];
+                std::memcpy(to + i * sizeof code, &code, sizeof code);
             }
         } else if (pixel_bytes_ != channels) {
             for (int64_t i = 0; i < n; i += channels)
@@ -241,18 +273,19 @@ private:
         if (split_) std::memcpy(to + plane, &low, sizeof low);
     }
 
-    // Row and column are those of the first tap in the padded image.
-    Window window(int64_t row, int64_t column) const {
-        const auto inside = [](int64_t first, int64_t pad, int64_t size, int64_t step, int64_t count) {
-            const int64_t before = std::clamp<int64_t>(ceil_div(pad - first, step), 0, count);
-            const int64_t end = std::clamp<int64_t>(ceil_div(pad + size - first, step), before, count);
-            return std::pair(before, end);
-        };
-        const auto [top, bottom] =
-            inside(row, shape_.padding.height, shape_.in.height, shape_.dilation.height, shape_.kernel.height);
-        const auto [left, right] =
-            inside(column, shape_.padding.width, shape_.in.width, shape_.dilation.width, shape_.kernel.width);
-        return {top, bottom, left, right};
+    // Which of `count` taps, the first of them at `first` in the padded image, are inside of an image of this size.
+    static std::pair<int64_t, int64_t> inside(int64_t first, int64_t pad, int64_t size, int64_t step, int64_t count) {
+        const int64_t before = std::clamp<int64_t>(ceil_div(pad - first, step), 0, count);
+        const int64_t end = std::clamp<int64_t>(ceil_div(pad + size - first, step), before, count);
+        return {before, end};
+    }
+    std::pair<int64_t, int64_t> inside_rows(int64_t row) const {
+        return inside(row * shape_.stride.height, shape_.padding.height, shape_.in.height, shape_.dilation.height,
+                      shape_.kernel.height);
+    }
+    std::pair<int64_t, int64_t> inside_columns(int64_t column) const {
+        return inside(column * shape_.stride.width, shape_.padding.width, shape_.in.width, shape_.dilation.width,
+                      shape_.kernel.width);
     }
 
     // --- the outputs of a unit
@@ -272,99 +305,98 @@ private:
             }
     }
 
-    // In vectors; what the compiler takes for so few bytes is slow to start.
-    template <size_t N>
-    static void clear(int32_t (&sums)[N]) {
-        using Four = int32_t __attribute__((vector_size(16)));
-        const Four zero = {};
-#pragma GCC unroll 48
-        for (size_t i = 0; i < N; i += 4) std::memcpy(sums + i, &zero, sizeof zero);
-    }
-
     void panel(const Unit& unit, int64_t begin, int count, int64_t b) const {
         const uint8_t* const* pixels = &unit.pixels[begin];
         const int8_t* weights = problem_.weight + b * shape_.panel_words() * kPanelOutputs * kWordChannels;
         alignas(32) int32_t sums[kTilePixels * kPanelOutputs];
-        clear(sums);
-        const auto add = [&](int64_t from, const Taps& taps, int64_t word) {
+        const auto dot = [&](int64_t from, const Taps& taps, int64_t word, int32_t* to) {
             dot_(pixels, count, panels_[b].channel + from, taps, span_,
-                 weights + word * kPanelOutputs * kWordChannels, sums);
+                 weights + word * kPanelOutputs * kWordChannels, to);
         };
-        if (split_ || packed_) {  // high nibbles first
-            add(packed_ ? 2 * shape_.low_bytes : 0, high_taps_, 0);
-            for (int32_t& sum : sums) sum *= 16;
+        if (wide_) {
+            wide_dot_(pixels, count, taps_, &weights_[b * taps_.count * taps_.words * 2 * kPanelOutputs], sums);
+        } else {
+            dot(split_ ? unit.plane : 0, taps_, packed_ ? high_taps_.count * high_taps_.words : 0, sums);
         }
-        add(split_ ? unit.plane : 0, taps_, packed_ ? high_taps_.count * high_taps_.words : 0);
+        if (split_ || (packed_ && high_taps_.words > 0)) {
+            alignas(32) int32_t high[kTilePixels * kPanelOutputs];
+            dot(packed_ ? 2 * shape_.low_bytes : 0, high_taps_, 0, high);
+            for (int i = 0; i < count * kPanelOutputs; ++i) sums[i] += high[i] * 16;
+        }
         put(unit, begin, count, b, sums);
     }
 
     void depthwise_block(const Unit& unit, int64_t begin, int count, int64_t b) const {
         const uint8_t* const* pixels = &unit.pixels[begin];
         const int64_t channel = panels_[2 * b].channel, channels = std::min<int64_t>(kBlock, shape_.channels);
-        const int8_t* weights = &weights_[b * tap_pairs_.count * 2 * kBlock];
+        const int16_t* weights = &weights_[b * tap_pairs_.count * 2 * kBlock];
         alignas(32) int32_t sums[2 * kTilePixels * kPanelOutputs];
-        clear(sums);
-        depthwise_dot_(pixels, count, channel, tap_pairs_, span_, weights, channels, sums);
-        if (split_) {
-            for (int32_t& sum : sums) sum *= 16;
-            depthwise_dot_(pixels, count, channel + unit.plane, tap_pairs_, span_, weights, channels, sums);
-        }
+        depthwise_dot_(pixels, count, channel, tap_pairs_, weights, channels, sums);
         put(unit, begin, count, 2 * b, sums);
         put(unit, begin, count, 2 * b + 1, sums + kTilePixels * kPanelOutputs);
     }
 
-    // Finishes the sums of a tile and one panel: a second output begins with the sums once more, which are at hand.
+    // Finishes the sums of a tile and one panel.
     void put(const Unit& unit, int64_t begin, int count, int64_t index, int32_t* sums) const {
         const Panel& panel = panels_[index];
         if (panel.outputs == 0) return;
-        if (problem_.zero_sums)
-            for (int p = 0; p < count; ++p) subtract_zeros(unit.windows[begin + p], index, sums + p * kPanelOutputs);
-        put(out_, unit.first + begin, count, index, sums);
-        if (also_.y) put(also_, unit.first + begin, count, index, sums);
-    }
-    template <class U>
-    void put(const Output<U>& output, int64_t pixel, int count, int64_t index, const int32_t* sums) const {
-        const Panel& panel = panels_[index];
-        const int64_t stride = shape_.out_channels, to = pixel * stride + panel.output;
-        const uint8_t* residual = problem_.residual ? problem_.residual + to : nullptr;
-        const float* parameters = &output.parameters[index * kFields * kPanelOutputs];
-        if (panel.outputs == kPanelOutputs)
-            return output.finish(sums, count, stride, residual, output.y + to, parameters, problem_.activation);
+        if (!zeros_.empty())
+            for (int p = 0; p < count; ++p) give_back_zeros(unit.windows[begin + p], index, sums + p * kPanelOutputs);
+        const int64_t stride = shape_.out_channels, to = (unit.first + begin) * stride + panel.output;
+        const int64_t parameters = index * kFields * kPanelOutputs;
+        Finishing<T> f = {count,
+                          stride,
+                          problem_.residual ? problem_.residual + to : nullptr,
+                          y_ + to,
+                          &parameters_[parameters],
+                          problem_.also ? problem_.also + to : nullptr,
+                          problem_.also ? &also_parameters_[parameters] : nullptr,
+                          problem_.activation};
+        if (panel.outputs == kPanelOutputs) return finish_(sums, f);
         // Less than a panel: by way of a full one.
-        uint8_t residuals[kTilePixels * kPanelOutputs] = {};
-        U y[kTilePixels * kPanelOutputs];
-        for (int p = 0; residual && p < count; ++p)
-            std::memcpy(residuals + p * kPanelOutputs, residual + p * stride, panel.outputs);
-        output.finish(sums, count, kPanelOutputs, residuals, y, parameters, problem_.activation);
-        for (int p = 0; p < count; ++p)
-            std::memcpy(static_cast<void*>(output.y + to + p * stride), y + p * kPanelOutputs,
-                        panel.outputs * sizeof(U));
+        uint8_t residual[kTilePixels * kPanelOutputs] = {}, also[kTilePixels * kPanelOutputs];
+        T y[kTilePixels * kPanelOutputs];
+        const auto copy = [&](auto* into, int64_t into_stride, const auto* from, int64_t from_stride) {
+            for (int p = 0; p < count; ++p)
+                std::memcpy(static_cast<void*>(into + p * into_stride), from + p * from_stride,
+                            panel.outputs * sizeof(*from));
+        };
+        if (f.residual) copy(residual, kPanelOutputs, f.residual, stride);
+        f = {count,        kPanelOutputs,           residual,          y,
+             f.parameters, f.also ? also : nullptr, f.also_parameters, f.activation};
+        finish_(sums, f);
+        copy(y_ + to, stride, y, kPanelOutputs);
+        if (f.also) copy(problem_.also + to, stride, also, kPanelOutputs);
     }
 
-    void subtract_zeros(const Window& w, int64_t index, int32_t* sums) const {
+    // Finishing subtracts the share of the zero points in all taps: adds that of the taps outside of the image.
+    void give_back_zeros(const Window& w, int64_t index, int32_t* sums) const {
         const Extent kernel = shape_.kernel;
-        const int32_t* of_taps = &zeros_[index * (kernel.area() + 1) * kPanelOutputs];
-        const auto subtract = [&](int64_t tap) {
-            for (int o = 0; o < kPanelOutputs; ++o) sums[o] -= of_taps[tap * kPanelOutputs + o];
-        };
-        if (w.bottom - w.top == kernel.height && w.right - w.left == kernel.width) return subtract(kernel.area());
-        for (int64_t r = w.top; r < w.bottom; ++r)
-            for (int64_t s = w.left; s < w.right; ++s) subtract(r * kernel.width + s);
+        if (w.bottom - w.top == kernel.height && w.right - w.left == kernel.width) return;
+        const int32_t* of_tap = &zeros_[index * kernel.area() * kPanelOutputs];
+        for (int64_t r = 0; r < kernel.height; ++r)
+            for (int64_t s = 0; s < kernel.width; ++s, of_tap += kPanelOutputs) {
+                if (w.top <= r && r < w.bottom && w.left <= s && s < w.right) continue;
+                for (int o = 0; o < kPanelOutputs; ++o) sums[o] += of_tap[o];
+            }
     }
 
     const ConvProblem& problem_;
     const ConvShape& shape_;
-    bool depthwise_, packed_, split_, direct_;
+    bool depthwise_, packed_, wide_, split_, direct_;
     int64_t span_, pixel_bytes_, row_bytes_;  // of the image or of a band
     std::vector<int64_t> offsets_;            // of the taps from a pixel's address
-    Taps taps_{}, high_taps_{};
+    Taps taps_{}, high_taps_{};  // of all codes; of the low and of the high nibbles, where these are apart
     TapPairs tap_pairs_{};
     std::vector<Panel> panels_;
-    std::vector<int32_t> zeros_;   // [panels][taps, then all taps together][16]
-    std::vector<int8_t> weights_;  // of depthwise blocks
-    Output<T> out_;
-    Output<uint8_t> also_;
+    std::vector<int32_t> zeros_;                        // [panels][taps][16], where padding makes taps differ
+    std::vector<std::pair<int64_t, int64_t>> columns_;  // taps inside of the image, of each column of the output
+    std::vector<int16_t> weights_;                      // of depthwise blocks, or of wide tiles
+    std::vector<float> parameters_, also_parameters_;   // [panels][fields][16]
+    T* y_;
+    Finisher<T> finish_;
     DotTile dot_ = dot_tile;
+    WideTile wide_dot_ = wide_tile;
     DepthwiseTile depthwise_dot_ = depthwise_tile;
 };
 

@@ -9,6 +9,7 @@ namespace ptq4cuda {
 
 // The parameters of a panel's outputs: field f of output o is parameters[16 f + o].
 enum Field {
+    kZeroSum,  // an integer: what the zero points have in the sum, all taps together
     kScale,
     kBias,
     kResidualScale,
@@ -26,10 +27,20 @@ enum Field {
 // What the activation is made of: nothing, a ReLU, or anything piecewise linear.
 enum class Curve { identity, relu, other };
 
-// Outputs, and the residual's codes, lie `stride` apart from pixel to pixel.
+// What a tile needs beside its sums and what comes of it. Outputs, and the residual's codes, lie `stride` apart from
+// pixel to pixel.
 template <class T>
-using Finisher = void (*)(const int32_t* sums, int64_t pixels, int64_t stride, const uint8_t* residual, T* y,
-                          const float* parameters, Activation);
+struct Finishing {
+    int64_t pixels, stride;
+    const uint8_t* residual;
+    T* y;
+    const float* parameters;  // of the panel
+    uint8_t* also;            // a second output, or nullptr
+    const float* also_parameters;
+    Activation activation;
+};
+template <class T>
+using Finisher = void (*)(const int32_t* sums, const Finishing<T>&);
 
 inline Curve curve_of(const Activation& act) {
     if (act.upper != INFINITY) return Curve::other;
@@ -41,73 +52,127 @@ inline std::array<float, kFields> parameters_of(const ConvProblem& problem, cons
                                                 int64_t o) {
     const Quantizer added = problem.residual ? problem.residual_quantizer[o] : Quantizer{};
     const Quantizer out = quantizer.scale ? quantizer[o] : Quantizer{};
-    const int32_t zero_point = static_cast<int32_t>(out.zero_point);
-    float zero_point_bits;
-    std::memcpy(&zero_point_bits, &zero_point, sizeof zero_point);
+    int32_t zero_sum = 0;
+    for (int64_t t = 0; problem.zero_sums && t < problem.shape.kernel.area(); ++t)
+        zero_sum += problem.zero_sums[t * problem.shape.out_channels + o];
     float lowest = -out.zero_point, highest = out.qmax - out.zero_point;
     if (curve_of(problem.activation) == Curve::relu) lowest = std::clamp(0.0f, lowest, highest);
-    return {problem.scale[o], problem.bias[o], added.scale,     added.zero_point, out.inv_scale,
-            out.zero_point,   out.qmax,        zero_point_bits, lowest,           highest};
+    return {simd::reinterpret<float>(zero_sum),
+            problem.scale[o],
+            problem.bias[o],
+            added.scale,
+            added.zero_point,
+            out.inv_scale,
+            out.zero_point,
+            out.qmax,
+            simd::reinterpret<float>(static_cast<int32_t>(out.zero_point)),
+            lowest,
+            highest};
 }
 
 template <class T, bool kResidual, Curve curve>
 struct Finish {
-    static PTQ_INLINE void run(const int32_t* __restrict sums, int64_t pixels, int64_t stride,
-                               const uint8_t* __restrict residual, T* __restrict y,
-                               const float* __restrict parameters, Activation act) {
-        for (int64_t p = 0; p < pixels; ++p, sums += kPanelOutputs, residual += kResidual ? stride : 0, y += stride)
-            for (int o = 0; o < kPanelOutputs; ++o) {
-                const auto of = [&](Field f) { return parameters[f * kPanelOutputs + o]; };
-                float v = scaled_sum(sums[o], of(kScale), of(kBias));
-                if (kResidual)
-                    v += value(simd::to_float(residual[o]), {0.0f, of(kResidualScale), of(kResidualZeroPoint), 0.0f});
-                if (curve == Curve::relu) v = v > 0.0f ? v : 0.0f;
-                if (curve == Curve::other) v = activated(v, act.negative_slope, act.upper);
-                if constexpr (std::is_same_v<T, uint8_t>) {
-                    y[o] = code(v, {of(kInvScale), 0.0f, of(kZeroPoint), of(kQmax)});
-                } else {
-                    simd::store(v, y[o]);
-                }
-            }
+    static PTQ_INLINE void run(const int32_t* sums, const Finishing<T>& f) {
+        for (int64_t p = 0; p < f.pixels; ++p)
+            of_pixel(sums + p * kPanelOutputs, kResidual ? f.residual + p * f.stride : nullptr, f.y + p * f.stride,
+                     f.parameters, f.also ? f.also + p * f.stride : nullptr, f.also_parameters, f.activation);
+    }
+
+private:
+    static PTQ_INLINE void of_pixel(const int32_t* __restrict sums, const uint8_t* __restrict residual,
+                                    T* __restrict y, const float* __restrict parameters, uint8_t* __restrict also,
+                                    const float* __restrict also_parameters, const Activation& act) {
+        float values[kPanelOutputs];
+        for (int o = 0; o < kPanelOutputs; ++o) {
+            const auto of = [&](Field f) { return parameters[f * kPanelOutputs + o]; };
+            float v = scaled_sum(sums[o] - simd::reinterpret<int32_t>(of(kZeroSum)), of(kScale), of(kBias));
+            if (kResidual)
+                v += value(simd::to_float(residual[o]), {0.0f, of(kResidualScale), of(kResidualZeroPoint), 0.0f});
+            if (curve == Curve::relu) v = v > 0.0f ? v : 0.0f;
+            if (curve == Curve::other) v = activated(v, act.negative_slope, act.upper);
+            values[o] = v;
+        }
+        if constexpr (std::is_same_v<T, uint8_t>) {
+            put_codes(values, parameters, y);
+        } else {
+            for (int o = 0; o < kPanelOutputs; ++o) simd::store(values[o], y[o]);
+        }
+        if (also) put_codes(values, also_parameters, also);
+    }
+
+    static PTQ_INLINE void put_codes(const float* __restrict values, const float* __restrict parameters,
+                                     uint8_t* __restrict y) {
+        for (int o = 0; o < kPanelOutputs; ++o) {
+            const auto of = [&](Field f) { return parameters[f * kPanelOutputs + o]; };
+            y[o] = code(values[o], {of(kInvScale), 0.0f, of(kZeroPoint), of(kQmax)});
+        }
     }
 };
 
 #if defined(__x86_64__)
-// The same for codes, eight at a time and with fewer steps. Rounding keeps order, as a product with a positive number
-// does: so both ends of the codes, and those of a ReLU, can be taken as limits before rint, in units of codes, and
-// the conversion to integers rounds. (It rounds half to even, as rint does.) Only what NaN becomes is not the same.
-template <bool kResidual, Curve curve>
-PTQ_AVX2_INLINE __m256i finish_eight(const int32_t* sums, const uint8_t* residual, const float* parameters,
-                                     const Activation& act) {
-    const auto of = [&](Field f) { return parameters + f * kPanelOutputs; };
-    __m256 v = _mm256_cvtepi32_ps(load_bytes(sums));
-    v = _mm256_add_ps(_mm256_mul_ps(v, _mm256_loadu_ps(of(kScale))), _mm256_loadu_ps(of(kBias)));
-    if (kResidual) {
-        const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(residual));
-        __m256 r = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
-        r = _mm256_sub_ps(r, _mm256_loadu_ps(of(kResidualZeroPoint)));
-        v = _mm256_add_ps(v, _mm256_mul_ps(r, _mm256_loadu_ps(of(kResidualScale))));
+// The same for codes, with fewer steps. Rounding keeps order, as a product with a positive number does: so both ends
+// of the codes, and those of a ReLU, can be taken as limits before rint, in units of codes, and the conversion to
+// integers rounds. (It rounds half to even, as rint does.) Only what NaN becomes is not the same.
+//
+// Eight outputs of all pixels at a time, so that their parameters stay in registers.
+struct EightQuantizers {
+    __m256 inv_scale, lowest, highest;
+    __m256i zero_point;
+
+    explicit PTQ_AVX2_INLINE EightQuantizers(const float* parameters)
+        : inv_scale(_mm256_loadu_ps(parameters + kInvScale * kPanelOutputs)),
+          lowest(_mm256_loadu_ps(parameters + kLowest * kPanelOutputs)),
+          highest(_mm256_loadu_ps(parameters + kHighest * kPanelOutputs)),
+          zero_point(load_bytes(parameters + kZeroPointBits * kPanelOutputs)) {}
+
+    PTQ_AVX2_INLINE void put(__m256 values, uint8_t* y) const {
+        values = _mm256_mul_ps(values, inv_scale);
+        values = _mm256_min_ps(_mm256_max_ps(values, lowest), highest);
+        const __m256i codes = _mm256_add_epi32(_mm256_cvtps_epi32(values), zero_point);
+        const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(y), _mm_packus_epi16(words, words));
     }
-    if (curve == Curve::other) {
-        const __m256 low = _mm256_mul_ps(v, _mm256_set1_ps(act.negative_slope));
-        v = _mm256_blendv_ps(low, v, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ));
-        v = _mm256_min_ps(_mm256_set1_ps(act.upper), v);
+};
+
+template <bool kResidual, Curve curve, bool kAlso>
+PTQ_AVX2_INLINE void finish_eight(const int32_t* sums, const Finishing<uint8_t>& f, int first) {
+    const auto of = [&](Field field) { return f.parameters + field * kPanelOutputs + first; };
+    const __m256i zero_sum = load_bytes(of(kZeroSum));
+    const __m256 scale = _mm256_loadu_ps(of(kScale)), bias = _mm256_loadu_ps(of(kBias));
+    const __m256 residual_scale = _mm256_loadu_ps(of(kResidualScale));
+    const __m256 residual_zero_point = _mm256_loadu_ps(of(kResidualZeroPoint));
+    const EightQuantizers out(f.parameters + first);
+    const EightQuantizers also((kAlso ? f.also_parameters : f.parameters) + first);
+    const uint8_t* residual = f.residual + (kResidual ? first : 0);
+    uint8_t *y = f.y + first, *y2 = f.also + (kAlso ? first : 0);
+    sums += first;
+    for (int64_t p = 0; p < f.pixels; ++p, sums += kPanelOutputs, y += f.stride) {
+        __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(load_bytes(sums), zero_sum));
+        v = _mm256_add_ps(_mm256_mul_ps(v, scale), bias);
+        if (kResidual) {
+            const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(residual));
+            const __m256 r = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)), residual_zero_point);
+            v = _mm256_add_ps(v, _mm256_mul_ps(r, residual_scale));
+            residual += f.stride;
+        }
+        if (curve == Curve::other) {
+            const __m256 low = _mm256_mul_ps(v, _mm256_set1_ps(f.activation.negative_slope));
+            v = _mm256_blendv_ps(low, v, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ));
+            v = _mm256_min_ps(_mm256_set1_ps(f.activation.upper), v);
+        }
+        out.put(v, y);
+        if (kAlso) {
+            also.put(v, y2);
+            y2 += f.stride;
+        }
     }
-    v = _mm256_mul_ps(v, _mm256_loadu_ps(of(kInvScale)));
-    v = _mm256_min_ps(_mm256_max_ps(v, _mm256_loadu_ps(of(kLowest))), _mm256_loadu_ps(of(kHighest)));
-    return _mm256_add_epi32(_mm256_cvtps_epi32(v), load_bytes(of(kZeroPointBits)));
 }
 
 template <bool kResidual, Curve curve>
-PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, int64_t pixels, int64_t stride, const uint8_t* residual,
-                                 uint8_t* y, const float* parameters, Activation act) {
-    for (int64_t p = 0; p < pixels; ++p, sums += kPanelOutputs, residual += kResidual ? stride : 0, y += stride) {
-        const __m256i low = finish_eight<kResidual, curve>(sums, residual, parameters, act);
-        const __m256i high = finish_eight<kResidual, curve>(sums + 8, residual + 8, parameters + 8, act);
-        const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
-        const __m128i codes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(y), codes);
-    }
+PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, const Finishing<uint8_t>& f) {
+    for (int first = 0; first < kPanelOutputs; first += 8)
+        f.also ? finish_eight<kResidual, curve, true>(sums, f, first)
+               : finish_eight<kResidual, curve, false>(sums, f, first);
 }
 #endif
 

@@ -14,7 +14,10 @@
 //      pixel 5  c0 c1 c2 c3    sum50 sum51
 //
 // Codes of 8 bits that could leave 16 bits within a pair or two come as two images, of their high nibbles and of
-// their low ones, which are summed one after the other.
+// their low ones, which are summed one after the other. Two layers are better served by products of 16 bits, which
+// are half as many in an instruction, but are added up in 32 bits at once: depthwise ones, whose sums are short, and
+// the first, where a pixel has less channels than a word: as 16-bit numbers the pixels of a row have no gaps between
+// them.
 #pragma once
 
 #if defined(__x86_64__)
@@ -36,25 +39,34 @@ struct Taps {
     int64_t count, words;
 };
 
-// Adds to sums[p][o] of `count` pixels, from a channel on, and one panel.
+// Computes sums[p][o] of `count` pixels, from a channel on, and one panel.
 using DotTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t span,
                          const int8_t* panel, int32_t* sums);
 
-// A depthwise block is kBlock channels. Weights are [pairs of taps][2][kBlock], a missing last tap zero. Adds to
-// sums[b][p][o] of channel 16 b + o of the block and pixel p.
+// The same of 16-bit codes, two in a word, and weights [words][16 outputs][2].
+using WideTile = void (*)(const uint8_t* const* pixels, int count, Taps taps, const int16_t* panel, int32_t* sums);
+
+// A depthwise block is kBlock channels. Weights are [pairs of taps][kBlock][2], a missing last tap zero, the channels
+// in the order in which AVX2 unpacks bytes: 0-3, 16-19, 4-7, 20-23 and so on. Computes sums[b][p][o] of channel
+// 16 b + o of the block and pixel p.
 constexpr int kBlock = 2 * kPanelOutputs;
 struct TapPairs {
     const int64_t* offsets;  // of both taps of every pair
     int64_t count;
 };
-using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, TapPairs pairs, int64_t span,
-                               const int8_t* weights, int64_t channels, int32_t* sums);
+using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, TapPairs pairs,
+                               const int16_t* weights, int64_t channels, int32_t* sums);
+
+constexpr int64_t place_in_block(int64_t channel) {
+    return channel % kPanelOutputs / 4 * 8 + channel / kPanelOutputs * 4 + channel % 4;
+}
 
 // --- any processor -------------------------------------------------------------------------------------------------
 
 inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t,
                      const int8_t* panel, int32_t* sums) {
     for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
+        std::fill_n(sums, kPanelOutputs, 0);
         const int8_t* w = panel;
         for (int64_t t = 0; t < taps.count; ++t) {
             const uint8_t* x = pixels[p] + channel + taps.offsets[t];
@@ -65,13 +77,28 @@ inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, T
     }
 }
 
-inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, TapPairs pairs, int64_t,
-                           const int8_t* weights, int64_t channels, int32_t* sums) {
+inline void wide_tile(const uint8_t* const* pixels, int count, Taps taps, const int16_t* panel, int32_t* sums) {
+    for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
+        std::fill_n(sums, kPanelOutputs, 0);
+        const int16_t* w = panel;
+        for (int64_t t = 0; t < taps.count; ++t)
+            for (int64_t i = 0; i < taps.words; ++i) {
+                uint16_t codes[2];
+                std::memcpy(codes, pixels[p] + taps.offsets[t] + i * sizeof codes, sizeof codes);
+                for (int o = 0; o < kPanelOutputs; ++o, w += 2) sums[o] += codes[0] * w[0] + codes[1] * w[1];
+            }
+    }
+}
+
+inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, TapPairs pairs,
+                           const int16_t* weights, int64_t channels, int32_t* sums) {
     for (int p = 0; p < count; ++p)
         for (int64_t c = 0; c < channels; ++c) {
             int32_t& sum = sums[(c / kPanelOutputs * kTilePixels + p) * kPanelOutputs + c % kPanelOutputs];
+            sum = 0;
+            const int16_t* w = weights + 2 * place_in_block(c);
             for (int64_t t = 0; t < 2 * pairs.count; ++t)
-                sum += pixels[p][channel + pairs.offsets[t] + c] * weights[t * kBlock + c];
+                sum += pixels[p][channel + pairs.offsets[t] + c] * w[t / 2 * 2 * kBlock + t % 2];
         }
 }
 
@@ -82,17 +109,17 @@ inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t chan
 
 PTQ_AVX2_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-// Adds 16-bit sums to 32-bit ones in memory and starts them anew.
+// Adds 16-bit sums to 32-bit ones in memory, or begins these with them, and starts anew.
 template <int P>
-PTQ_AVX2_INLINE void widen_sums(__m256i (&narrow)[P][2], int32_t* sums) {
+PTQ_AVX2_INLINE void widen_sums(__m256i (&narrow)[P][2], bool begin, int32_t* sums) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i* wide = reinterpret_cast<__m256i*>(sums);
 #pragma GCC unroll 6
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
-            const __m256i sum =
-                _mm256_add_epi32(_mm256_loadu_si256(wide + 2 * p + v), _mm256_madd_epi16(narrow[p][v], ones));
+            __m256i sum = _mm256_madd_epi16(narrow[p][v], ones);
+            if (!begin) sum = _mm256_add_epi32(sum, _mm256_loadu_si256(wide + 2 * p + v));
             _mm256_storeu_si256(wide + 2 * p + v, sum);
             narrow[p][v] = _mm256_setzero_si256();
         }
@@ -109,6 +136,7 @@ PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel
         narrow[p][0] = narrow[p][1] = _mm256_setzero_si256();
     }
     int64_t left = span;  // products that the narrow sums still take
+    bool begin = true;
     for (int64_t t = 0; t < taps.count; ++t) {
         int64_t at = channel + taps.offsets[t];
         for (int64_t word = 0; word < taps.words;) {
@@ -128,12 +156,13 @@ PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel
             word += n;
             left -= n;
             if (left == 0) {
-                widen_sums<P>(narrow, sums);
+                widen_sums<P>(narrow, begin, sums);
                 left = span;
+                begin = false;
             }
         }
     }
-    if (left != span) widen_sums<P>(narrow, sums);
+    if (left != span) widen_sums<P>(narrow, begin, sums);
 }
 
 inline void dot_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t span,
@@ -148,44 +177,70 @@ inline void dot_tile_avx2(const uint8_t* const* pixels, int count, int64_t chann
     }
 }
 
-// Eight channels of a depthwise block in 32 bits each, in the order in which unpacking leaves them: narrow[0] holds
-// channels 0-7 and 16-23, narrow[1] channels 8-15 and 24-31.
-PTQ_AVX2_INLINE void widen_block(__m256i (&narrow)[2], __m256i (&wide)[4]) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const __m128i half = i < 2 ? _mm256_castsi256_si128(narrow[i]) : _mm256_extracti128_si256(narrow[i - 2], 1);
-        wide[i] = _mm256_add_epi32(wide[i], _mm256_cvtepi16_epi32(half));
+template <int P>
+PTQ_TARGET_AVX2 void wide_tile_avx2(const uint8_t* const* pixels, Taps taps, const int16_t* panel, int32_t* sums) {
+    __m256i wide[P][2];
+    const uint8_t* x[P];
+#pragma GCC unroll 6
+    for (int p = 0; p < P; ++p) {
+        x[p] = pixels[p];
+        wide[p][0] = wide[p][1] = _mm256_setzero_si256();
     }
-    narrow[0] = narrow[1] = _mm256_setzero_si256();
+    for (int64_t t = 0; t < taps.count; ++t) {
+        const int64_t end = taps.offsets[t] + taps.words * 4;
+        for (int64_t at = taps.offsets[t]; at < end; at += 4, panel += 2 * kPanelOutputs) {
+            const __m256i w0 = load_bytes(panel);
+            const __m256i w1 = load_bytes(panel + kPanelOutputs);
+#pragma GCC unroll 6
+            for (int p = 0; p < P; ++p) {
+                int32_t two;
+                std::memcpy(&two, x[p] + at, sizeof two);
+                const __m256i codes = _mm256_set1_epi32(two);
+                wide[p][0] = _mm256_add_epi32(wide[p][0], _mm256_madd_epi16(codes, w0));
+                wide[p][1] = _mm256_add_epi32(wide[p][1], _mm256_madd_epi16(codes, w1));
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums) + 2 * p + v, wide[p][v]);
+}
+
+inline void wide_tile_avx2(const uint8_t* const* pixels, int count, Taps taps, const int16_t* panel, int32_t* sums) {
+    switch (count) {
+        case 1: return wide_tile_avx2<1>(pixels, taps, panel, sums);
+        case 2: return wide_tile_avx2<2>(pixels, taps, panel, sums);
+        case 3: return wide_tile_avx2<3>(pixels, taps, panel, sums);
+        case 4: return wide_tile_avx2<4>(pixels, taps, panel, sums);
+        case 5: return wide_tile_avx2<5>(pixels, taps, panel, sums);
+        default: return wide_tile_avx2<6>(pixels, taps, panel, sums);
+    }
 }
 
 // Takes blocks of all 32 channels.
 inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel,
-                                                TapPairs pairs, int64_t span, const int8_t* weights, int64_t,
-                                                int32_t* sums) {
+                                                TapPairs pairs, const int16_t* weights, int64_t, int32_t* sums) {
+    const __m256i zero = _mm256_setzero_si256();
     for (int p = 0; p < count; ++p) {
         const uint8_t* x = pixels[p] + channel;
-        __m256i narrow[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-        __m256i wide[4];
-        __m256i* const of_panel[2] = {reinterpret_cast<__m256i*>(sums + p * kPanelOutputs),
-                                      reinterpret_cast<__m256i*>(sums + (kTilePixels + p) * kPanelOutputs)};
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) wide[i] = _mm256_loadu_si256(of_panel[i / 2] + i % 2);
-        for (int64_t t = 0, left = span; t < pairs.count; ++t) {
-            const __m256i w0 = load_bytes(weights + 2 * t * kBlock), w1 = load_bytes(weights + (2 * t + 1) * kBlock);
+        __m256i wide[4] = {zero, zero, zero, zero};
+        const int16_t* w = weights;
+        for (int64_t t = 0; t < pairs.count; ++t, w += 2 * kBlock) {
             const __m256i x0 = load_bytes(x + pairs.offsets[2 * t]), x1 = load_bytes(x + pairs.offsets[2 * t + 1]);
-            const __m256i low = _mm256_maddubs_epi16(_mm256_unpacklo_epi8(x0, x1), _mm256_unpacklo_epi8(w0, w1));
-            const __m256i high = _mm256_maddubs_epi16(_mm256_unpackhi_epi8(x0, x1), _mm256_unpackhi_epi8(w0, w1));
-            narrow[0] = _mm256_add_epi16(narrow[0], low);
-            narrow[1] = _mm256_add_epi16(narrow[1], high);
-            if (--left == 0) {
-                widen_block(narrow, wide);
-                left = span;
-            }
-        }
-        widen_block(narrow, wide);
+            const __m256i low = _mm256_unpacklo_epi8(x0, x1), high = _mm256_unpackhi_epi8(x0, x1);
+            const __m256i codes[4] = {_mm256_unpacklo_epi8(low, zero), _mm256_unpackhi_epi8(low, zero),
+                                      _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) _mm256_storeu_si256(of_panel[i / 2] + i % 2, wide[i]);
+            for (int i = 0; i < 4; ++i)
+                wide[i] = _mm256_add_epi32(wide[i], _mm256_madd_epi16(codes[i], load_bytes(w + 16 * i)));
+        }
+        __m256i* to = reinterpret_cast<__m256i*>(sums + p * kPanelOutputs);
+        _mm256_storeu_si256(to, _mm256_permute2x128_si256(wide[0], wide[1], 0x20));
+        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(wide[2], wide[3], 0x20));
+        to += kTilePixels * 2;
+        _mm256_storeu_si256(to, _mm256_permute2x128_si256(wide[0], wide[1], 0x31));
+        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(wide[2], wide[3], 0x31));
     }
 }
 #endif
