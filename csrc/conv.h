@@ -9,6 +9,9 @@
 //
 // Where the readers of a value disagree on its quantizer (a layer reads 4 bits, the next residual sum 8), a second
 // output spares them the value itself: it would be written once and read twice, in four times the bytes.
+//
+// Codes may be packed (ptq4cuda/ops/nibbles.py). Of a packed input each nibble is a channel, of codes up to 15, and
+// the sums over the high nibbles, which lie behind low_bytes of low ones, count 16-fold.
 #pragma once
 
 #include "ops.h"
@@ -17,6 +20,7 @@ namespace ptq4cuda {
 
 constexpr int kPanelOutputs = 16;  // ptq4cuda/ops/panels.py says how weights are laid out
 constexpr int kWordChannels = 4;
+constexpr int kOctet = 8;  // channels whose nibbles are packed together
 
 struct Extent {
     int64_t height, width;
@@ -26,6 +30,7 @@ struct Extent {
 
 struct ConvShape {
     int64_t batch, channels, out_channels, groups;
+    int64_t low_bytes;  // of a pixel of packed codes; 0: codes are bytes
     Extent in, out, kernel, stride, padding, dilation;
 
     PTQ_INLINE int64_t group_channels() const { return channels / groups; }
@@ -35,15 +40,30 @@ struct ConvShape {
     PTQ_INLINE int64_t words_per_tap() const { return ceil_div(group_channels(), kWordChannels); }
     PTQ_INLINE int64_t panel_words() const { return kernel.area() * words_per_tap(); }
     PTQ_INLINE int64_t pixels() const { return batch * out.area(); }
+    PTQ_INLINE bool packed() const { return low_bytes > 0; }
+    PTQ_INLINE int64_t pixel_bytes() const { return packed() ? channels / 2 : channels; }
+    PTQ_INLINE int64_t high_bytes() const { return pixel_bytes() - low_bytes; }
+    // Whether what is computed together are whole octets, so that outputs can be packed.
+    bool whole_octets() const { return groups == 1 || (depthwise() ? channels : group_outputs()) % kOctet == 0; }
 };
 
 struct Activation {
     float negative_slope, upper;
 };
 
+// How the codes of an output lie in memory.
+struct Packing {
+    const int32_t* starts;  // the bytes of a pixel where the high nibbles of each octet begin, nullptr if not packed
+    int32_t bytes;          // of a pixel
+
+    // Where the high nibbles of an octet are, whatever `starts` holds: [begin, end).
+    PTQ_INLINE int32_t begin(int64_t octet) const { return starts[octet] > 0 ? starts[octet] : 0; }
+    PTQ_INLINE int32_t end(int64_t octet) const { return starts[octet + 1] < bytes ? starts[octet + 1] : bytes; }
+};
+
 struct ConvProblem {
     ConvShape shape;
-    const uint8_t* x;          // [N, H, W, C]
+    const uint8_t* x;          // [N, H, W, pixel_bytes()]
     const int8_t* weight;      // panels, or [R * S, C] if depthwise
     const int32_t* zero_sums;  // [R * S, O], or nullptr: all zero points are 0
     int64_t span;              // pairs of products that fit into 16 bits; negative: of nibbles of the codes
@@ -52,8 +72,10 @@ struct ConvProblem {
     const uint8_t* residual;  // [N, out H, out W, O], or nullptr
     QuantizerTable residual_quantizer;
     QuantizerTable out_quantizer;  // if the output is codes
-    uint8_t* also;                 // a second output, codes of the same values; or nullptr
+    Packing out_packing;
+    uint8_t* also;  // a second output, codes of the same values; or nullptr
     QuantizerTable also_quantizer;
+    Packing also_packing;
 };
 
 // The backend's
@@ -66,15 +88,17 @@ struct ConvOps {
 
     static std::vector<Tensor> conv2d_integer(
         const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
-        const Tensor& bias, Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t span,
-        double negative_slope, double upper, std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
-        std::optional<Tensor> residual_zero_point, std::optional<Tensor> out_scale,
-        std::optional<Tensor> out_zero_point, std::optional<Tensor> out_bits, std::optional<Tensor> also_scale,
-        std::optional<Tensor> also_zero_point, std::optional<Tensor> also_bits, ScalarType dtype) {
+        const Tensor& bias, Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups,
+        int64_t low_bytes, int64_t span, double negative_slope, double upper, std::optional<Tensor> residual,
+        std::optional<Tensor> residual_scale, std::optional<Tensor> residual_zero_point,
+        std::optional<Tensor> out_scale, std::optional<Tensor> out_zero_point, std::optional<Tensor> out_bits,
+        std::optional<Tensor> out_starts, int64_t out_bytes, std::optional<Tensor> also_scale,
+        std::optional<Tensor> also_zero_point, std::optional<Tensor> also_bits, std::optional<Tensor> also_starts,
+        int64_t also_bytes, ScalarType dtype) {
         const char* op = "conv2d_integer";
         ConvProblem problem{};
         ConvShape& shape = problem.shape;
-        shape = conv_shape(op, x, scale, kernel_size, stride, padding, dilation, groups);
+        shape = conv_shape(op, x, scale, kernel_size, stride, padding, dilation, groups, low_bytes);
         const Tensor source = channels_last(x);
 
         const auto [rows, columns] = shape.depthwise()
@@ -132,15 +156,36 @@ struct ConvOps {
             STD_TORCH_CHECK(is_floating(dtype), op, ": dtype must be float32, float16 or bfloat16");
         }
 
-        const int64_t width = shape.out.width * shape.out_channels;
-        const std::vector<int64_t> strides = {shape.out.height * width, 1, width, shape.out_channels};
-        Tensor y = empty_strided(sizes, strides, dtype, x);
-        std::vector<Tensor> outputs = {y};
+        std::vector<Tensor> tables, outputs;  // tables live as long as the launch
+        const auto packing = [&](const char* name, const std::optional<Tensor>& starts, int64_t bytes) {
+            if (!starts) return Packing{};
+            const int64_t octets = ceil_div(shape.out_channels, kOctet);
+            STD_TORCH_CHECK(
+                starts->scalar_type() == ScalarType::Int && starts->dim() == 1 && starts->size(0) == octets + 1, op,
+                ": ", name, "_starts must be int32 [", octets + 1, "], its shape is ", shape_of(*starts));
+            check_same_device(op, "starts", *starts, x);
+            STD_TORCH_CHECK(bytes >= octets * kWordChannels && bytes % kWordChannels == 0 &&
+                                bytes == static_cast<int32_t>(bytes) && shape.whole_octets(),
+                            op, ": ", shape.out_channels, " outputs in ", groups, " groups are not packed in ", bytes,
+                            " bytes");
+            tables.push_back(as_contiguous(*starts));
+            return Packing{tables.back().const_data_ptr<int32_t>(), static_cast<int32_t>(bytes)};
+        };
+        const auto add_output = [&](ScalarType type, const Packing& packed) {
+            const int64_t channels = packed.starts ? packed.bytes : shape.out_channels, width = shape.out.width;
+            const std::vector<int64_t> size = {shape.batch, channels, shape.out.height, width};
+            const std::vector<int64_t> strides = {shape.out.height * width * channels, 1, width * channels, channels};
+            outputs.push_back(empty_strided(size, strides, type, x));
+        };
+        if (out_quantizer) problem.out_packing = packing("out", out_starts, out_bytes);
+        add_output(dtype, problem.out_packing);
         if (also_quantizer) {
-            outputs.push_back(empty_strided(sizes, strides, ScalarType::Byte, x));
+            problem.also_packing = packing("also", also_starts, also_bytes);
+            add_output(ScalarType::Byte, problem.also_packing);
             problem.also = outputs[1].mutable_data_ptr<uint8_t>();
             problem.also_quantizer = also_quantizer->table();
         }
+        const Tensor& y = outputs[0];
         if (y.numel() == 0) return outputs;
         problem.x = source.const_data_ptr<uint8_t>();
         problem.weight = panels.const_data_ptr<int8_t>();
@@ -178,12 +223,19 @@ private:
     }
 
     static ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& scale, const Pair& kernel_size,
-                                const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups) {
+                                const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups,
+                                int64_t low_bytes) {
         STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4 && x.size(1) > 0, op,
                         ": x must be uint8 [N, C, H, W], got ", shape_of(x));
         ConvShape s;
         s.batch = x.size(0);
-        s.channels = x.size(1);
+        STD_TORCH_CHECK(
+            low_bytes == 0 || (0 < low_bytes && low_bytes <= x.size(1) && low_bytes % kWordChannels == 0 &&
+                               x.size(1) % kWordChannels == 0 && groups == 1),
+            op, ": ", x.size(1), " bytes a pixel, ", low_bytes, " of them low, in ", groups,
+            " groups, are no packed codes");
+        s.low_bytes = low_bytes;
+        s.channels = low_bytes ? 2 * x.size(1) : x.size(1);
         s.out_channels = scale.numel();
         s.groups = groups;
         STD_TORCH_CHECK(groups > 0 && s.channels % groups == 0 && s.out_channels % groups == 0, op, ": ", s.channels,

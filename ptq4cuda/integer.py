@@ -8,6 +8,8 @@ two go into D_o.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -16,7 +18,8 @@ from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.nn.quant_module import Outputs
 from ptq4cuda.nn.quant_tensor import QuantizerState
-from ptq4cuda.ops import panels
+from ptq4cuda.ops import nibbles, panels
+from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 
 
@@ -58,6 +61,8 @@ class IntegerConv2d(QuantizerState):
         residual: the quantizer of the codes that forward adds ([O] or [1]).
         out: the quantizer of the output ([O] or [1]); None returns values.
         also: the quantizer of a second output, codes too; None if there is none.
+        packed: which of "source", "out" and "also" are packed codes, see ops.nibbles: the input only without groups,
+            an output only if panels.whole_octets.
         dtype: of the values.
 
     Raises:
@@ -73,9 +78,11 @@ class IntegerConv2d(QuantizerState):
     out_scale: Tensor | None
     out_zero_point: Tensor | None
     out_bits: Tensor | None
+    out_starts: Tensor | None
     also_scale: Tensor | None
     also_zero_point: Tensor | None
     also_bits: Tensor | None
+    also_starts: Tensor | None
 
     def __init__(
         self,
@@ -92,6 +99,7 @@ class IntegerConv2d(QuantizerState):
         residual: QuantParams | None = None,
         out: QuantParams | None = None,
         also: QuantParams | None = None,
+        packed: Collection[str] = (),
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -117,8 +125,13 @@ class IntegerConv2d(QuantizerState):
         def keep(name: str, tensor: Tensor | None) -> None:  # all of it follows from the layer's own state
             self.register_buffer(name, tensor, persistent=False)
 
-        keep("weight", panels.weight_panels(weight, groups))
-        self.span = panels.span_of_sums(self.weight, codes, self.kernel_size, groups)
+        if "source" in packed:
+            layout = Nibbles.of(source.bits.expand(channels))
+            keep("weight", layout.weight_panels(weight))
+            self.low_bytes, self.span = layout.low_bytes, panels.NIBBLES
+        else:
+            keep("weight", panels.weight_panels(weight, groups))
+            self.low_bytes, self.span = 0, panels.span_of_sums(self.weight, codes, self.kernel_size, groups)
         keep("zero_sums", zero_sums.to(torch.int32) if bool(zero_sums.any()) else None)
         keep("scale", scale)
         keep("bias", torch.zeros_like(scale) if bias is None else bias)
@@ -127,6 +140,11 @@ class IntegerConv2d(QuantizerState):
                 raise ValueError(f"{name} has {params.scale.numel()} channels, the convolution has {outputs}")
             for field in ("scale", "zero_point", "bits"):
                 keep(f"{name}_{field}", None if params is None else getattr(params, field))
+        self.packed_bytes = {"out": 0, "also": 0}
+        for name, params in (("out", out), ("also", also)):
+            outputs_of = Nibbles.of(params.bits.expand(outputs)) if params is not None and name in packed else None
+            keep(f"{name}_starts", None if outputs_of is None else outputs_of.starts)
+            self.packed_bytes[name] = 0 if outputs_of is None else outputs_of.bytes
 
     @classmethod
     def from_quantized(
@@ -137,6 +155,7 @@ class IntegerConv2d(QuantizerState):
         residual: QuantParams | None = None,
         out: QuantParams | None = None,
         also: QuantParams | None = None,
+        packed: Collection[str] = (),
         dtype: torch.dtype = torch.float32,
     ) -> IntegerConv2d:
         """Lower a quantized layer.
@@ -172,6 +191,7 @@ class IntegerConv2d(QuantizerState):
             residual=residual,
             out=out,
             also=also,
+            packed=packed,
             dtype=dtype,
         )
 
@@ -181,7 +201,10 @@ class IntegerConv2d(QuantizerState):
         return (weight.to(torch.int64) * zeros).sum(-1).flatten(1).t().contiguous()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Outputs:
-        """Return the convolution of codes x, uint8 [N, C, H, W], plus the residual's values, channels_last."""
+        """Return the convolution of codes x, uint8 [N, C, H, W], plus the residual's values, channels_last.
+
+        Packed codes are uint8 [N, bytes, H, W], which comes in and goes out.
+        """
         if (residual is None) != (self.residual_scale is None):
             raise ValueError("a residual comes with its quantizer, and only with it")
         # The operator itself: what ops.conv2d_integer would check again and again has been checked once.
@@ -196,6 +219,7 @@ class IntegerConv2d(QuantizerState):
             self.padding,
             self.dilation,
             self.groups,
+            self.low_bytes,
             self.span,
             self.activation.negative_slope,
             self.activation.upper,
@@ -205,18 +229,26 @@ class IntegerConv2d(QuantizerState):
             self.out_scale,
             self.out_zero_point,
             self.out_bits,
+            self.out_starts,
+            self.packed_bytes["out"],
             self.also_scale,
             self.also_zero_point,
             self.also_bits,
+            self.also_starts,
+            self.packed_bytes["also"],
             self.dtype,
         )
         return (first, *second) if second else first
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the codes [O, R, S, C / groups] that weight_bytes made bytes of."""
-        weight = panels.weight_of_panels(
-            self.weight, len(self.scale), self.kernel_size, self.channels, self.groups
-        ).double()
+        outputs = len(self.scale)
+        if self.low_bytes:
+            weight = nibbles.weight_of_panels(self.weight, outputs, self.kernel_size, self.low_bytes)
+            weight = weight[..., : self.channels]  # of the low nibbles
+        else:
+            weight = panels.weight_of_panels(self.weight, outputs, self.kernel_size, self.channels, self.groups)
+        weight = weight.double()
         shape = (-1, 1, 1, 1)
         codes = weight * weight_unit(bits).view(shape) - offset.double().view(shape)
         return codes.to(torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def cuda_on_cpu(libraries: dict[str, torch.library.Library], model_cache: Path) 
     registration.implement(libraries["ptq4cuda_on_cpu"], "ptq4cuda_on_cpu")
     torch.ops.load_library(build.library(model_cache))
     return Backend("cuda_on_cpu", "ptq4cuda_on_cpu")
+
+
+@pytest.fixture
+def model(cuda_on_cpu: Backend, model_cache: Path) -> Iterator[ctypes.CDLL]:
+    """The execution model under the CUDA sources; a device that a test chooses is its own."""
+    library = ctypes.CDLL(str(build.library(model_cache)))
+    yield library
+    library.cuda_on_cpu_use_device(0)
 
 
 @pytest.fixture(scope="session")

@@ -27,14 +27,15 @@ public:
         : problem_(problem),
           shape_(problem.shape),
           depthwise_(shape_.depthwise()),
+          packed_(shape_.packed()),
           wide_(problem.span < 0 && shape_.groups == 1 && shape_.channels < kWordChannels &&
                 shape_.dilation.width == 1),
-          split_(problem.span < 0 && !wide_ && !depthwise_),
+          split_(problem.span < 0 && !wide_ && !depthwise_ && !packed_),  // packed codes are nibbles already
           span_(std::abs(problem.span)),
           y_(y),
           finish_(finisher<T>(problem)) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
-        direct_ = whole_words && !split_ && shape_.padding.height + shape_.padding.width == 0;
+        direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
         const bool filled = !direct_ && shape_.groups == 1;
         pixel_bytes_ = wide_    ? shape_.channels * sizeof(uint16_t)
@@ -96,12 +97,17 @@ private:
     void find_taps() {
         const Extent k = shape_.kernel, d = shape_.dilation;
         // The taps of a row follow each other in memory, as their weights do.
-        const bool joined = shape_.groups == 1 && d.width == 1;
+        const bool joined = shape_.groups == 1 && d.width == 1 && !packed_;
         for (int64_t r = 0; r < k.height; ++r)
             for (int64_t s = 0; s < (joined ? 1 : k.width); ++s)
                 offsets_.push_back(r * d.height * row_bytes_ + s * d.width * pixel_bytes_);
-        taps_ = {offsets_.data(), static_cast<int64_t>(offsets_.size()),
-                 wide_ ? ceil_div(k.width * shape_.channels, 2) : shape_.words_per_tap() * (joined ? k.width : 1)};
+        const auto taps = [&](int64_t words) {
+            return Taps{offsets_.data(), static_cast<int64_t>(offsets_.size()), words};
+        };
+        taps_ = taps(wide_     ? ceil_div(k.width * shape_.channels, 2)
+                     : packed_ ? shape_.low_bytes * 2 / kWordChannels
+                               : shape_.words_per_tap() * (joined ? k.width : 1));
+        high_taps_ = taps(packed_ ? shape_.high_bytes() * 2 / kWordChannels : taps_.words);
         if (!depthwise_) return;
         if (offsets_.size() % 2) offsets_.push_back(0);  // with weights that are zero
         tap_pairs_ = {offsets_.data(), static_cast<int64_t>(offsets_.size()) / 2};
@@ -215,7 +221,7 @@ private:
         for (int64_t i = 0; i < height; ++i) {
             const int64_t row = top * stride.height - pad.height + i;
             if (row < 0 || row >= in.height) continue;
-            copy_row(problem_.x + (n * in.height + row) * in.width * shape_.channels,
+            copy_row(problem_.x + (n * in.height + row) * in.width * shape_.pixel_bytes(),
                      unit.band.data() + i * row_bytes_ + pad.width * pixel_bytes_, unit.plane);
         }
         unit.first = (n * out.height + top) * out.width;
@@ -230,10 +236,18 @@ private:
         }
     }
 
-    // Copies a row of the image, as it is, or widened, or its high nibbles and, a plane further, its low ones.
+    // Copies a row of the image, as it is, or widened, or its high nibbles and, a plane further, its low ones. Of a
+    // word of packed codes the even nibbles are followed by the odd ones, as in the panels.
     void copy_row(const uint8_t* from, uint8_t* to, int64_t plane) const {
         const int64_t channels = shape_.channels, width = shape_.in.width, n = channels * width;
-        if (wide_) {
+        if (packed_) {
+            for (int64_t i = 0; i < n; i += 2 * kWordChannels, from += kWordChannels, to += 2 * kWordChannels) {
+                uint32_t word;
+                std::memcpy(&word, from, sizeof word);
+                const uint32_t halves[2] = {word & 0x0f0f0f0f, word >> 4 & 0x0f0f0f0f};
+                std::memcpy(to, halves, sizeof halves);
+            }
+        } else if (wide_) {
             for (int64_t i = 0; i < n; ++i) {
                 const uint16_t code = from[i];
                 std::memcpy(to + i * sizeof code, &code, sizeof code);
@@ -295,15 +309,19 @@ private:
         const uint8_t* const* pixels = &unit.pixels[begin];
         const int8_t* weights = problem_.weight + b * shape_.panel_words() * kPanelOutputs * kWordChannels;
         alignas(32) int32_t sums[kTilePixels * kPanelOutputs];
+        const auto dot = [&](int64_t from, const Taps& taps, int64_t word, int32_t* to) {
+            dot_(pixels, count, panels_[b].channel + from, taps, span_,
+                 weights + word * kPanelOutputs * kWordChannels, to);
+        };
         if (wide_) {
             wide_dot_(pixels, count, taps_, &weights_[b * taps_.count * taps_.words * 2 * kPanelOutputs], sums);
         } else {
-            dot_(pixels, count, panels_[b].channel, taps_, span_, weights, sums);
+            dot(split_ ? unit.plane : 0, taps_, packed_ ? high_taps_.count * high_taps_.words : 0, sums);
         }
-        if (split_) {
-            alignas(32) int32_t low[kTilePixels * kPanelOutputs];
-            dot_(pixels, count, panels_[b].channel + unit.plane, taps_, span_, weights, low);
-            for (int i = 0; i < count * kPanelOutputs; ++i) sums[i] = sums[i] * 16 + low[i];
+        if (split_ || (packed_ && high_taps_.words > 0)) {
+            alignas(32) int32_t high[kTilePixels * kPanelOutputs];
+            dot(packed_ ? 2 * shape_.low_bytes : 0, high_taps_, 0, high);
+            for (int i = 0; i < count * kPanelOutputs; ++i) sums[i] += high[i] * 16;
         }
         put(unit, begin, count, b, sums);
     }
@@ -365,10 +383,10 @@ private:
 
     const ConvProblem& problem_;
     const ConvShape& shape_;
-    bool depthwise_, wide_, split_, direct_;
+    bool depthwise_, packed_, wide_, split_, direct_;
     int64_t span_, pixel_bytes_, row_bytes_;  // of the image or of a band
     std::vector<int64_t> offsets_;            // of the taps from a pixel's address
-    Taps taps_{};
+    Taps taps_{}, high_taps_{};  // of all codes; of the low and of the high nibbles, where these are apart
     TapPairs tap_pairs_{};
     std::vector<Panel> panels_;
     std::vector<int32_t> zeros_;                        // [panels][taps][16], where padding makes taps differ
@@ -382,10 +400,48 @@ private:
     DepthwiseTile depthwise_dot_ = depthwise_tile;
 };
 
+// Packs codes of all pixels: nibble after nibble, each octet's into two words.
+void pack(const std::vector<uint8_t>& codes, const QuantizerTable& quantizer, const Packing& packing, int64_t pixels,
+          uint8_t* to) {
+    const int64_t channels = codes.size() / pixels, octets = ceil_div(channels, kOctet);
+    std::vector<bool> is_high(channels);
+    for (int64_t c = 0; c < channels; ++c) is_high[c] = quantizer[c].qmax > 15.0f;
+    torch::stable::parallel_for(0, pixels, kTaskProducts / channels + 1, [&](int64_t p, int64_t end_pixel) {
+        for (; p < end_pixel; ++p)
+            for (int64_t k = 0; k < octets; ++k) {
+                uint32_t low = 0, high = 0;
+                int bits = 0;  // of the high nibbles
+                for (int64_t c = k * kOctet; c < std::min(channels, (k + 1) * kOctet); ++c) {
+                    const uint32_t code = codes[p * channels + c];
+                    low |= (code & 15) << (c % kOctet * 4);
+                    if (!is_high[c]) continue;
+                    high |= code >> 4 << bits;
+                    bits += 4;
+                }
+                uint8_t* pixel = to + p * packing.bytes;
+                std::memcpy(pixel + k * sizeof low, &low, sizeof low);
+                const int32_t begin = packing.begin(k), end = packing.end(k);
+                for (int32_t b = begin; b < end; ++b)
+                    pixel[b] = b - begin < 4 ? static_cast<uint8_t>(high >> (8 * (b - begin))) : 0;
+            }
+    });
+}
+
 struct Cpu {
+    // Outputs that are packed are computed in bytes first.
     template <class T>
-    static void conv(const Tensor&, const ConvProblem& problem, T* y) {
-        Convolution<T>(problem, y).run();
+    static void conv(const Tensor&, const ConvProblem& given, T* y) {
+        ConvProblem problem = given;
+        const int64_t pixels = problem.shape.pixels(), size = pixels * problem.shape.out_channels;
+        std::vector<uint8_t> out(given.out_packing.starts ? size : 0), also(given.also_packing.starts ? size : 0);
+        if (!also.empty()) problem.also = also.data();
+        if constexpr (std::is_same_v<T, uint8_t>) {
+            Convolution<T>(problem, out.empty() ? y : out.data()).run();
+            if (!out.empty()) pack(out, given.out_quantizer, given.out_packing, pixels, y);
+        } else {
+            Convolution<T>(problem, y).run();
+        }
+        if (!also.empty()) pack(also, given.also_quantizer, given.also_packing, pixels, given.also);
     }
 };
 

@@ -273,6 +273,7 @@ def conv2d_integer(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     *,
+    low_bytes: int = 0,
     zero_sums: Tensor | None = None,
     span: int = panels.NIBBLES,
     negative_slope: float = 1.0,
@@ -283,9 +284,13 @@ def conv2d_integer(
     out_scale: Tensor | None = None,
     out_zero_point: Tensor | None = None,
     out_bits: Tensor | None = None,
+    out_starts: Tensor | None = None,
+    out_bytes: int = 0,
     also_scale: Tensor | None = None,
     also_zero_point: Tensor | None = None,
     also_bits: Tensor | None = None,
+    also_starts: Tensor | None = None,
+    also_bytes: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Convolve unsigned codes with signed 8-bit weights, and finish the integer sums in the same pass.
@@ -306,6 +311,8 @@ def conv2d_integer(
         padding: of rows and columns, on both sides.
         dilation: of rows and columns.
         groups: as in torch.nn.Conv2d.
+        low_bytes: of packed codes, see ops.nibbles: x is uint8 [N, bytes, H, W], and weight is arranged by their
+            Nibbles. There are no groups then.
         zero_sums: int32 [R * S, O]: Σ weight * zero_point over the channels of x, of each tap. Default: x has no
             zero points.
         span: what panels.span_of_sums returns for weight and x; the default holds for all.
@@ -317,14 +324,19 @@ def conv2d_integer(
         out_scale: float32 [O] or [1]: the output is quantized with this scale, exactly as `quantize` would.
         out_zero_point: int32 [O] or [1], with out_scale.
         out_bits: uint8 [O] or [1], with out_scale.
+        out_starts: the codes are packed: starts and, as out_bytes, the bytes of the ops.nibbles.Nibbles of out_bits.
+            The outputs of a group are whole octets then, or there is one group.
+        out_bytes: with out_starts.
         also_scale: float32 [O] or [1]: there is a second output, codes of the same values with this scale.
         also_zero_point: int32 [O] or [1], with also_scale.
         also_bits: uint8 [O] or [1], with also_scale.
+        also_starts: as out_starts.
+        also_bytes: with also_starts.
         dtype: of the output, without out_scale: float32, float16 or bfloat16.
 
     Returns:
         The output [N, O, H', W'], channels_last: values, or uint8 codes where out_scale is given. Where also_scale
-        is given, a second one follows, uint8 codes of the same shape.
+        is given, a second one follows, uint8 codes of the same shape. Packed codes are [N, bytes, H', W'].
     """
     if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
         raise TypeError(f"x must be a uint8 tensor [N, C, H, W], got {_describe(x)}")
@@ -339,12 +351,15 @@ def conv2d_integer(
     outputs = scale.shape[0] if isinstance(scale, Tensor) and scale.dim() == 1 else 0
     check_vector("scale", scale, torch.float32, (outputs,), x)
     check_vector("bias", bias, torch.float32, (outputs,), x)
+    if low_bytes and (not 0 < low_bytes <= x.shape[1] or low_bytes % 4 or x.shape[1] % 4 or groups != 1):
+        raise ValueError(f"x {list(x.shape)} with {low_bytes} low bytes and {groups} groups holds no packed codes")
     if groups < 1 or x.shape[1] % groups or outputs % groups or not x.shape[1]:
         raise ValueError(f"{x.shape[1]} input and {outputs} output channels do not make {groups} groups")
     size = [x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1 for d in (0, 1)]
     if min(size) < 0:
         raise ValueError(f"the kernel {kernel_size} is larger than the padded input {list(x.shape)}")
-    shape = panels.shape_of_panels(outputs, kernel_size, x.shape[1] // groups, groups)
+    channels = 2 * x.shape[1] if low_bytes else x.shape[1] // groups
+    shape = panels.shape_of_panels(outputs, kernel_size, channels, groups)
     if not isinstance(weight, Tensor) or weight.dtype != torch.int8 or tuple(weight.shape) != shape:
         raise ValueError(f"weight must be int8 {list(shape)}, got {_describe(weight)}")
     taps = kernel_size[0] * kernel_size[1]
@@ -359,15 +374,21 @@ def conv2d_integer(
         if residual_scale is None or residual_zero_point is None:
             raise ValueError("residual needs residual_scale and residual_zero_point")
         _parameters(x, outputs, residual_scale, residual_zero_point, 8)
-    for name, scales, zero_points, bits in (
-        ("out", out_scale, out_zero_point, out_bits),
-        ("also", also_scale, also_zero_point, also_bits),
+    whole_octets = panels.whole_octets(outputs, x.shape[1] // groups, groups)
+    for name, scales, zero_points, bits, starts, packed in (
+        ("out", out_scale, out_zero_point, out_bits, out_starts, out_bytes),
+        ("also", also_scale, also_zero_point, also_bits, also_starts, also_bytes),
     ):
         if scales is None:
             continue
         if zero_points is None or bits is None:
             raise ValueError(f"{name}_scale needs {name}_zero_point and {name}_bits")
         _parameters(x, outputs, scales, zero_points, bits)
+        if starts is not None:
+            octets = -(-outputs // panels.OCTET)
+            check_vector(f"{name}_starts", starts, torch.int32, (octets + 1,), x)
+            if packed < 4 * octets or packed % 4 or not whole_octets:
+                raise ValueError(f"{outputs} outputs in {groups} groups are not packed in {packed} bytes")
     if out_scale is None and dtype not in FLOATING:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     return _ops.conv2d_integer(  # type: ignore[no-any-return]
@@ -381,6 +402,7 @@ def conv2d_integer(
         padding,
         dilation,
         groups,
+        low_bytes,
         span,
         negative_slope,
         upper,
@@ -390,9 +412,13 @@ def conv2d_integer(
         out_scale,
         out_zero_point,
         out_bits,
+        out_starts,
+        out_bytes,
         also_scale,
         also_zero_point,
         also_bits,
+        also_starts,
+        also_bytes,
         dtype,
     )
 

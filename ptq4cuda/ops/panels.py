@@ -16,12 +16,19 @@ from torch import Tensor
 
 OUTPUTS = 16  # output channels in a panel
 CHANNELS = 4  # input channels in a word
+OCTET = 8  # channels whose codes are packed together, see ops.nibbles
 NIBBLES = -8  # the span that holds for all codes and weights: 8 pairs of products with numbers up to 15
 
 
 def is_depthwise(out_channels: int, channels_per_group: int, groups: int) -> bool:
     """Tell whether every output channel reads the one input channel of its number."""
     return groups > 1 and channels_per_group == 1 and out_channels == groups
+
+
+def whole_octets(out_channels: int, channels_per_group: int, groups: int) -> bool:
+    """Tell whether the outputs that are computed together are whole octets, so that they can be packed."""
+    together = out_channels if is_depthwise(out_channels, channels_per_group, groups) else out_channels // groups
+    return groups == 1 or together % OCTET == 0
 
 
 def shape_of_panels(

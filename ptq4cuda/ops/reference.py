@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq4cuda.ops import nibbles
 from ptq4cuda.ops.panels import weight_of_panels
 
 # Columns of channel_statistics.
@@ -157,6 +158,7 @@ def conv2d_integer(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    low_bytes: int,
     span: int,
     negative_slope: float,
     upper: float,
@@ -166,17 +168,26 @@ def conv2d_integer(
     out_scale: Tensor | None,
     out_zero_point: Tensor | None,
     out_bits: Tensor | None,
+    out_starts: Tensor | None,
+    out_bytes: int,
     also_scale: Tensor | None,
     also_zero_point: Tensor | None,
     also_bits: Tensor | None,
+    also_starts: Tensor | None,
+    also_bytes: int,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """Convolve codes with integer weights; values, or the codes of the next layer, channels innermost in memory."""
-    weight = weight_of_panels(weight, scale.numel(), kernel_size, x.shape[1] // groups, groups)
+    inside = torch.ones_like(x[:1, :1], dtype=torch.float64)
+    if low_bytes:  # every nibble is a channel
+        weight = nibbles.weight_of_panels(weight, scale.numel(), kernel_size, low_bytes)
+        x = nibbles.split(x)
+        x[:, 2 * low_bytes :] *= 16
+    else:
+        weight = weight_of_panels(weight, scale.numel(), kernel_size, x.shape[1] // groups, groups)
     # float64 adds integers exactly up to 2^53.
     sums = torch.conv2d(x.double(), weight.movedim(-1, 1).double(), None, stride, padding, dilation, groups)
     if zero_sums is not None:  # the share of the zero points, of those taps that are inside of the image
-        inside = torch.ones_like(x[:1, :1], dtype=torch.float64)
         kernel = zero_sums.t().reshape(-1, 1, *kernel_size).double()
         sums = sums - torch.conv2d(inside, kernel, None, stride, padding, dilation)
     y = sums.float() * _along(scale, x, 1) + _along(bias, x, 1)
@@ -184,12 +195,19 @@ def conv2d_integer(
         assert residual_scale is not None and residual_zero_point is not None
         y = y + (residual.float() - _along(residual_zero_point, x, 1).float()) * _along(residual_scale, x, 1)
     y = torch.where(y > 0, y, negative_slope * y).clamp_max(upper)
+
+    def codes(
+        scale: Tensor, zero_point: Tensor | None, bits: Tensor | None, starts: Tensor | None, size: int
+    ) -> Tensor:
+        assert zero_point is not None and bits is not None
+        found = quantize(y, scale, zero_point, bits, 1)
+        return found if starts is None else nibbles.pack(found, bits.expand(y.shape[1]), starts, size)
+
+    outputs = []
     if out_scale is None:
-        outputs = [y.to(dtype)]
+        outputs.append(y.to(dtype))
     else:
-        assert out_zero_point is not None and out_bits is not None
-        outputs = [quantize(y, out_scale, out_zero_point, out_bits, 1)]
+        outputs.append(codes(out_scale, out_zero_point, out_bits, out_starts, out_bytes))
     if also_scale is not None:
-        assert also_zero_point is not None and also_bits is not None
-        outputs.append(quantize(y, also_scale, also_zero_point, also_bits, 1))
+        outputs.append(codes(also_scale, also_zero_point, also_bits, also_starts, also_bytes))
     return [out.movedim(1, -1).contiguous().movedim(-1, 1) for out in outputs]

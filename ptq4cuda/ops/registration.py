@@ -31,10 +31,12 @@ SCHEMAS = (
     "pack_codes(Tensor codes, Tensor bits, Tensor offsets, int packed_bytes) -> Tensor",
     "unpack_codes(Tensor packed, Tensor bits, Tensor offsets, int length) -> Tensor",
     "conv2d_integer(Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, int span, float negative_slope, float upper, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int span, "
+    "float negative_slope, float upper, "
     "Tensor? residual, Tensor? residual_scale, Tensor? residual_zero_point, "
-    "Tensor? out_scale, Tensor? out_zero_point, Tensor? out_bits, "
-    "Tensor? also_scale, Tensor? also_zero_point, Tensor? also_bits, ScalarType dtype) -> Tensor[]",
+    "Tensor? out_scale, Tensor? out_zero_point, Tensor? out_bits, Tensor? out_starts, int out_bytes, "
+    "Tensor? also_scale, Tensor? also_zero_point, Tensor? also_bits, Tensor? also_starts, int also_bytes, "
+    "ScalarType dtype) -> Tensor[]",
 )
 
 
@@ -97,12 +99,19 @@ def _fake_conv2d_integer(
     dilation: tuple[int, int],
     *arguments: Any,
 ) -> list[Tensor]:
-    out_scale, also_scale, dtype = arguments[-7], arguments[-4], arguments[-1]
+    out_scale, _, _, out_starts, out_bytes, also_scale, _, _, also_starts, also_bytes, dtype = arguments[-11:]
     size = [
         (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
     ]
-    dtypes = [dtype if out_scale is None else torch.uint8] + [torch.uint8] * (also_scale is not None)
-    return [x.new_empty((x.shape[0], *size, scale.shape[0]), dtype=dtype).movedim(-1, 1) for dtype in dtypes]
+
+    def output(dtype: torch.dtype, starts: Tensor | None, bytes: int) -> Tensor:
+        channels = scale.shape[0] if starts is None else bytes
+        return x.new_empty((x.shape[0], *size, channels), dtype=dtype).movedim(-1, 1)
+
+    outputs = [output(dtype, None, 0) if out_scale is None else output(torch.uint8, out_starts, out_bytes)]
+    if also_scale is not None:
+        outputs.append(output(torch.uint8, also_starts, also_bytes))
+    return outputs
 
 
 def _fake_out(*args: object, out: Tensor) -> None:

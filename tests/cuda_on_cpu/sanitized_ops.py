@@ -6,6 +6,8 @@ GPU, see benchmarks/gpu_check.sh).
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import sys
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from ops import oracle
 from ops.backends import Backend
 from ptq4cuda.ops import panels, reference, registration, row_offsets
+from ptq4cuda.ops.nibbles import Nibbles
 
 SHAPES = ((2, 5, 7, 6), (1, 3, 17, 19), (3, 16, 4, 4), (2, 130, 3, 3), (4, 33), (1, 1, 1, 1), (2, 3, 65, 64))
 
@@ -28,12 +31,14 @@ CASES = (
     (torch.bfloat16, "strided"),
 )
 
-# Input and output channels, kernel, groups, width: every way to fetch codes, tiles of every size, depthwise.
+# Input and output channels, kernel, groups, width: every way to fetch codes, tiles of every size, depthwise. The
+# model runs them on a small device and on one so large that they share out their columns, if these are enough.
 CONVOLUTIONS = (
     (16, 64, 1, 1, 50),
     (20, 24, 3, 1, 20),
     (3, 7, 3, 1, 9),
     (6, 10, 3, 2, 9),
+    (64, 20, 3, 1, 9),
     (40, 40, 3, 40, 9),
     (9, 9, 3, 9, 11),
 )
@@ -73,31 +78,32 @@ def check_convolution(native: Any, channels: int, outputs: int, kernel: int, gro
     generator = torch.Generator().manual_seed(channels)
     x = torch.randint(0, 256, (2, channels, 3, pixels), dtype=torch.uint8, generator=generator)
     shape = (outputs, kernel, kernel, channels // groups)
-    weight = panels.weight_panels(torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator), groups)
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
     scale, zero_point, bits = oracle.quantizer(outputs)
     zeros = torch.randint(-999, 999, (kernel * kernel, outputs), dtype=torch.int32, generator=generator)
     geometry = (kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), groups
     residual = torch.randint(0, 256, (2, outputs, 3, pixels), dtype=torch.uint8, generator=generator)
-    for added in ((None, None, None), (residual, scale, zero_point)):
-        for out in ((None,) * 6, (scale, zero_point, bits, scale * 2, zero_point, bits)):
-            arguments = (
-                x,
-                weight,
-                zeros,
-                scale / 99,
-                scale,
-                *geometry,
-                panels.NIBBLES,
-                0.0,
-                9.0,
-                *added,
-                *out,
-                torch.float16,
-            )
-            expected = reference.conv2d_integer(*arguments)
-            found = native.conv2d_integer(*arguments)
-            assert all(oracle.same(*pair) for pair in zip(found, expected, strict=True))
-    return 4
+    packing = Nibbles.of(bits)
+    inputs = [(x, panels.weight_panels(weight, groups), 0)]
+    if groups == 1:
+        source = Nibbles.of(torch.arange(channels, dtype=torch.uint8) % 9)
+        inputs.append((source.pack(x), source.weight_panels(weight), source.low_bytes))
+    sizes: list[tuple[Tensor | None, int]] = [(None, 0)]
+    if panels.whole_octets(outputs, channels // groups, groups):
+        sizes.append((packing.starts, packing.bytes))
+    outs: list[tuple[Any, ...]] = [(None, None, None, None, 0) * 2]
+    outs += [(scale, zero_point, bits, *size, scale * 2, zero_point, bits, *size) for size in sizes]
+    calls = 0
+    for (codes, ordered, low_bytes), added, out in itertools.product(
+        inputs, ((None, None, None), (residual, scale, zero_point)), outs
+    ):
+        numbers = (low_bytes, panels.NIBBLES, 0.0, 9.0)
+        arguments = (codes, ordered, zeros, scale / 99, scale, *geometry, *numbers, *added, *out, torch.float16)
+        expected = reference.conv2d_integer(*arguments)
+        found = native.conv2d_integer(*arguments)
+        assert all(oracle.same(*pair) for pair in zip(found, expected, strict=True))
+        calls += 1
+    return calls
 
 
 def operators(library: str) -> Any:
@@ -126,15 +132,11 @@ def main(library: str) -> None:
         assert oracle.same(packed, reference.pack_codes(codes, bits, offsets, total))
         assert oracle.same(native.unpack_codes(packed, bits, offsets, length), codes)
         calls += 2
-    for convolution in (
-        (16, 64, 1, 1, 50),
-        (20, 24, 3, 1, 20),
-        (3, 7, 3, 1, 9),
-        (6, 10, 3, 2, 9),
-        (40, 40, 3, 40, 9),
-    ):
-        calls += check_convolution(native, *convolution)
-    calls += check_convolution(native, 9, 9, 3, 9, 11)
+    for device in (None,) if library == "cuda" else (0, 31):
+        if device is not None:
+            ctypes.CDLL(library).cuda_on_cpu_use_device(device)
+        for convolution in CONVOLUTIONS:
+            calls += check_convolution(native, *convolution)
     print(f"{calls} operator calls, all as the reference")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import os
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from ops import oracle
 from ops.backends import Backend
+from ops.test_nibbles import bits_of, codes_of
 from ptq4cuda import ops
 from ptq4cuda.ops import panels
+from ptq4cuda.ops.nibbles import Nibbles
 
 Pair = tuple[int, int]
 
@@ -88,6 +91,7 @@ class Case:
             "padding": self.padding,
             "dilation": self.dilation,
             "groups": self.groups,
+            "low_bytes": 0,
             "span": self.span(weight) if span is None else span,
             "negative_slope": 1.0,
             "upper": float("inf"),
@@ -97,9 +101,13 @@ class Case:
             "out_scale": None,
             "out_zero_point": None,
             "out_bits": None,
+            "out_starts": None,
+            "out_bytes": 0,
             "also_scale": None,
             "also_zero_point": None,
             "also_bits": None,
+            "also_starts": None,
+            "also_bytes": 0,
             "dtype": torch.float32,
         }
 
@@ -111,9 +119,11 @@ def run(backend: Backend, x: Tensor, arguments: dict[str, Any]) -> Tensor:
     return result
 
 
-def quantized(name: str, quantizer: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the arguments of the output "out" or "also"."""
-    return dict(zip((f"{name}_scale", f"{name}_zero_point", f"{name}_bits"), quantizer, strict=True))
+def quantized(name: str, quantizer: Sequence[Tensor], layout: Nibbles | None = None) -> dict[str, Any]:
+    """Return the arguments of the output "out" or "also", packed where there is a layout."""
+    starts, size = (layout.starts, layout.bytes) if layout else (None, 0)
+    names = (f"{name}_{field}" for field in ("scale", "zero_point", "bits", "starts", "bytes"))
+    return dict(zip(names, (*quantizer, starts, size), strict=True))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -137,6 +147,7 @@ GEOMETRIES = {
     "kernel over the edge": Case(4, 4, kernel=(5, 5), padding=(4, 4), size=(2, 3), stride=(2, 1)),
     "padding beyond the kernel": Case(4, 4, kernel=(2, 2), padding=(3, 4), size=(2, 2), dilation=(2, 1)),
     "groups": Case(24, 40, kernel=(3, 3), padding=(1, 1), groups=4),
+    "groups whole": Case(12, 48, kernel=(3, 2), padding=(1, 1), groups=3),
     "groups odd": Case(15, 9, kernel=(3, 2), padding=(1, 1), groups=3),
     "depthwise": Case(40, 40, kernel=(3, 3), padding=(1, 1), groups=40),
     "depthwise narrow": Case(9, 9, kernel=(3, 3), padding=(1, 1), groups=9),
@@ -145,6 +156,7 @@ GEOMETRIES = {
     "depthwise multiplied": Case(8, 24, kernel=(3, 3), padding=(1, 1), groups=8),
     "one channel": Case(1, 1, kernel=(3, 3), padding=(1, 1)),
     "one pixel": Case(70, 33, size=(1, 1), batch=5),
+    "vectors": Case(96, 70, kernel=(3, 3), padding=(1, 1), stride=(1, 2)),
     "a row": Case(7, 3, size=(1, 200), kernel=(1, 3)),
     "wide": Case(16, 16, size=(3, 130), kernel=(3, 3), padding=(1, 1), batch=1),
     "deep": Case(600, 20, size=(3, 3), kernel=(3, 3), padding=(1, 1), batch=1),
@@ -243,6 +255,27 @@ def test_epilogue(backend: Backend, name: str, activation: tuple[float, float]) 
             assert codes.movedim(1, -1).is_contiguous()
 
 
+def packed_arguments(case: Case, which: str) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Return packed codes, what their sums are, and the arguments."""
+    bits = bits_of(case.channels, which)
+    layout = Nibbles.of(bits)
+    _, weight, zeros = case.make()
+    codes = codes_of(bits, case.size, case.batch)
+    a = case.arguments(weight, zeros, panels.NIBBLES)
+    a |= {"weight": layout.weight_panels(weight), "low_bytes": layout.low_bytes}
+    return layout.pack(codes), case.sums(codes, weight, zeros), a
+
+
+@pytest.mark.parametrize("which", ["none", "some", "all"])
+@pytest.mark.parametrize("name", [name for name, case in GEOMETRIES.items() if case.groups == 1])
+def test_packed_codes(backend: Backend, name: str, which: str) -> None:
+    x, sums, a = packed_arguments(GEOMETRIES[name], which)
+    y = run(backend, x, a)
+    assert oracle.same(y, torch.from_numpy(sums).float())
+    assert oracle.same(run(backend, x.contiguous(), a), y)
+    assert oracle.same(run(backend, x[1:], a), y[1:])
+
+
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("name", ["1x1", "1x1 odd", "3x3", "groups odd", "depthwise", "depthwise narrow"])
 def test_two_outputs(backend: Backend, name: str, relu: bool) -> None:
@@ -271,6 +304,51 @@ def test_two_outputs(backend: Backend, name: str, relu: bool) -> None:
                 assert oracle.same(outputs[0], expected)
                 assert oracle.same(outputs[1], codes)
                 assert all(output.movedim(1, -1).is_contiguous() for output in outputs)
+
+
+def finishing(case: Case, sums: Any, a: dict[str, Any], seed: int) -> Tensor:
+    """Add to the arguments what a layer within a residual block has, and return its values."""
+    g = torch.Generator().manual_seed(seed)
+    a["scale"], a["bias"] = torch.rand(case.outputs, generator=g) * 0.01, torch.randn(case.outputs, generator=g)
+    a["negative_slope"] = 0.0
+    residual = torch.randint(0, 256, sums.shape, dtype=torch.uint8, generator=g)
+    a["residual"] = channels_last(residual)
+    a["residual_scale"], a["residual_zero_point"], _ = oracle.quantizer(case.outputs, 4)
+    return finished(case, sums, a, residual)
+
+
+def assert_packed(outputs: Sequence[Tensor], expected: Sequence[tuple[Tensor, Nibbles | None]]) -> None:
+    for output, (codes, layout) in zip(outputs, expected, strict=True):
+        assert output.movedim(1, -1).is_contiguous()
+        assert oracle.same(output, layout.pack(codes) if layout else codes)
+
+
+@pytest.mark.parametrize("which", ["none", "some", "all"])
+@pytest.mark.parametrize(
+    "name", ["1x1", "1x1 odd", "3x3", "3x3 dilated", "first", "groups whole", "depthwise", "one channel", "vectors"]
+)
+def test_packed_outputs(backend: Backend, name: str, which: str) -> None:
+    """One output or both are packed, also where one is values, of codes of per-channel bits and of one number."""
+    case = GEOMETRIES[name]
+    x, weight, zeros = case.make()
+    sums, a = case.sums(x, weight, zeros), case.arguments(weight, zeros)
+    y, x = finishing(case, sums, a, 5), channels_last(x)
+    scale, zero_point, _ = oracle.quantizer(case.outputs, 5)
+    first, second = ((scale * k, zero_point, bits_of(case.outputs, which)) for k in (0.2, 0.1))
+    one, other = (oracle.quantize(y, *quantizer, 1) for quantizer in (first, second))
+    layout = Nibbles.of(first[2])
+    packed = a | quantized("out", first, layout)
+    assert_packed(backend.conv2d_integer(x, *packed.values()), [(one, layout)])
+    packed |= quantized("also", second)
+    assert_packed(backend.conv2d_integer(x, *packed.values()), [(one, layout), (other, None)])
+    packed |= quantized("also", second, layout)
+    assert_packed(backend.conv2d_integer(x, *packed.values()), [(one, layout), (other, layout)])
+    values = packed | dict.fromkeys(("out_scale", "out_zero_point", "out_bits", "out_starts"))
+    assert_packed(backend.conv2d_integer(x, *values.values()), [(y, None), (other, layout)])
+    uniform = scale[:1], zero_point[:1], torch.full((1,), {"none": 4, "some": 5, "all": 8}[which]).to(torch.uint8)
+    layout = Nibbles.of(uniform[2].expand(case.outputs))
+    outputs = backend.conv2d_integer(x, *(a | quantized("out", uniform, layout)).values())
+    assert_packed(outputs, [(oracle.quantize(y, *uniform, 1), layout)])
 
 
 def test_sums_beyond_two_to_the_24_are_rounded_once(backend: Backend) -> None:
@@ -321,6 +399,45 @@ def test_empty_batch(backend: Backend, name: str) -> None:
     assert outputs[1].shape == y.shape
 
 
+@pytest.mark.parametrize(
+    ("multiprocessors", "case", "launches"),
+    [
+        (1, Case(64, 32, kernel=(3, 3), padding=(1, 1)), 1),
+        (16, Case(64, 32, kernel=(3, 3), padding=(1, 1)), 2),
+        (16, Case(60, 70, size=(3, 5), kernel=(3, 3), padding=(1, 1), batch=1), 2),
+        (16, Case(21, 30, size=(3, 3), kernel=(5, 5), groups=3, padding=(2, 2)), 1),  # too few columns
+        (33, Case(301, 21, size=(4, 4), kernel=(3, 2), bits=8), 2),
+        (60, Case(48, 20, size=(4, 4), kernel=(7, 7), padding=(3, 3), groups=2), 2),
+        (60, Case(100, 20, size=(4, 4), kernel=(3, 3), batch=1), 2),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_small_outputs_share_out_the_columns(
+    cuda_on_cpu: Backend, model: ctypes.CDLL, multiprocessors: int, case: Case, launches: int, packed: bool
+) -> None:
+    model.cuda_on_cpu_use_device(multiprocessors - 1)
+    if packed and case.groups == 1:
+        x, sums, a = packed_arguments(case, "some")
+    else:
+        x, weight, zeros = case.make()
+        sums, a = case.sums(x, weight, zeros), case.arguments(weight, zeros)
+    before = model.cuda_on_cpu_launches()
+    y = run(cuda_on_cpu, channels_last(x), a)
+    assert model.cuda_on_cpu_launches() - before == launches
+    assert oracle.same(y, torch.from_numpy(sums).float())
+
+    y, x = finishing(case, sums, a, 3), channels_last(x)
+    quantizer = oracle.quantizer(case.outputs, 5)
+    codes = oracle.quantize(y, *quantizer, 1)
+    b = a | quantized("also", quantizer)
+    assert_packed(cuda_on_cpu.conv2d_integer(x, *b.values()), [(y, None), (codes, None)])
+    if case.groups == 1:
+        layout = Nibbles.of(quantizer[2])
+        b = a | quantized("out", quantizer, layout) | quantized("also", quantizer)
+        assert_packed(cuda_on_cpu.conv2d_integer(x, *b.values()), [(codes, layout), (codes, None)])
+    assert model.cuda_on_cpu_launches() - before == launches * (2 if case.groups > 1 else 3)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_share_the_work(cpu: Backend, threads: int) -> None:
     before = torch.get_num_threads()
@@ -360,6 +477,7 @@ OUT = {
     "out_zero_point": torch.zeros(18, dtype=torch.int32),
     "out_bits": torch.full((1,), 4, dtype=torch.uint8),
 }
+PACKED = OUT | {"out_starts": torch.full((4,), 12, dtype=torch.int32), "out_bytes": 12}
 ALSO = {name.replace("out", "also"): parameter for name, parameter in OUT.items()}
 # What is wrong about a call of the 3x3 dilated convolution, and what the typed function says.
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -381,6 +499,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"groups": 0}, "do not make 0 groups"),
     ({"groups": 4}, "do not make 4 groups"),
     ({"span": 0}, "span must not be 0"),
+    ({"low_bytes": 4, "groups": 2}, "holds no packed codes"),
+    ({"low_bytes": 12}, "holds no packed codes"),
+    ({"low_bytes": -4}, "holds no packed codes"),
+    ({"low_bytes": 3}, "holds no packed codes"),
+    ({"low_bytes": 4}, r"weight must be int8 \[2, 36, 16, 4\]"),
     (RESIDUAL | {"residual": RESIDUAL["residual"][:1]}, r"residual must be uint8 \[2, 18, 11, 10\]"),
     (RESIDUAL | {"residual": RESIDUAL["residual"].int()}, "residual must be uint8"),
     (RESIDUAL | {"residual_scale": None}, "residual needs residual_scale"),
@@ -391,6 +514,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (ALSO | {"also_zero_point": None}, "also_scale needs also_zero_point and also_bits"),
     (ALSO | {"also_bits": torch.ones(18)}, "bits must be torch.uint8"),
     (ALSO | {"also_scale": torch.ones(2)}, "scale must have the shape"),
+    (PACKED | {"out_starts": OUT["out_zero_point"]}, r"out_starts must have the shape \[4\]"),
+    (PACKED | {"out_starts": OUT["out_scale"][:4]}, "out_starts must be torch.int32"),
+    (PACKED | {"out_bytes": 8}, "18 outputs in 1 groups are not packed in 8 bytes"),
+    (PACKED | {"out_bytes": 18}, "are not packed in 18 bytes"),
     ({"dtype": torch.int32}, "dtype must be float32, float16 or bfloat16"),
 ]
 

@@ -14,6 +14,7 @@ import ptq4cuda.ops
 from ops import oracle
 from ops.backends import Backend
 from ptq4cuda.ops import panels, registration
+from ptq4cuda.ops.nibbles import Nibbles
 
 NATIVE = ("cpu", "cuda_on_cpu")
 
@@ -44,14 +45,17 @@ def samples(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 3, 
 
 
 def convolution(x: Tensor, layout: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """A 3x3 convolution to 6 channels, to values or, from channels_last, to codes twice."""
+    """A 3x3 convolution to 6 channels,to values or, from channels_last, to codes and packed codes."""
     codes = oracle.arrange(torch.randint(0, 16, x.shape, dtype=torch.uint8), layout)
     weight = panels.weight_panels(torch.randint(-9, 9, (6, 3, 3, x.shape[1]), dtype=torch.int8), 1)
     zeros = torch.randint(-9, 9, (9, 6), dtype=torch.int32)
     scale, zero_point, bits = oracle.quantizer(6)
-    geometry = ((3, 3), (2, 1), (1, 2), (1, 1), 1)
+    geometry = ((3, 3), (2, 1), (1, 2), (1, 1), 1, 0)
     residual = torch.randint(0, 16, (x.shape[0], 6, 2, x.shape[3] + 2), dtype=torch.uint8)
-    both = (scale, zero_point, bits, scale * 2, zero_point, bits) if layout == "channels_last" else (None,) * 6
+    packing = Nibbles.of(bits)
+    both: tuple[Any, ...] = (None, None, None, None, 0) * 2
+    if layout == "channels_last":
+        both = scale, zero_point, bits, None, 0, scale * 2, zero_point, bits, packing.starts, packing.bytes
     return codes, weight, zeros, scale, scale, *geometry, 8, 0.0, 6.0, residual, scale, zero_point, *both, dtype
 
 

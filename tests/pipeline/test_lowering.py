@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
+from ptq4cuda.graph.lower import lower_layers
 from ptq4cuda.integer import IntegerConv2d, max_pool_codes
 from ptq4cuda.metrics import Noise, compare
-from ptq4cuda.nn import Quantize, QuantModule, QuantTensor
+from ptq4cuda.nn import QuantConv2d, Quantize, QuantModule, QuantTensor
 from ptq4cuda.record import record_of
 
 FAST = QuantConfig.fast()
@@ -164,6 +166,93 @@ def test_residual_blocks_pass_codes_alone(images: Tensor) -> None:
 
 def is_quantize(network: nn.Module, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), Quantize)
+
+
+class Edges(nn.Module):
+    """Convolutions with readers of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.straight = nn.Conv2d(32, 64, 1)
+        self.pooled = nn.Conv2d(64, 16, 3, padding=1)
+        self.block = nn.Conv2d(16, 48, 3, padding=1)
+        self.add, self.depthwise = nn.Conv2d(48, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.pointwise = nn.Conv2d(16, 24, 1)
+        self.grouped = nn.Conv2d(24, 16, 3, padding=1, groups=2)
+        self.late, self.last = nn.Conv2d(16, 12, (3, 5), stride=2), nn.Conv2d(12, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.straight(F.relu(self.stem(x))))
+        x = F.relu(self.pooled(F.max_pool2d(x, 2)))
+        x = F.relu(self.add(F.relu(self.block(x))) + x)
+        x = F.relu(self.pointwise(F.relu(self.depthwise(x))))
+        return self.last(F.relu(self.late(F.relu(self.grouped(x)))))  # type: ignore[no-any-return]
+
+
+def lowered(simulated: nn.Module, pack: bool | None) -> nn.Module:
+    network = copy.deepcopy(simulated)
+    lower_layers(network, torch.float32, pack)
+    return network
+
+
+def packed_inputs(network: nn.Module) -> set[str]:
+    """Return the layers that read packed codes."""
+    engines = {name: m.engine for name, m in network.named_modules() if isinstance(m, QuantModule)}
+    return {name for name, engine in engines.items() if isinstance(engine, IntegerConv2d) and engine.low_bytes}
+
+
+def peak_bytes(network: nn.Module, x: Tensor) -> int:
+    """Return the largest input and output, together, of a convolution."""
+    sizes = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
+        sizes.append(sum(t.numel() * t.element_size() for t in (*args, *tree_leaves(output))))
+
+    handles = [m.register_forward_hook(hook) for m in network.modules() if isinstance(m, QuantConv2d)]
+    network(x)
+    for handle in handles:
+        handle.remove()
+    return max(sizes)
+
+
+def test_codes_travel_packed_between_convolutions(images: Tensor) -> None:
+    torch.manual_seed(3)
+    config = replace(FAST, execution="simulate", activation_granularity="per_tensor")
+    simulated = quantize(Edges().eval(), [images], config, progress=False)
+    unpacked, packed = lowered(simulated, False), lowered(simulated, True)
+    # What max pooling, a depthwise or a grouped convolution reads are bytes, and what a sum adds, and the 8 bits of
+    # the last layer. Of two outputs, the one for a convolution is packed.
+    assert packed_inputs(packed) == {"straight", "block", "add", "pointwise", "late"}
+    block = packed.get_submodule("pooled").engine
+    assert isinstance(block, IntegerConv2d)
+    assert [block.out_starts is None, block.also_starts is None] in ([False, True], [True, False])
+    assert packed_inputs(lowered(simulated, None)) == packed_inputs(unpacked) == set()  # it is not on a GPU
+    assert torch.equal(packed(images), unpacked(images))
+    assert sqnr(simulated(images), packed(images)) > 30.0
+    assert peak_bytes(packed, images) < 0.9 * peak_bytes(unpacked, images)
+    state, expected = packed.state_dict(), simulated.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(images[:7]), packed(images[:7]))
+
+
+def test_codes_of_many_bits_are_not_packed(images: Tensor) -> None:
+    torch.manual_seed(3)
+    config = replace(FAST, execution="simulate", activation_bits=8)
+    assert packed_inputs(lowered(quantize(Edges().eval(), [images], config, progress=False), True)) == set()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "densenet", "plain"])
+def test_packed_architectures(name: str) -> None:
+    batch = architectures.images(2, 64, seed=1)
+    net = architectures.ARCHITECTURES[name](num_classes=10, width=0.5)
+    net = architectures.calibrate_batch_norm(net, architectures.images(4, 64)).eval()
+    simulated = quantize(net, [batch], replace(FAST, execution="simulate"), progress=False)
+    unpacked, packed = lowered(simulated, False), lowered(simulated, True)
+    assert packed_inputs(packed)
+    with torch.no_grad():
+        assert torch.equal(packed(batch), unpacked(batch))
 
 
 class Readers(nn.Module):

@@ -64,6 +64,7 @@ WarpValues wait_for_warp(unsigned mask, std::initializer_list<uint64_t> values, 
 uint64_t lane_value(const uint64_t* values, unsigned mask, int lane, const Place& place);
 int this_lane();
 void* dynamic_shared_memory();
+extern int current_device, launches;
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
@@ -166,12 +167,13 @@ enum cudaError_t { cudaSuccess = 0 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 
 inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = cuda_on_cpu::current_device;
     return cudaSuccess;
 }
-// A small device, so that small tensors already make threads loop.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-    *value = 1;
+// Device d has d + 1 multiprocessors. Device 0 is the current one: on a small device small tensors already make
+// threads loop. Tests that want a large one call cuda_on_cpu_use_device.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+    *value = device + 1;
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {

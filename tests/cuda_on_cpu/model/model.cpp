@@ -21,7 +21,15 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
+// What tests ask for.
+#define PTQ_EXPORT extern "C" __attribute__((visibility("default")))
+PTQ_EXPORT void cuda_on_cpu_use_device(int device) { cuda_on_cpu::current_device = device; }
+PTQ_EXPORT int cuda_on_cpu_launches() { return cuda_on_cpu::launches; }
+
 namespace cuda_on_cpu {
+
+int current_device = 0, launches = 0;
+
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
@@ -242,6 +250,7 @@ void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<
         throw std::runtime_error("cuda_on_cpu: a launch of " + std::to_string(grid.x) + " blocks of " +
                                  std::to_string(count) + " threads with " + std::to_string(shared_bytes) +
                                  " bytes of shared memory");
+    ++launches;
     gridDim = grid;
     blockDim = threads;
     for (blockIdx = {0, 0, 0}; blockIdx.x < grid.x; ++blockIdx.x) {
