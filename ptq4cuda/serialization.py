@@ -1,7 +1,8 @@
 """Files of quantized networks: safetensors, with a header that says what is inside.
 
 A file holds every tensor of the network, so it is complete but for the architecture, which load() takes from a float
-model of the same structure. Two runs that make the same network write the same bytes.
+model of the same structure. Two runs that make the same network write the same bytes. Zero points and offsets are
+stored as bytes where they fit; where all rows of weights have the same bits or offset, as one value.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq4cuda import graph
-from ptq4cuda.execution import dtype_of, lower
+from ptq4cuda.execution import lower
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.record import QuantRecord, attach_record, record_of
 from ptq4cuda.structure import structure_of
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "ptq4cuda"  # one key only: safetensors writes several in no fixed order
 
 
@@ -49,12 +51,12 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
     header = {
         "format": FORMAT,
         "version": version("ptq4cuda"),
-        "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "structure")},
+        "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "trial", "structure")},
         "modules": modules,
         "structure": record.structure,
     }
     # Each tensor gets storage of its own: safetensors refuses shared storage, as of tied weights.
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()}
+    tensors = {name: _narrow(name, t.detach().cpu()).contiguous().clone() for name, t in network.state_dict().items()}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -92,13 +94,15 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         cls = quant_module_for(entry["kind"])
         layer: Any = network.get_submodule(name)
         network.set_submodule(name, cls.like(layer, quantized_input=entry["quantized_input"], folded=entry["folded"]))
+    state = network.state_dict()
+    tensors = {name: _widen(name, t, state[name]) if name in state else t for name, t in tensors.items()}
     try:
         network.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split()).partition(": ")[2]
         raise ValueError(f"{path} does not fit the model {type(model).__name__}: {detail}") from error
     attach_record(network, record)
-    return lower(network, dtype_of(model))
+    return lower(network, model)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -119,6 +123,33 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             f"version reads formats up to {FORMAT}: upgrade ptq4cuda"
         )
     return header, tensors
+
+
+_INTEGERS = ("weight_offset", "activation_zero_point", "zero_point")  # of other dtypes, for the kernels' sake
+_ROWS = ("weight_bits", "weight_offset")
+
+
+def _field(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _narrow(name: str, tensor: Tensor) -> Tensor:
+    """Return the same values in fewer bytes, where a module's field has them."""
+    if _field(name) in _ROWS and tensor.dim() == 1 and bool((tensor == tensor[:1]).all()):
+        tensor = tensor[:1]
+    for dtype in (torch.uint8, torch.int8) if _field(name) in _INTEGERS else ():
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype)
+    return tensor
+
+
+def _widen(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """Undo _narrow for a field that is like this one."""
+    if _field(name) in _INTEGERS and tensor.dtype in (torch.uint8, torch.int8):
+        tensor = tensor.to(like.dtype)
+    if _field(name) in _ROWS and tensor.shape == (1,):
+        tensor = tensor.expand_as(like)
+    return tensor
 
 
 def _check_structure(expected: list[str], found: list[str], path: object) -> None:
