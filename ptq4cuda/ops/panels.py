@@ -70,9 +70,9 @@ def weight_of_panels(
 def span_of_sums(panels: Tensor, largest_code: Tensor, kernel: tuple[int, int], groups: int) -> int:
     """Return how many products can be added up in 16 bits before they must be widened.
 
-    The processor multiplies pairs of neighbours (two input channels of a word, two taps if depthwise) and adds the
-    two products in 16 bits, saturating. It may go on adding such pairs while no sum can leave 16 bits, whatever the
-    codes are: which sums can is told by the weights that are really there.
+    The processor multiplies pairs of neighbouring channels of a word and adds the two products in 16 bits,
+    saturating. It may go on adding such pairs while no sum can leave 16 bits, whatever the codes are: which sums can
+    is told by the weights that are really there. Depthwise convolutions, whose sums are short, do not ask.
 
     Args:
         panels: as weight_panels returns them.
@@ -81,27 +81,24 @@ def span_of_sums(panels: Tensor, largest_code: Tensor, kernel: tuple[int, int], 
         groups: of the convolution.
 
     Returns:
-        The number of consecutive pairs, a power of two. If even two can be too much, or not even one where the
-        convolution is depthwise, the two nibbles of a code are taken one after the other, and the number, which is 8
-        or more, is that for nibbles, negative.
+        The number of consecutive pairs, a power of two. If even two can be too much, the two nibbles of a code are
+        taken one after the other, and the number, which is 8 or more, is that for nibbles, negative.
     """
+    if panels.dim() == 2:
+        return NIBBLES
     span = _span(panels, largest_code, kernel, groups)
-    if span >= (1 if panels.dim() == 2 else 2):
+    if span >= 2:
         return span
     return -_span(panels, largest_code.clamp_max(15), kernel, groups)
 
 
 def _span(panels: Tensor, largest_code: Tensor, kernel: tuple[int, int], groups: int) -> int:
     codes = largest_code.to(torch.int32)
-    if panels.dim() == 2:
-        products = panels.to(torch.int32) * codes  # [taps, C]
-        products = torch.nn.functional.pad(products, (0, 0, 0, len(products) % 2)).unflatten(0, (-1, 2))
-    else:
-        codes = torch.nn.functional.pad(codes.view(groups, -1), (0, -codes.numel() // groups % CHANNELS))
-        codes = codes.view(groups, 1, 1, -1, 1, CHANNELS)
-        taps = kernel[0] * kernel[1]
-        products = panels.view(groups, -1, taps, codes.shape[3], OUTPUTS, CHANNELS).to(torch.int32) * codes
-        products = products.flatten(2, 3).movedim(2, 0).unflatten(-1, (-1, 2)).movedim(-1, 1)  # [steps, 2, ...]
+    codes = torch.nn.functional.pad(codes.view(groups, -1), (0, -codes.numel() // groups % CHANNELS))
+    codes = codes.view(groups, 1, 1, -1, 1, CHANNELS)
+    taps = kernel[0] * kernel[1]
+    products = panels.view(groups, -1, taps, codes.shape[3], OUTPUTS, CHANNELS).to(torch.int32) * codes
+    products = products.flatten(2, 3).movedim(2, 0).unflatten(-1, (-1, 2)).movedim(-1, 1)  # [steps, 2, ...]
     # The largest and the least value that the sum of a pair can take: its positive and its negative products.
     ends = torch.stack([products.clamp_min(0).sum(1), products.clamp_max(0).sum(1)], dim=1)  # [steps, 2, ...]
     span, width = 0, 1

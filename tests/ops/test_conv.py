@@ -209,11 +209,6 @@ def test_spans() -> None:
     assert span([[127, -127] * 32], 15) == 16
     assert span([[127, -127] * 32, [127] * 64], 15) == 8
     assert span([[1] * 6], 255) == 8
-    # Depthwise: pairs of taps, of which one is enough.
-    weight = torch.full((64, 3, 3, 1), 127, dtype=torch.int8)
-    for code, expected in ((15, 8), (31, 4), (127, 1), (129, 1), (255, -8)):
-        rows = panels.weight_panels(weight, 64)
-        assert panels.span_of_sums(rows, torch.full((64,), code), (3, 3), 64) == expected
 
 
 def finished(case: Case, sums: Any, a: dict[str, Any], residual: Tensor | None) -> Tensor:
