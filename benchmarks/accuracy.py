@@ -6,7 +6,7 @@ quantize every input of a layer, residual sums included, with statistics measure
 
     --model module:function   function() returns a trained nn.Module, e.g. torchvision.models:resnet18
     --images FOLDER           its images, flat or in subfolders; the last quarter is the test set, without labels
-    --architectures           random networks of benchmarks/architectures.py instead: naive, fast() and the default
+    --architectures           random networks of ptq4cuda.bench.architectures: naive, fast() and the default
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import architectures
 import networks
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ptq4cuda import QuantConfig, quantize
+from ptq4cuda.bench import architectures
 from ptq4cuda.metrics import Comparison, Noise, compare
 from ptq4cuda.record import record_of
 from ptq4cuda.report import DASH, table

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Proves the CUDA kernels on this machine's GPU, in about ten minutes: builds and installs the package, runs the tests on
-# the device, runs the operators under compute-sanitizer, times every operator, and writes
+# the device, runs the operators under compute-sanitizer, times networks, their layers and every operator, and writes
 # benchmarks/results/<gpu>.json and .md (driver, clocks, commit, figures). Run it from anywhere:
 #
 #     benchmarks/gpu_check.sh
@@ -34,7 +34,7 @@ PTQ4CUDA_CUDA=1 $python -m pip install -q --no-build-isolation --no-deps .
 step "tests on the device"
 # From the repository's folder, but with the installed package: pytest's importlib mode leaves the sources alone.
 set +e
-$python -m pytest -q tests/ops -p no:cacheprovider -k "cuda and not cuda_on_cpu" 2>&1 | tee "$work/tests.txt"
+$python -m pytest -q tests/ops tests/pipeline/test_cuda.py -p no:cacheprovider -k "cuda and not cuda_on_cpu" 2>&1 | tee "$work/tests.txt"
 tested=${PIPESTATUS[0]}
 set -e
 
@@ -54,7 +54,12 @@ if command -v compute-sanitizer > /dev/null; then
 fi
 echo "$sanitized"
 
-step "timings"
+step "networks"
+(cd "$work" && $python -m ptq4cuda bench-models --device cuda --model resnet50 --model mobilenet_v2 \
+    --batch 1 --batch 64 --layers --json "$work/models.json" ${GPU_CHECK_QUICK:+--no-compiled}) \
+    2> "$work/models.err" | tee "$work/models.txt" || { tail -20 "$work/models.err"; fail "the benchmark failed."; }
+
+step "operators"
 (cd "$work" && $python -m ptq4cuda bench --device cuda --json "$work/timings.json" ${GPU_CHECK_QUICK:+--quick}) \
     2> "$work/bench.err" | tee "$work/bench.txt" || { tail -20 "$work/bench.err"; fail "the benchmark failed."; }
 
@@ -70,18 +75,23 @@ work, out, facts, tested, sanitized, commit = Path(sys.argv[1]), sys.argv[2], *s
 names = ("gpu", "driver", "max_sm_clock", "max_memory_clock", "sm_clock", "memory_clock", "memory")
 summary = (work / "tests.txt").read_text().strip().splitlines()[-1]
 figures = json.loads((work / "timings.json").read_text())
+models = json.loads((work / "models.json").read_text())
 record = {
     "machine": dict(zip(names, facts.split(", "), strict=True)),
     "commit": commit,
     "tests": {"passed": tested == "0", "summary": summary},
     "sanitizer": sanitized.strip(),
-    "timings": figures["timings"],
+    "operators": figures["timings"],
+    "models": models["models"],
+    "layers": models["layers"],
 }
 Path(out + ".json").write_text(json.dumps(record, indent=1) + "\n")
 lines = [f"# {record['machine']['gpu']}", ""]
 lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in record["machine"].items()]
 lines += [f"- {figures['machine']}", f"- commit: {commit}", f"- tests on the device: {summary}"]
-lines += [f"- compute-sanitizer: {record['sanitizer']}", "", "```", (work / "bench.txt").read_text().strip(), "```", ""]
+lines += [f"- compute-sanitizer: {record['sanitizer']}", ""]
+for file in ("models.txt", "bench.txt"):
+    lines += ["```", (work / file).read_text().strip(), "```", ""]
 Path(out + ".md").write_text("\n".join(lines))
 print(f"Wrote {out}.json and {out}.md")
 PYTHON

@@ -60,9 +60,43 @@ def main() -> None:
         """Time every operator beside a copy of the same memory and beside PyTorch."""
         import torch
 
-        from ptq4cuda import bench
+        from ptq4cuda.bench import kernels
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        bench.run(device, quick=quick, only=only, compiled=compiled, json_file=json, plot=plot)
+        kernels.run(device, quick=quick, only=only, compiled=compiled, json_file=json, plot=plot)
+
+    @app.command("bench-models")
+    def bench_models_command(
+        model: Annotated[list[str] | None, typer.Option(help="Architecture, as resnet50; repeatable.")] = None,
+        batch: Annotated[
+            list[int] | None, typer.Option(help="Images of a call; repeatable. [default: 1, 8, 64]")
+        ] = None,
+        size: Annotated[int, typer.Option(help="Pixels of the sides of an image.")] = 224,
+        repeats: Annotated[int, typer.Option(help="Calls of which the median counts.")] = 5,
+        layers: Annotated[bool, typer.Option("--layers", help="Time each layer, too, at the largest batch.")] = False,
+        half: Annotated[bool, typer.Option(help="Compare with bfloat16 (on a GPU float16), too.")] = True,
+        compiled: Annotated[bool, typer.Option(help="Compare with torch.compile, too.")] = True,
+        device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "",
+        json: Annotated[Path | None, typer.Option(help="Write the figures into this file.")] = None,
+    ) -> None:
+        """Time whole networks with random weights, in float and in 4 bits."""
+        import torch
+
+        from ptq4cuda.bench import models
+
+        try:
+            models.run(
+                device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                models=model or models.MODELS,
+                batches=batch or models.BATCHES,
+                size=size,
+                repeats=repeats,
+                layers=layers,
+                half=half,
+                compiled=compiled,
+                json_file=json,
+            )
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
 
     app()

@@ -20,7 +20,7 @@ from ptq4cuda.bit_allocation import allocate_bits
 from ptq4cuda.clipping import ClipRule
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.correction import correct_bias
-from ptq4cuda.execution import dtype_of, lower
+from ptq4cuda.execution import lower
 from ptq4cuda.inputs import batch_size, check_model, collect_inputs
 from ptq4cuda.least_squares import fit_weights
 from ptq4cuda.moments import Moments, layer_moments
@@ -64,7 +64,7 @@ def quantize(
     if config.target_sqnr is not None or config.size_budget is not None:
         network, record = raise_layers(model, inputs, config, progress, network, record)
     attach_record(network, record)
-    network = lower(network, dtype_of(model), inputs)
+    network = lower(network, model, inputs)
     record.seconds = time.perf_counter() - start
     return network
 

@@ -56,6 +56,23 @@ class Trade:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Trial:
+    """How long the network took when it was quantized, at best of a few calls.
+
+    Attributes:
+        samples: of a call.
+        float_seconds: of the float model.
+        simulate_seconds: of the quantized network, simulated.
+        integer_seconds: of the quantized network in integers.
+    """
+
+    samples: int
+    float_seconds: float
+    simulate_seconds: float
+    integer_seconds: float
+
+
 @dataclass
 class QuantRecord:
     """A quantized network.
@@ -75,6 +92,7 @@ class QuantRecord:
         spilled_bytes: bytes of such tensors that went to files.
         structure: what the network computes, line by line, before it is lowered to integers.
         trade: what each raising of layers to 8 bits bought, where target_sqnr or size_budget asked for it.
+        trial: how long it takes in either execution; None where it was not lowered, and in files.
     """
 
     config: QuantConfig
@@ -91,6 +109,7 @@ class QuantRecord:
     frontier_bytes: int = 0
     spilled_bytes: int = 0
     structure: list[str] = field(default_factory=list)
+    trial: Trial | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a file's header."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ptq4cuda.record import LayerRecord, QuantRecord, record_of, tensor_bytes
+from ptq4cuda.record import LayerRecord, QuantRecord, Trial, record_of, tensor_bytes
 
 DASH = "–"
 
@@ -50,6 +50,8 @@ def report(network: nn.Module) -> str:
         total += f", {record.seconds:.1f} s"
     lines = [table(header[:columns], [_row(layer)[:columns] for layer in record.layers]), "", total]
     lines += _trade(record)
+    if record.trial is not None:
+        lines.append(_speed(record.trial))
     if record.walked_by == "graph":
         spilled = f", {record.spilled_bytes:,} bytes went to files" if record.spilled_bytes else ""
         lines.append(
@@ -77,6 +79,17 @@ def _trade(record: QuantRecord) -> list[str]:
     if target is not None and record.sqnr is not None and record.sqnr < target:
         lines.append(f"  {target:g} dB was not reached.")
     return lines
+
+
+def _speed(trial: Trial) -> str:
+    """Tell what took how long."""
+    integer, simulate, unquantized = (
+        f"{1e3 * seconds:.3g} ms" for seconds in (trial.integer_seconds, trial.simulate_seconds, trial.float_seconds)
+    )
+    line = f"{trial.samples} samples take {integer} in integers, {simulate} simulated, {unquantized} in float"
+    if trial.float_seconds < min(trial.integer_seconds, trial.simulate_seconds):
+        line += ", which is the fastest here; larger batches may differ"
+    return line + "."
 
 
 def _row(layer: LayerRecord) -> tuple[str, ...]:

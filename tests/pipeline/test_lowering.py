@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import architectures
 import networks
 import pytest
 import torch
@@ -16,12 +15,13 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import ptq4cuda
-from ptq4cuda import QuantConfig, quantize
+from ptq4cuda import QuantConfig, execution, quantize
+from ptq4cuda.bench import architectures
 from ptq4cuda.graph.lower import lower_layers
 from ptq4cuda.integer import IntegerConv2d, max_pool_codes
 from ptq4cuda.metrics import Noise, compare
 from ptq4cuda.nn import QuantConv2d, Quantize, QuantModule, QuantTensor
-from ptq4cuda.record import record_of
+from ptq4cuda.record import Trial, record_of
 
 FAST = QuantConfig.fast()
 
@@ -315,6 +315,31 @@ def test_what_cannot_run_in_integers_says_why(model: nn.Module, images: Tensor) 
         quantize(model, [images], replace(QuantConfig.paper(), execution="integer"), progress=False)
 
 
+def test_auto_takes_the_faster_execution(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def times(calls: dict[str, Callable[[], object]], *_: object) -> dict[str, list[float]]:
+        assert all(isinstance(call(), Tensor) for call in calls.values())
+        return {"float": [0.5, 0.1], "simulate": [0.1, 0.2], "integer": [0.3, 0.13]}
+
+    expected = quantize(model, [images], replace(FAST, execution="simulate"), progress=False)
+    assert record_of(expected).trial is None
+    monkeypatch.setattr(execution, "take_turns", times)
+    network = quantize(model, [images], FAST, progress=False)
+    assert executions(network) == {"simulate"}
+    assert "slower in integers: 130.0 ms, simulated 100.0 ms" in ptq4cuda.report(network)
+    assert torch.equal(network(images), expected(images))
+    ptq4cuda.save(network, tmp_path / "simulated.ptq4")
+    loaded = ptq4cuda.load(tmp_path / "simulated.ptq4", model)
+    assert executions(loaded) == {"simulate"} and torch.equal(loaded(images), expected(images))
+    monkeypatch.setattr(execution, "_MARGIN", 1.3)  # within the noise of clocks
+    assert executions(quantize(model, [images], FAST, progress=False)) == {"integer"}
+    monkeypatch.setattr(execution, "_MARGIN", 1.0)
+    asked = quantize(model, [images], replace(FAST, execution="integer"), progress=False)
+    assert executions(asked) == {"integer"}
+    assert record_of(asked).trial == Trial(2, 0.1, 0.1, 0.13)
+
+
 def test_padding_of_other_modes_stays_simulated(images: Tensor) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -370,8 +395,9 @@ def test_batch_and_size_and_layout_are_free(model: nn.Module, images: Tensor) ->
     assert torch.equal(integer(images[:5]), integer(images)[:5])
     assert integer(torch.randn(2, 3, 30, 18)).shape == (2, 5)
     assert torch.equal(integer(images.contiguous(memory_format=torch.channels_last)), integer(images))
+    expected = integer(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(integer(images), integer(images))
+        assert torch.equal(integer(images), expected)  # nothing in it is for autocast to change
 
 
 def test_compiles_to_one_graph(model: nn.Module, images: Tensor) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, QuantConv2d, graph, quantize, walk
+from ptq4cuda.bench import architectures
 from ptq4cuda.clipping import IDENTITY
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule

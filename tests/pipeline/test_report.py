@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
-from ptq4cuda.record import tensor_bytes
+from ptq4cuda.record import Trial, record_of, tensor_bytes
 from ptq4cuda.report import table
 
 
@@ -38,6 +38,17 @@ def test_report_lists_every_layer_and_the_total(model: nn.Module, images: Tensor
     assert int(numbers[2].replace(",", "")) == tensor_bytes(network)
     assert "48 calibration samples" in total
     assert any(line.startswith("BatchNorm: 2 folded. Tensors between layers held at a time: ") for line in lines)
+
+
+def test_speed_is_told(model: nn.Module, images: Tensor) -> None:
+    network = quantize(model, [images], QuantConfig.fast(), progress=False)
+    record = record_of(network)
+    record.trial = Trial(2, float_seconds=0.5, simulate_seconds=2.25, integer_seconds=0.125)
+    assert "2 samples take 125 ms in integers, 2.25e+03 ms simulated, 500 ms in float." in ptq4cuda.report(network)
+    record.trial = Trial(2, float_seconds=0.1, simulate_seconds=0.25, integer_seconds=0.125)
+    assert "100 ms in float, which is the fastest here" in ptq4cuda.report(network)
+    simulated = quantize(model, [images], QuantConfig.paper(), progress=False)
+    assert "samples take" not in ptq4cuda.report(simulated)
 
 
 def test_weight_only_rows_do_not_break(model: nn.Module, images: Tensor) -> None:

@@ -12,21 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq4cuda import bench, ops
+from ptq4cuda import ops
+from ptq4cuda.bench import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SHAPES", {"a": (2, 6, 5, 5), "b": (1, 3, 4, 4)})
-    monkeypatch.setattr(bench, "QUICK", ("a",))
-    monkeypatch.setattr(bench, "_ROTATE_CPU", 2000)
+    monkeypatch.setattr(kernels, "SHAPES", {"a": (2, 6, 5, 5), "b": (1, 3, 4, 4)})
+    monkeypatch.setattr(kernels, "QUICK", ("a",))
+    monkeypatch.setattr(kernels, "_ROTATE_CPU", 2000)
 
 
 def test_every_case_once(small: None, tmp_path: Path) -> None:
     texts: list[str] = []
-    timings = bench.run(
+    timings = kernels.run(
         "cpu",
         quick=True,
         compiled=False,
@@ -35,7 +36,7 @@ def test_every_case_once(small: None, tmp_path: Path) -> None:
         echo=texts.append,
         progress=False,
     )
-    assert len(timings) == len(bench.OPS) * len(bench.DTYPES) * len(bench.LAYOUTS)
+    assert len(timings) == len(kernels.OPS) * len(kernels.DTYPES) * len(kernels.LAYOUTS)
     assert all(t.ms > 0 and t.floor > 0 and t.eager > 0 and t.compiled is None for t in timings)
     assert all((t.torch is not None) == (t.op == "fake_quantize" and t.dtype == "float32") for t in timings)
     stored = json.loads((tmp_path / "t.json").read_text())
@@ -45,8 +46,8 @@ def test_every_case_once(small: None, tmp_path: Path) -> None:
 
 
 def test_only_some_cases(small: None) -> None:
-    assert set(bench.cases(only="float16 quantize")) == {
-        ("quantize", layer, "float16", layout) for layer in bench.SHAPES for layout in bench.LAYOUTS
+    assert set(kernels.cases(only="float16 quantize")) == {
+        ("quantize", layer, "float16", layout) for layer in kernels.SHAPES for layout in kernels.LAYOUTS
     }
 
 
@@ -55,27 +56,27 @@ def test_a_peer_that_does_not_compile_is_named(small: None, monkeypatch: pytest.
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    timing = bench.measure("quantize", "a", "float32", "contiguous", "cpu")
+    timing = kernels.measure("quantize", "a", "float32", "contiguous", "cpu")
     assert timing.compiled == "no compiler"
-    assert "no compiler" in bench.timings_table([timing])
+    assert "no compiler" in kernels.timings_table([timing])
 
 
 def test_losing_cases_are_listed(small: None) -> None:
-    timing = bench.measure("quantize", "a", "float32", "contiguous", "cpu", compiled=False)
+    timing = kernels.measure("quantize", "a", "float32", "contiguous", "cpu", compiled=False)
     won, lost = replace(timing, eager=2.0, compiled=None), replace(timing, eager=2.0, compiled=0.5)
-    text = bench.losses([won, lost])
+    text = kernels.losses([won, lost])
     assert text.splitlines() == [
         "A peer is faster in 1 of 2 cases.",
         "  quantize a float32 contiguous: 0.50 x compiled",
     ]
 
 
-@pytest.mark.parametrize("op", bench.OPS)
+@pytest.mark.parametrize("op", kernels.OPS)
 def test_both_sides_compute_the_same(small: None, op: str) -> None:
     """A speed-up over a peer means something only if the peer does the same work."""
-    inputs = bench._inputs(bench.SHAPES["a"], torch.float32, torch.channels_last, "cpu")
+    inputs = kernels._inputs(kernels.SHAPES["a"], torch.float32, torch.channels_last, "cpu")
     assert len(inputs) > 1
-    ours, peer, _ = bench._calls(op)
+    ours, peer, _ = kernels._calls(op)
     result, expected = ours(inputs[1]), peer(inputs[1])
     assert isinstance(result, Tensor)
     assert isinstance(expected, Tensor)
@@ -91,8 +92,8 @@ def test_compiled_once_for_all_inputs(small: None) -> None:
         graphs.append(graph)
         return graph
 
-    inputs = bench._inputs(bench.SHAPES["a"], torch.float32, torch.contiguous_format, "cpu")
-    compiled = torch.compile(bench._calls("quantize")[1], dynamic=False, backend=backend)
+    inputs = kernels._inputs(kernels.SHAPES["a"], torch.float32, torch.contiguous_format, "cpu")
+    compiled = torch.compile(kernels._calls("quantize")[1], dynamic=False, backend=backend)
     for i in inputs:
         compiled(i)
     assert len(inputs) > 1
@@ -101,11 +102,11 @@ def test_compiled_once_for_all_inputs(small: None) -> None:
 
 def test_bytes_moved() -> None:
     x = torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)
-    assert bench._bytes_moved("fake_quantize", x) == 800 + 800
-    assert bench._bytes_moved("quantize_pack", x) == 800 + ops.quantize_pack(x, 1.0, 8).numel()
-    assert bench._bytes_moved("unpack_dequantize", x) == 200 + 800
-    assert bench._bytes_moved("channel_statistics", x) == 800
-    assert bench._bytes_moved("channel_histogram", x) == 800
+    assert kernels._bytes_moved("fake_quantize", x) == 800 + 800
+    assert kernels._bytes_moved("quantize_pack", x) == 800 + ops.quantize_pack(x, 1.0, 8).numel()
+    assert kernels._bytes_moved("unpack_dequantize", x) == 200 + 800
+    assert kernels._bytes_moved("channel_statistics", x) == 800
+    assert kernels._bytes_moved("channel_histogram", x) == 800
 
 
 def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:

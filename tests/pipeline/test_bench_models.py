@@ -1,0 +1,68 @@
+"""What the benchmarks of networks say beside times and accuracy."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import accuracy
+import pytest
+import torch
+from torch import nn
+
+from ptq4cuda.bench import architectures, models
+
+
+@torch.no_grad()
+def test_peak_of_activations() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
+    assert models.peak_bytes(net, torch.zeros(2, 3, 4, 4)) == 2 * (
+        2 * 8 * 16 * 4
+    )  # of the ReLU; flattening is a view
+    assert models.peak_bytes(nn.ReLU(inplace=True), torch.zeros(2, 3)) == 0
+
+
+def test_models_and_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    narrow = partial(architectures.build_mobilenet_v2, width=0.5)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "mobilenet_v2", narrow)
+    texts: list[str] = []
+    models.run(
+        "cpu",
+        models=["mobilenet_v2"],
+        batches=[1],
+        size=64,
+        repeats=1,
+        layers=True,
+        half=False,
+        compiled=False,
+        json_file=tmp_path / "models.json",
+        echo=texts.append,
+        progress=False,
+    )
+    figures = json.loads((tmp_path / "models.json").read_text())
+    float32, ours = figures["models"]
+    assert (float32["way"], float32["runs_as"], float32["over_best"]) == ("float32", "float", None)
+    assert (ours["way"], ours["runs_as"]) == (models.OURS, "integer")
+    assert ours["over_best"] == ours["over_float32"] == pytest.approx(float32["ms"] / ours["ms"])
+    assert ours["peak_bytes"] < float32["peak_bytes"] / 3
+    assert ours["held_bytes"] < float32["held_bytes"] / 3
+    first, second, *_ = layers = figures["layers"]
+    assert len(layers) == 53
+    assert (first["inputs"], first["kernel"]) == ([1, 3, 64, 64], "3x3/2, 8-bit codes")
+    assert "depthwise" in second["kernel"]
+    assert any("2 outputs" in layer["kernel"] for layer in layers)
+    lost = "is faster in 1 of 1 cases" if ours["over_best"] < 1 else "is faster in 0 of 1 cases"
+    assert any(lost in text for text in texts)
+
+
+def test_an_architecture_that_is_not_known() -> None:
+    with pytest.raises(ValueError, match="there is no architecture resnet51; there are resnet18, resnet50"):
+        models.run("cpu", models=["resnet51"], progress=False)
+
+
+def test_no_method_is_measured_twice() -> None:
+    methods = [*accuracy.paper(8), *accuracy.ladder(8)]
+    assert len({(method.setting, method.name) for method in methods}) == len(methods)
+    configs = [method.config for method in methods if method.setting != "ladder"]
+    assert all(configs.count(config) == 1 for config in configs)
