@@ -2,6 +2,7 @@
 
 from ptq4cuda import ops
 from ptq4cuda.config import QuantConfig
+from ptq4cuda.graph.lower import lower_layers
 from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.quantize import quantize
 from ptq4cuda.quantizer import QuantParams
@@ -14,6 +15,7 @@ __all__ = [
     "QuantLinear",
     "QuantParams",
     "load",
+    "lower_layers",
     "ops",
     "quantize",
     "report",

@@ -109,6 +109,20 @@ inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t chan
 
 PTQ_AVX2_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
+// Calls f with the number of pixels of a tile as a constant.
+template <class F>
+void with_constant(int count, const F& f) {
+    static_assert(kTilePixels == 6);
+    switch (count) {
+        case 1: return f(std::integral_constant<int, 1>{});
+        case 2: return f(std::integral_constant<int, 2>{});
+        case 3: return f(std::integral_constant<int, 3>{});
+        case 4: return f(std::integral_constant<int, 4>{});
+        case 5: return f(std::integral_constant<int, 5>{});
+        default: return f(std::integral_constant<int, 6>{});
+    }
+}
+
 // Adds 16-bit sums to 32-bit ones in memory, or begins these with them, and starts anew.
 template <int P>
 PTQ_AVX2_INLINE void widen_sums(__m256i (&narrow)[P][2], bool begin, int32_t* sums) {
@@ -167,14 +181,7 @@ PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel
 
 inline void dot_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t span,
                           const int8_t* panel, int32_t* sums) {
-    switch (count) {
-        case 1: return dot_tile_avx2<1>(pixels, channel, taps, span, panel, sums);
-        case 2: return dot_tile_avx2<2>(pixels, channel, taps, span, panel, sums);
-        case 3: return dot_tile_avx2<3>(pixels, channel, taps, span, panel, sums);
-        case 4: return dot_tile_avx2<4>(pixels, channel, taps, span, panel, sums);
-        case 5: return dot_tile_avx2<5>(pixels, channel, taps, span, panel, sums);
-        default: return dot_tile_avx2<6>(pixels, channel, taps, span, panel, sums);
-    }
+    with_constant(count, [&](auto p) { dot_tile_avx2<p>(pixels, channel, taps, span, panel, sums); });
 }
 
 template <int P>
@@ -208,14 +215,7 @@ PTQ_TARGET_AVX2 void wide_tile_avx2(const uint8_t* const* pixels, Taps taps, con
 }
 
 inline void wide_tile_avx2(const uint8_t* const* pixels, int count, Taps taps, const int16_t* panel, int32_t* sums) {
-    switch (count) {
-        case 1: return wide_tile_avx2<1>(pixels, taps, panel, sums);
-        case 2: return wide_tile_avx2<2>(pixels, taps, panel, sums);
-        case 3: return wide_tile_avx2<3>(pixels, taps, panel, sums);
-        case 4: return wide_tile_avx2<4>(pixels, taps, panel, sums);
-        case 5: return wide_tile_avx2<5>(pixels, taps, panel, sums);
-        default: return wide_tile_avx2<6>(pixels, taps, panel, sums);
-    }
+    with_constant(count, [&](auto p) { wide_tile_avx2<p>(pixels, taps, panel, sums); });
 }
 
 // Takes blocks of all 32 channels.

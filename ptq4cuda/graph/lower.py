@@ -33,11 +33,13 @@ from ptq4cuda.quantizer import QuantParams
 _LEAST_SAVING = 0.25  # of the bytes of codes that are packed
 
 
-def lower_layers(network: nn.Module, dtype: torch.dtype, pack: bool | None = None) -> dict[str, str]:
+def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: bool | None = None) -> dict[str, str]:
     """Let the quantized layers of a network execute in integers, in place.
 
+    quantize() does this; it is for networks that are put together of QuantConv2d and QuantLinear by hand.
+
     Args:
-        network: as quantized.
+        network: as quantized, or a quantized layer alone.
         dtype: of the values that it computes with.
         pack: let codes travel packed between convolutions. Default: if the network is on a GPU.
 

@@ -20,7 +20,8 @@ from ptq4cuda.bench import architectures
 from ptq4cuda.graph.lower import lower_layers
 from ptq4cuda.integer import IntegerConv2d, max_pool_codes
 from ptq4cuda.metrics import Noise, compare
-from ptq4cuda.nn import QuantConv2d, Quantize, QuantModule, QuantTensor
+from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
+from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.record import Trial, record_of
 
 FAST = QuantConfig.fast()
@@ -364,6 +365,32 @@ def test_walked_by_modules(model: nn.Module, images: Tensor) -> None:
     assert record_of(integer).walked_by == "modules"
     assert executions(integer) == {"integer", "float"}  # the BatchNorms, which are not folded then
     assert sqnr(simulated(images), integer(images)) > 30.0
+
+
+def test_layers_by_hand() -> None:
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Linear(8, 5)
+    x, features = torch.rand(2, 3, 9, 9), torch.rand(4, 8)
+    bits = torch.full((1,), 4, dtype=torch.uint8)
+    unit = QuantParams.from_range(torch.zeros(1), torch.ones(1), bits)
+    executable = QuantConv2d.from_float(conv, unit, bias_correction="none")
+    expected = executable(x)
+    assert ptq4cuda.lower_layers(executable) == {}
+    torch.testing.assert_close(executable(x), expected)
+    assert executable(x).is_contiguous(memory_format=torch.channels_last)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.corrected = QuantConv2d.from_float(conv, unit, bias_correction="mean")
+            self.head = QuantLinear.from_float(linear, replace(unit, axis=-1), bias_correction="none")
+
+    two = Two()
+    expected = two.head(features)
+    reasons = ptq4cuda.lower_layers(two)
+    assert list(reasons) == ["corrected"] and "are no signed bytes" in reasons["corrected"]
+    assert two.corrected.engine is None and two.head.engine is not None
+    torch.testing.assert_close(two.head(features), expected)
 
 
 def test_files_copies_and_state(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
