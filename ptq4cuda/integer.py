@@ -9,6 +9,7 @@ two go into D_o.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.nn import QuantConv2d, QuantLinear
-from ptq4cuda.nn.quant_module import Outputs
+from ptq4cuda.nn.quant_module import Outputs, QuantModule
 from ptq4cuda.nn.quant_tensor import QuantizerState
 from ptq4cuda.ops import nibbles, panels
 from ptq4cuda.ops.nibbles import Nibbles
@@ -46,6 +47,14 @@ def weight_bytes(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
             f"are no signed bytes in units of {float(unit[o])}"
         )
     return rounded.to(torch.int8), weight.scale * unit.float()
+
+
+def _operands(layer: QuantModule) -> tuple[Tensor, Tensor]:
+    """Return the weights of a layer as signed bytes [O, *kernel, C / groups] and what a product is worth [O]."""
+    scale = layer.product_scale
+    if scale is None:
+        raise ValueError("its input has a scale per channel, which is not folded into the weights")
+    return weight_bytes(replace(layer.quantized_weight(), scale=scale))
 
 
 class IntegerConv2d(QuantizerState):
@@ -171,16 +180,8 @@ class IntegerConv2d(QuantizerState):
             padding = same_padding(layer.kernel_size, layer.dilation) if padding == "same" else (0, 0)
         if layer.padding_mode != "zeros" or padding is None:
             raise ValueError(f"its padding is {layer.padding!r} of mode {layer.padding_mode!r}")
-        if not layer.folded and source.scale.numel() > 1 and layer.weight_shape[1] > 1:
-            raise ValueError("its input has a scale per channel, which is not folded into the weights")
-        weight, scale = weight_bytes(layer.quantized_weight())
-        if not layer.folded:
-            # One input channel per group: its scale is common to all products of an output channel.
-            inputs = source.scale.expand(layer.groups) if source.scale.numel() == 1 else source.scale
-            scale = scale * inputs.repeat_interleave(len(scale) // layer.groups)
         return cls(
-            weight,
-            scale,
+            *_operands(layer),
             layer.bias,
             source,
             layer.stride,  # type: ignore[arg-type]
@@ -283,10 +284,7 @@ class IntegerLinear(nn.Module):
         source = layer.activation
         if source is None:
             raise ValueError("its input is not quantized")
-        if not layer.folded and source.scale.numel() > 1:
-            raise ValueError("its input has a scale per channel, which is not folded into the weights")
-        weight, scale = weight_bytes(layer.quantized_weight())
-        scale = scale if layer.folded else scale * source.scale
+        weight, scale = _operands(layer)
         convolution = IntegerConv2d(
             weight[:, None, None, :],
             scale,

@@ -111,7 +111,9 @@ class QuantConv2d(QuantModule):
         """
         if self.engine is not None:
             return self._integer_forward(input, residual)
-        x, weight, bias = self._operands(input)
+        return self._simulate(input, self._convolve)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
             weight = weight.contiguous()  # weights in channels_last order would turn the output to channels_last
         return nn.Conv2d._conv_forward(self, x, weight, bias)  # type: ignore[arg-type, no-any-return]

@@ -65,7 +65,7 @@ class QuantLinear(QuantModule):
         """Return the product of the quantized input with the quantized weights."""
         if self.engine is not None:
             return self._integer_forward(input, None)
-        return F.linear(*self._operands(input))
+        return self._simulate(input, F.linear)
 
     def extra_repr(self) -> str:
         """Describe size and bits, as `print(module)` shows them."""

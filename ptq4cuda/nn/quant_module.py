@@ -11,6 +11,7 @@ folded=False quantizes the weights as they are, as the paper does; with a scale 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -237,29 +238,60 @@ class QuantModule(QuantizerState):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return the quantized input, in units of its codes (q - z) where the scale is folded into the weights."""
-        activation = self.activation
-        if activation is None:
+        return self._in_codes(x) if self.folded else self._fake_quantized(x)
+
+    def _fake_quantized(self, x: Tensor) -> Tensor:
+        if self.activation_scale is None or self.activation_zero_point is None or self.activation_bits is None:
             return x
-        x = activation.fake_quantize(x)
-        if not self.folded:
+        return ops.fake_quantize(
+            x, self.activation_scale, self.activation_zero_point, self.activation_bits, self.activation_axis
+        )
+
+    def _in_codes(self, x: Tensor) -> Tensor:
+        """Return q - z, whole numbers; a gradient passes as if they were not rounded."""
+        if self.activation_scale is None:
             return x
         shape = [1] * x.dim()
         shape[self.activation_axis] = -1
-        return x / activation.scale.view(shape)
+        x = self._fake_quantized(x) / self.activation_scale.view(shape)
+        return x + (x.detach().round() - x.detach()) if x.requires_grad else x.round_()
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the quantized input, weights and bias in the input's dtype."""
-        if self.activation_bits is not None:
-            assert self.activation_scale is not None and self.activation_zero_point is not None
-            x = ops.fake_quantize(
-                x,
-                self.activation_scale,
-                self.activation_zero_point,
-                self.activation_bits,
-                self.activation_axis,
-            )
-        weight = self.dequantized_weight().to(x.dtype)
-        return x, weight, None if self.bias is None else self.bias.to(x.dtype)
+    @property
+    def product_scale(self) -> Tensor | None:
+        """What a product of q - z and code + offset is worth, float32 [O].
+
+        None if the products of an output differ: the input has a scale per channel, not folded into the weights.
+        """
+        if self.folded or self.activation_scale is None:
+            return self.weight_scale
+        if self.activation_scale.numel() == 1:
+            return self.weight_scale * self.activation_scale
+        if self.weight_shape[1] > 1:
+            return None
+        return self.weight_scale * self.activation_scale.repeat_interleave(self.weight_shape[0] // self.groups)
+
+    def _simulate(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """Compute in floating point.
+
+        Where products are all worth the same, they are summed in units of codes: float32 holds sums below 2^24
+        exactly, whatever their order, and the result is that of integers, bit for bit.
+
+        Args:
+            x: values.
+            product: of input, weights [O, C / groups, *kernel] and bias.
+        """
+        scale = self.product_scale
+        if self.activation_scale is None or scale is None:
+            weight = self.dequantized_weight().to(x.dtype)
+            return product(self._fake_quantized(x), weight, None if self.bias is None else self.bias.to(x.dtype))
+        quantized = self.quantized_weight()
+        offset = quantized.offset.view(-1, *(1,) * (quantized.codes.dim() - 1))
+        with torch.autocast(x.device.type, enabled=False):  # the sums leave float16
+            y = product(self._in_codes(x.float()), (quantized.codes + offset).movedim(-1, 1), None)
+        shape = [1] * y.dim()
+        shape[self.activation_axis] = -1
+        y = y * scale.view(shape)
+        return (y if self.bias is None else y + self.bias.view(shape)).to(x.dtype)
 
     # --- state --------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ptq4cuda import QuantConfig, execution, quantize
 from ptq4cuda.bench import architectures
 from ptq4cuda.graph.lower import lower_layers
 from ptq4cuda.integer import IntegerConv2d, max_pool_codes
-from ptq4cuda.metrics import Noise, compare
+from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.record import Trial, record_of
@@ -49,8 +49,8 @@ def executions(network: nn.Module) -> set[str]:
 def test_integer_is_simulate(model: nn.Module, images: Tensor, config: QuantConfig) -> None:
     simulated, integer = both(model, images, config)
     assert executions(integer) == {"integer"}
-    assert sqnr(simulated(images), integer(images)) > 30.0
-    assert sqnr(simulated(images.half().float()), integer(images.half().float())) > 30.0
+    assert torch.equal(simulated(images), integer(images))
+    assert torch.equal(simulated(images.half().float()), integer(images.half().float()))
 
 
 class Block(nn.Module):
@@ -95,15 +95,13 @@ def exact(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return seen
 
 
-def test_layers_read_the_same_codes_but_for_ties(images: Tensor) -> None:
+def test_layers_read_the_same_codes(images: Tensor) -> None:
     torch.manual_seed(3)
     simulated, integer = both(Block().eval(), images)
     expected, found = exact(simulated, images), exact(integer, images)
     assert expected.keys() == found.keys() and len(found) == 5
     for name, codes in expected.items():
-        different = (codes != found[name]).float().mean().item()
-        assert different < 1e-3, f"{name}: {different}"
-        assert (codes - found[name]).abs().max() <= 1
+        assert torch.equal(codes, found[name]), name
 
 
 def test_codes_flow_through_pooling_and_concatenation(images: Tensor) -> None:
@@ -157,10 +155,10 @@ def test_residual_blocks_pass_codes_alone(images: Tensor) -> None:
     assert [node.name for node in quantized] == ["x", "mean"]
     layers = [m.engine for m in integer.modules() if isinstance(m, QuantModule)]
     assert sum(layer.also_scale is not None for layer in layers if isinstance(layer, IntegerConv2d)) == 3
-    assert sqnr(simulated(images), integer(images)) > 30.0
+    assert torch.equal(simulated(images), integer(images))
     expected, found = exact(simulated, images), exact(integer, images)
     for name, codes in expected.items():
-        assert (codes != found[name]).float().mean().item() < 1e-3, name
+        assert torch.equal(codes, found[name]), name
     compiled = torch.compile(integer, fullgraph=True, dynamic=True, backend="aot_eager")
     assert torch.equal(compiled(images), integer(images))
 
@@ -230,7 +228,7 @@ def test_codes_travel_packed_between_convolutions(images: Tensor) -> None:
     assert [block.out_starts is None, block.also_starts is None] in ([False, True], [True, False])
     assert packed_inputs(lowered(simulated, None)) == packed_inputs(unpacked) == set()  # it is not on a GPU
     assert torch.equal(packed(images), unpacked(images))
-    assert sqnr(simulated(images), packed(images)) > 30.0
+    assert torch.equal(simulated(images), packed(images))
     assert peak_bytes(packed, images) < 0.9 * peak_bytes(unpacked, images)
     state, expected = packed.state_dict(), simulated.state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
@@ -282,7 +280,7 @@ def test_what_a_layer_returns_to_readers_that_disagree(images: Tensor, residual:
     # Two outputs serve two readers; the third one's codes are made of values.
     assert sum(is_quantize(integer, node) for node in integer.graph.nodes) == 1 + (residual and values)
     for expected, found in zip(simulated(images), integer(images), strict=True):
-        assert sqnr(expected, found) > 30.0
+        assert torch.equal(expected, found)
 
 
 def test_residual_operands_have_8_bits_in_both_executions(images: Tensor) -> None:
@@ -349,7 +347,7 @@ def test_padding_of_other_modes_stays_simulated(images: Tensor) -> None:
     simulated, integer = both(net.eval(), images)
     assert [layer.execution for layer in record_of(integer).layers] == ["integer", "simulate"]
     assert "reflect" in record_of(integer).layers[1].reason
-    assert sqnr(simulated(images), integer(images)) > 30.0
+    assert torch.equal(simulated(images), integer(images))
 
 
 def test_walked_by_modules(model: nn.Module, images: Tensor) -> None:
@@ -364,7 +362,7 @@ def test_walked_by_modules(model: nn.Module, images: Tensor) -> None:
     simulated, integer = both(Untraceable().eval(), images)
     assert record_of(integer).walked_by == "modules"
     assert executions(integer) == {"integer", "float"}  # the BatchNorms, which are not folded then
-    assert sqnr(simulated(images), integer(images)) > 30.0
+    assert torch.equal(simulated(images), integer(images))
 
 
 def test_layers_by_hand() -> None:
@@ -376,7 +374,7 @@ def test_layers_by_hand() -> None:
     executable = QuantConv2d.from_float(conv, unit, bias_correction="none")
     expected = executable(x)
     assert ptq4cuda.lower_layers(executable) == {}
-    torch.testing.assert_close(executable(x), expected)
+    assert torch.equal(executable(x), expected)
     assert executable(x).is_contiguous(memory_format=torch.channels_last)
 
     class Two(nn.Module):
@@ -390,7 +388,7 @@ def test_layers_by_hand() -> None:
     reasons = ptq4cuda.lower_layers(two)
     assert list(reasons) == ["corrected"] and "are no signed bytes" in reasons["corrected"]
     assert two.corrected.engine is None and two.head.engine is not None
-    torch.testing.assert_close(two.head(features), expected)
+    assert torch.equal(two.head(features), expected)
 
 
 def test_files_copies_and_state(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
@@ -448,7 +446,7 @@ def test_architectures(name: str) -> None:
     simulated, integer = both(net, batch, replace(FAST, weight_bits=8, activation_bits=8))
     assert "integer" in executions(integer), record_of(integer).layers[0].reason
     with torch.no_grad():
-        assert sqnr(simulated(batch), integer(batch)) > 20.0
+        assert torch.equal(simulated(batch), integer(batch))
 
 
 def test_weights_in_memory(resnet20: networks.Subject) -> None:
@@ -458,10 +456,10 @@ def test_weights_in_memory(resnet20: networks.Subject) -> None:
 
 
 @pytest.mark.parametrize("subject", ["resnet20", "mobilenet"])
+@torch.no_grad()
 def test_real_networks(subject: str, request: pytest.FixtureRequest) -> None:
     real: networks.Subject = request.getfixturevalue(subject)
     simulated, integer = both(real.model, real.calibration[:64])
-    result = compare(simulated, integer, real.test)
-    assert result.agreement >= 99.0 and result.sqnr >= 25.0
-    a, b = (compare(real.model, network, real.test) for network in (simulated, integer))
-    assert abs(a.agreement - b.agreement) <= 1.0 and abs(a.sqnr - b.sqnr) <= 0.3
+    assert executions(integer) == {"integer"}
+    for images, _ in real.test:
+        assert torch.equal(simulated(images), integer(images))
