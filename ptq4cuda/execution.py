@@ -18,7 +18,7 @@ from ptq4cuda.timing import take_turns
 from ptq4cuda.walk import Inputs
 
 _SAMPLES = 2  # that the lowered network is tried on
-_LEAST_SQNR = 15.0  # dB between the two executions, which differ by the rounding of ties alone
+_LEAST_SQNR = 15.0  # dB between the two executions, which agree bit for bit, in half precision to its rounding
 _ROUNDS, _LEAST_SECONDS = 3, 0.05  # of timing: networks of less than a millisecond take more than three rounds
 _MARGIN = 1.25  # times slower than simulation may integers be before "auto" gives them up; clocks are noisy
 
