@@ -23,10 +23,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
         info["version"] = PTQ4CUDA_VERSION;
         info["torch"] = PTQ4CUDA_TORCH_VERSION;
-        std::vector<std::string> levels = {"baseline"};
-#if defined(__x86_64__)
-        levels = {"baseline", "avx2", "avx512"};
-#endif
+        std::vector<std::string> levels;
+        for (simd::Level level : simd::kLevels) levels.push_back(simd::name(level));
         info["simd_levels"] = levels;
         info["simd_level"] = simd::name(simd::level());
         info["cuda_architectures"] = PTQ4CUDA_CUDA_ARCHITECTURES;

@@ -26,11 +26,13 @@ public:
     Convolution(const ConvProblem& problem, T* y)
         : problem_(problem),
           shape_(problem.shape),
+          tiles_(tiles()),
           depthwise_(shape_.depthwise()),
           packed_(shape_.packed()),
-          wide_(problem.span < 0 && shape_.groups == 1 && shape_.channels < kWordChannels &&
-                shape_.dilation.width == 1),
-          split_(problem.span < 0 && !wide_ && !depthwise_ && !packed_),  // packed codes are nibbles already
+          dense_(shape_.groups == 1 && shape_.channels < kWordChannels && shape_.dilation.width == 1 &&
+                 (problem.span < 0 || !tiles_.narrow_sums)),
+          split_(problem.span < 0 && tiles_.narrow_sums && !dense_ && !depthwise_ &&
+                 !packed_),  // packed codes are nibbles already
           span_(std::abs(problem.span)),
           y_(y),
           finish_(finisher<T>(problem)) {
@@ -38,23 +40,16 @@ public:
         direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
         const bool filled = !direct_ && shape_.groups == 1;
-        pixel_bytes_ = wide_    ? shape_.channels * sizeof(uint16_t)
+        pixel_bytes_ = dense_   ? shape_.channels * code_bytes()
                        : filled ? shape_.words_per_tap() * kWordChannels
                                 : shape_.channels;
         row_bytes_ = (shape_.in.width + (direct_ ? 0 : 2 * shape_.padding.width)) * pixel_bytes_;
         find_taps();
         find_panels();
-        if (depthwise_ || wide_) depthwise_ ? lay_out_depthwise_weights() : lay_out_wide_weights();
+        lay_out_weights();
         if (problem.zero_sums && shape_.padding.height + shape_.padding.width > 0) lay_out_zeros();
         parameters_ = parameters(problem.out_quantizer);
         if (problem.also) also_parameters_ = parameters(problem.also_quantizer);
-#if defined(__x86_64__)
-        if (simd::level() >= simd::Level::avx2) {
-            dot_ = dot_tile_avx2;
-            wide_dot_ = wide_tile_avx2;
-            if (shape_.channels >= kBlock) depthwise_dot_ = depthwise_tile_avx2;
-        }
-#endif
     }
 
     void run() const {
@@ -85,14 +80,27 @@ public:
 private:
     // --- what all units share
 
-    // Output channels of which 16 are finished together; a depthwise block has two panels.
+    // Output channels of which 16 are finished together.
     struct Panel {
         int64_t output;   // the first
         int64_t outputs;  // how many there are
         int64_t channel;  // the first input channel
     };
 
-    int64_t blocks() const { return static_cast<int64_t>(panels_.size()) / (depthwise_ ? 2 : 1); }
+    static const Tiles& tiles() {
+#if defined(__x86_64__)
+        if (simd::level() >= simd::Level::avx512_vnni) return kTilesVnni;
+        if (simd::level() >= simd::Level::avx2) return kTilesAvx2;
+#endif
+        return kTiles;
+    }
+
+    int64_t code_bytes() const { return dense_ ? kWordChannels / tiles_.dense_codes : 1; }
+    int block_panels() const { return depthwise_ ? tiles_.depthwise_panels : 1; }
+    int64_t blocks() const { return static_cast<int64_t>(panels_.size()) / block_panels(); }
+    int64_t panel_bytes() const {
+        return (dense_ ? taps_.count * taps_.words : shape_.panel_words()) * kPanelOutputs * kWordChannels;
+    }
 
     void find_taps() {
         const Extent k = shape_.kernel, d = shape_.dilation;
@@ -104,13 +112,14 @@ private:
         const auto taps = [&](int64_t words) {
             return Taps{offsets_.data(), static_cast<int64_t>(offsets_.size()), words};
         };
-        taps_ = taps(wide_     ? ceil_div(k.width * shape_.channels, 2)
+        taps_ = taps(dense_    ? ceil_div(k.width * pixel_bytes_, kWordChannels)
                      : packed_ ? shape_.low_bytes * 2 / kWordChannels
                                : shape_.words_per_tap() * (joined ? k.width : 1));
         high_taps_ = taps(packed_ ? shape_.high_bytes() * 2 / kWordChannels : taps_.words);
         if (!depthwise_) return;
-        if (offsets_.size() % 2) offsets_.push_back(0);  // with weights that are zero
-        tap_pairs_ = {offsets_.data(), static_cast<int64_t>(offsets_.size()) / 2};
+        tap_groups_.count = ceil_div(shape_.kernel.area(), tiles_.depthwise_taps);
+        offsets_.resize(tap_groups_.count * tiles_.depthwise_taps, 0);  // with weights that are zero
+        tap_groups_.offsets = offsets_.data();
     }
 
     void find_panels() {
@@ -122,41 +131,57 @@ private:
                                        g * shape_.group_channels()});
             return;
         }
-        const int64_t channels = shape_.channels;
-        for (int64_t b = 0; b < channels; b += kBlock) {
-            // The last block begins early enough to be full, and does some channels again.
-            const int64_t first = std::max<int64_t>(0, std::min(b, channels - kBlock));
-            const int64_t count = std::min<int64_t>(kBlock, channels - first);
-            for (int64_t i = 0; i < kBlock; i += kPanelOutputs)
+        const int64_t channels = shape_.channels, block = block_panels() * kPanelOutputs;
+        for (int64_t b = 0; b < channels; b += block) {
+            // The last block may begin early enough to be full, and do some channels again.
+            const int64_t first = tiles_.whole_blocks ? std::max<int64_t>(0, std::min(b, channels - block)) : b;
+            const int64_t count = std::min(block, channels - first);
+            for (int64_t i = 0; i < block; i += kPanelOutputs)
                 panels_.push_back({first + i, std::clamp<int64_t>(count - i, 0, kPanelOutputs), first});
         }
     }
 
-    void lay_out_depthwise_weights() {
-        const int64_t block = tap_pairs_.count * 2 * kBlock;
-        weights_.assign(blocks() * block, 0);
-        for (int64_t b = 0; b < blocks(); ++b) {
-            const int64_t first = panels_[2 * b].channel;
-            for (int64_t t = 0; t < shape_.kernel.area(); ++t)
-                for (int64_t c = 0; c < std::min<int64_t>(kBlock, shape_.channels - first); ++c)
-                    weights_[b * block + (t / 2 * kBlock + place_in_block(c)) * 2 + t % 2] =
-                        problem_.weight[t * shape_.channels + first + c];
+    // As the tiles want them, where these are not the panels: of depthwise layers, and of dense ones, from single
+    // pixels to rows without gaps.
+    void lay_out_weights() {
+        weights_ = {problem_.weight, panel_bytes(), 0};
+        if (depthwise_) {
+            const int64_t taps = tiles_.depthwise_taps, channels = block_panels() * kPanelOutputs;
+            weights_.bytes = tap_groups_.count * channels * kWordChannels;
+            own_weights_.assign(blocks() * weights_.bytes, 0);
+            for (int64_t b = 0; b < blocks(); ++b)
+                for (int64_t t = 0; t < shape_.kernel.area(); ++t) {
+                    const int64_t first = panels_[b * block_panels()].channel;
+                    for (int64_t c = 0; c < std::min(channels, shape_.channels - first); ++c) {
+                        const int64_t group = t / taps * channels + place_in_block(c, block_panels());
+                        set_weight(b * weights_.bytes, group, t % taps, taps,
+                                   problem_.weight[t * shape_.channels + first + c]);
+                    }
+                }
+        } else if (dense_) {
+            const int64_t codes = tiles_.dense_codes;
+            own_weights_.assign(blocks() * weights_.bytes, 0);
+            const int8_t* from = problem_.weight;
+            for (int64_t b = 0; b < blocks(); ++b)
+                for (int64_t r = 0; r < shape_.kernel.height; ++r)
+                    for (int64_t s = 0; s < shape_.kernel.width; ++s)
+                        for (int64_t o = 0; o < kPanelOutputs; ++o, from += kWordChannels)
+                            for (int64_t c = 0; c < shape_.channels; ++c) {
+                                const int64_t at = s * shape_.channels + c;
+                                const int64_t word = (r * taps_.words + at / codes) * kPanelOutputs + o;
+                                set_weight(b * weights_.bytes, word, at % codes, codes, from[c]);
+                            }
+        } else {
+            return;
         }
+        weights_.weights = own_weights_.data();
     }
 
-    // From panels of single pixels to rows of taps without gaps.
-    void lay_out_wide_weights() {
-        const Extent kernel = shape_.kernel;
-        const int64_t row = taps_.words * 2 * kPanelOutputs;
-        weights_.assign(blocks() * kernel.height * row, 0);
-        const int8_t* from = problem_.weight;
-        for (int64_t i = 0; i < blocks() * kernel.height; ++i)
-            for (int64_t s = 0; s < kernel.width; ++s)
-                for (int64_t o = 0; o < kPanelOutputs; ++o, from += kWordChannels)
-                    for (int64_t c = 0; c < shape_.channels; ++c) {
-                        const int64_t at = s * shape_.channels + c;
-                        weights_[i * row + (at / 2 * kPanelOutputs + o) * 2 + at % 2] = from[c];
-                    }
+    // Weight `index` of `per_word` in a word, of one byte or two.
+    void set_weight(int64_t begin, int64_t word, int64_t index, int64_t per_word, int8_t weight) {
+        int8_t* to = &own_weights_[begin + word * kWordChannels + index * (kWordChannels / per_word)];
+        const int16_t wide = weight;
+        per_word == kWordChannels ? void(*to = weight) : void(std::memcpy(to, &wide, sizeof wide));
     }
 
     std::vector<float> parameters(const QuantizerTable& quantizer) const {
@@ -247,12 +272,12 @@ private:
                 const uint32_t halves[2] = {word & 0x0f0f0f0f, word >> 4 & 0x0f0f0f0f};
                 std::memcpy(to, halves, sizeof halves);
             }
-        } else if (wide_) {
+        } else if (code_bytes() == sizeof(uint16_t)) {
             for (int64_t i = 0; i < n; ++i) {
                 const uint16_t code = from[i];
                 std::memcpy(to + i * sizeof code, &code, sizeof code);
             }
-        } else if (pixel_bytes_ != channels) {
+        } else if (!dense_ && pixel_bytes_ != channels) {
             for (int64_t i = 0; i < n; i += channels)
                 for (int64_t c = 0; c < channels; c += kWordChannels, to += kWordChannels)
                     copy_word(from + i + c, std::min<int64_t>(kWordChannels, channels - c), to, plane);
@@ -294,57 +319,61 @@ private:
     // their weights stay in cache, and a tile's outputs share lines of memory.
     void compute(const Unit& unit, int64_t begin, int64_t end) const {
         const int64_t count = unit.pixels.size(), tiles = ceil_div(count, kTilePixels);
-        const int64_t bytes = shape_.panel_words() * kPanelOutputs * kWordChannels;
-        const int64_t together = std::max<int64_t>(1, kPanelBytes / bytes);
+        const int64_t most = depthwise_ ? 1 : tiles_.panels;
+        const int64_t together = std::max(most, kPanelBytes / weights_.bytes / most * most);
         for (int64_t first = begin; first < end; first += together)
             for (int64_t t = 0, pixel = 0; t < tiles; ++t) {
                 const int pixels = static_cast<int>((count - pixel) / (tiles - t));
-                for (int64_t b = first; b < std::min(first + together, end); ++b)
-                    depthwise_ ? depthwise_block(unit, pixel, pixels, b) : panel(unit, pixel, pixels, b);
+                const int64_t last = std::min(first + together, end);
+                for (int64_t b = first, n; b < last; b += n) {
+                    // Blocks of a tile read the same channels.
+                    for (n = 1; n < std::min(most, last - b) && panels_[b + n].channel == panels_[b].channel;) ++n;
+                    tile(unit, pixel, pixels, b, n);
+                }
                 pixel += pixels;
             }
     }
 
-    void panel(const Unit& unit, int64_t begin, int count, int64_t b) const {
+    // Some pixels and blocks: sums, then outputs.
+    void tile(const Unit& unit, int64_t begin, int count, int64_t b, int64_t n) const {
         const uint8_t* const* pixels = &unit.pixels[begin];
-        const int8_t* weights = problem_.weight + b * shape_.panel_words() * kPanelOutputs * kWordChannels;
-        alignas(32) int32_t sums[kTilePixels * kPanelOutputs];
-        const auto dot = [&](int64_t from, const Taps& taps, int64_t word, int32_t* to) {
-            dot_(pixels, count, panels_[b].channel + from, taps, span_,
-                 weights + word * kPanelOutputs * kWordChannels, to);
+        const int64_t index = b * block_panels(), channel = panels_[index].channel;
+        const int8_t* weights = weights_.weights + b * weights_.bytes;
+        alignas(64) int32_t sums[kTilePanels * kPanelSums];
+        if (depthwise_) {
+            const int64_t block = block_panels() * kPanelOutputs;
+            tiles_.depthwise(pixels, count, channel, tap_groups_, weights, std::min(block, shape_.channels - channel),
+                             sums);
+            return put(unit, begin, count, index, block_panels(), sums);
+        }
+        const auto dot = [&](DotTile f, int64_t from, const Taps& taps, int64_t word, int32_t* to) {
+            const int8_t* first = weights + word * kPanelOutputs * kWordChannels;
+            f(pixels, count, channel + from, taps, span_, {first, weights_.bytes, static_cast<int>(n)}, to);
         };
-        if (wide_) {
-            wide_dot_(pixels, count, taps_, &weights_[b * taps_.count * taps_.words * 2 * kPanelOutputs], sums);
-        } else {
-            dot(split_ ? unit.plane : 0, taps_, packed_ ? high_taps_.count * high_taps_.words : 0, sums);
-        }
+        dot(dense_ ? tiles_.dense : tiles_.dot, split_ ? unit.plane : 0, taps_,
+            packed_ ? high_taps_.count * high_taps_.words : 0, sums);
         if (split_ || (packed_ && high_taps_.words > 0)) {
-            alignas(32) int32_t high[kTilePixels * kPanelOutputs];
-            dot(packed_ ? 2 * shape_.low_bytes : 0, high_taps_, 0, high);
-            for (int i = 0; i < count * kPanelOutputs; ++i) sums[i] += high[i] * 16;
+            alignas(64) int32_t high[kTilePanels * kPanelSums];
+            dot(tiles_.dot, packed_ ? 2 * shape_.low_bytes : 0, high_taps_, 0, high);
+            for (int64_t i = 0; i < n; ++i)
+                for (int j = 0; j < count * kPanelOutputs; ++j)
+                    sums[i * kPanelSums + j] += high[i * kPanelSums + j] * 16;
         }
-        put(unit, begin, count, b, sums);
+        put(unit, begin, count, index, n, sums);
     }
 
-    void depthwise_block(const Unit& unit, int64_t begin, int count, int64_t b) const {
-        const uint8_t* const* pixels = &unit.pixels[begin];
-        const int64_t channel = panels_[2 * b].channel, channels = std::min<int64_t>(kBlock, shape_.channels);
-        const int16_t* weights = &weights_[b * tap_pairs_.count * 2 * kBlock];
-        alignas(32) int32_t sums[2 * kTilePixels * kPanelOutputs];
-        depthwise_dot_(pixels, count, channel, tap_pairs_, weights, channels, sums);
-        put(unit, begin, count, 2 * b, sums);
-        put(unit, begin, count, 2 * b + 1, sums + kTilePixels * kPanelOutputs);
-    }
-
-    // Finishes the sums of a tile and one panel.
-    void put(const Unit& unit, int64_t begin, int count, int64_t index, int32_t* sums) const {
-        const Panel& panel = panels_[index];
-        if (panel.outputs == 0) return;
+    // Finishes the sums of a tile: panels that follow each other.
+    void put(const Unit& unit, int64_t begin, int count, int64_t index, int64_t n, int32_t* sums) const {
         if (!zeros_.empty())
-            for (int p = 0; p < count; ++p) give_back_zeros(unit.windows[begin + p], index, sums + p * kPanelOutputs);
-        const int64_t stride = shape_.out_channels, to = (unit.first + begin) * stride + panel.output;
+            for (int64_t i = 0; i < n; ++i)
+                for (int p = 0; p < count; ++p)
+                    give_back_zeros(unit.windows[begin + p], index + i, sums + i * kPanelSums + p * kPanelOutputs);
+        int64_t full = 0;
+        while (full < n && panels_[index + full].outputs == kPanelOutputs) ++full;
+        const int64_t stride = shape_.out_channels, to = (unit.first + begin) * stride + panels_[index].output;
         const int64_t parameters = index * kFields * kPanelOutputs;
         Finishing<T> f = {count,
+                          full,
                           stride,
                           problem_.residual ? problem_.residual + to : nullptr,
                           y_ + to,
@@ -352,21 +381,33 @@ private:
                           problem_.also ? problem_.also + to : nullptr,
                           problem_.also ? &also_parameters_[parameters] : nullptr,
                           problem_.activation};
-        if (panel.outputs == kPanelOutputs) return finish_(sums, f);
-        // Less than a panel: by way of a full one.
-        uint8_t residual[kTilePixels * kPanelOutputs] = {}, also[kTilePixels * kPanelOutputs];
-        T y[kTilePixels * kPanelOutputs];
+        if (full > 0) finish_(sums, f);
+        if (full < n && panels_[index + full].outputs > 0) put_part(f, panels_[index + full].outputs, sums);
+    }
+
+    // Less than a panel, after the full ones: by way of a full one.
+    void put_part(Finishing<T> f, int64_t outputs, const int32_t* sums) const {
+        uint8_t residual[kPanelSums] = {}, also[kPanelSums];
+        T y[kPanelSums];
         const auto copy = [&](auto* into, int64_t into_stride, const auto* from, int64_t from_stride) {
-            for (int p = 0; p < count; ++p)
+            for (int p = 0; p < f.pixels; ++p)
                 std::memcpy(static_cast<void*>(into + p * into_stride), from + p * from_stride,
-                            panel.outputs * sizeof(*from));
+                            outputs * sizeof(*from));
         };
-        if (f.residual) copy(residual, kPanelOutputs, f.residual, stride);
-        f = {count,        kPanelOutputs,           residual,          y,
-             f.parameters, f.also ? also : nullptr, f.also_parameters, f.activation};
-        finish_(sums, f);
-        copy(y_ + to, stride, y, kPanelOutputs);
-        if (f.also) copy(problem_.also + to, stride, also, kPanelOutputs);
+        f.skip(f.panels);
+        sums += f.panels * kPanelSums;
+        Finishing<T> full = f;
+        full.panels = 1;
+        full.stride = kPanelOutputs;
+        full.y = y;
+        if (f.residual) {
+            copy(residual, kPanelOutputs, f.residual, f.stride);
+            full.residual = residual;
+        }
+        if (f.also) full.also = also;
+        finish_(sums, full);
+        copy(f.y, f.stride, y, kPanelOutputs);
+        if (f.also) copy(f.also, f.stride, also, kPanelOutputs);
     }
 
     // Finishing subtracts the share of the zero points in all taps: adds that of the taps outside of the image.
@@ -383,21 +424,20 @@ private:
 
     const ConvProblem& problem_;
     const ConvShape& shape_;
-    bool depthwise_, packed_, wide_, split_, direct_;
+    const Tiles& tiles_;
+    bool depthwise_, packed_, dense_, split_, direct_;
     int64_t span_, pixel_bytes_, row_bytes_;  // of the image or of a band
     std::vector<int64_t> offsets_;            // of the taps from a pixel's address
     Taps taps_{}, high_taps_{};  // of all codes; of the low and of the high nibbles, where these are apart
-    TapPairs tap_pairs_{};
+    TapGroups tap_groups_{};
     std::vector<Panel> panels_;
     std::vector<int32_t> zeros_;                        // [panels][taps][16], where padding makes taps differ
     std::vector<std::pair<int64_t, int64_t>> columns_;  // taps inside of the image, of each column of the output
-    std::vector<int16_t> weights_;                      // of depthwise blocks, or of wide tiles
+    Panels weights_{};                                  // of all blocks
+    std::vector<int8_t> own_weights_;                   // laid out here
     std::vector<float> parameters_, also_parameters_;   // [panels][fields][16]
     T* y_;
     Finisher<T> finish_;
-    DotTile dot_ = dot_tile;
-    WideTile wide_dot_ = wide_tile;
-    DepthwiseTile depthwise_dot_ = depthwise_tile;
 };
 
 // Packs codes of all pixels: nibble after nibble, each octet's into two words.

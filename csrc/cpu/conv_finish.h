@@ -1,13 +1,14 @@
-// From the integer sums of conv2d_integer to its outputs: a few pixels and the 16 outputs of one panel at a time.
+// From the integer sums of conv2d_integer to its outputs: a few pixels and panels of 16 outputs at a time.
 #pragma once
 
 #include <array>
 
-#include "conv_tiles.h"
+#include "conv_tiles_avx2.h"
+#include "conv_tiles_vnni.h"
 
 namespace ptq4cuda {
 
-// The parameters of a panel's outputs: field f of output o is parameters[16 f + o].
+// The parameters of a panel's outputs: field f of output o is parameters[16 f + o]; panels follow each other.
 enum Field {
     kZeroSum,  // an integer: what the zero points have in the sum, all taps together
     kScale,
@@ -31,16 +32,26 @@ enum class Curve { identity, relu, other };
 // pixel to pixel.
 template <class T>
 struct Finishing {
-    int64_t pixels, stride;
+    int64_t pixels, panels, stride;
     const uint8_t* residual;
     T* y;
-    const float* parameters;  // of the panel
+    const float* parameters;  // of the first panel
     uint8_t* also;            // a second output, or nullptr
     const float* also_parameters;
     Activation activation;
+
+    // Goes on to a later panel.
+    PTQ_INLINE void skip(int64_t n) {
+        y += n * kPanelOutputs;
+        parameters += n * kFields * kPanelOutputs;
+        if (residual) residual += n * kPanelOutputs;
+        if (!also) return;
+        also += n * kPanelOutputs;
+        also_parameters += n * kFields * kPanelOutputs;
+    }
 };
 template <class T>
-using Finisher = void (*)(const int32_t* sums, const Finishing<T>&);
+using Finisher = void (*)(const int32_t* sums, Finishing<T>);
 
 inline Curve curve_of(const Activation& act) {
     if (act.upper != INFINITY) return Curve::other;
@@ -72,10 +83,12 @@ inline std::array<float, kFields> parameters_of(const ConvProblem& problem, cons
 
 template <class T, bool kResidual, Curve curve>
 struct Finish {
-    static PTQ_INLINE void run(const int32_t* sums, const Finishing<T>& f) {
-        for (int64_t p = 0; p < f.pixels; ++p)
-            of_pixel(sums + p * kPanelOutputs, kResidual ? f.residual + p * f.stride : nullptr, f.y + p * f.stride,
-                     f.parameters, f.also ? f.also + p * f.stride : nullptr, f.also_parameters, f.activation);
+    static PTQ_INLINE void run(const int32_t* sums, Finishing<T> f) {
+        for (; f.panels > 0; --f.panels, sums += kPanelSums, f.skip(1))
+            for (int64_t p = 0; p < f.pixels; ++p)
+                of_pixel(sums + p * kPanelOutputs, kResidual ? f.residual + p * f.stride : nullptr,
+                         f.y + p * f.stride, f.parameters, f.also ? f.also + p * f.stride : nullptr,
+                         f.also_parameters, f.activation);
     }
 
 private:
@@ -169,18 +182,74 @@ PTQ_AVX2_INLINE void finish_eight(const int32_t* sums, const Finishing<uint8_t>&
 }
 
 template <bool kResidual, Curve curve>
-PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, const Finishing<uint8_t>& f) {
-    for (int first = 0; first < kPanelOutputs; first += 8)
-        f.also ? finish_eight<kResidual, curve, true>(sums, f, first)
-               : finish_eight<kResidual, curve, false>(sums, f, first);
+PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, Finishing<uint8_t> f) {
+    for (; f.panels > 0; --f.panels, sums += kPanelSums, f.skip(1))
+        for (int first = 0; first < kPanelOutputs; first += 8)
+            f.also ? finish_eight<kResidual, curve, true>(sums, f, first)
+                   : finish_eight<kResidual, curve, false>(sums, f, first);
+}
+
+// And for AVX-512, all 16 outputs of a panel at a time.
+#define PTQ_AVX512_INLINE PTQ_TARGET_AVX512 inline __attribute__((always_inline))
+
+struct PanelQuantizers {
+    __m512 inv_scale, lowest, highest;
+    __m512i zero_point;
+
+    explicit PTQ_AVX512_INLINE PanelQuantizers(const float* parameters)
+        : inv_scale(_mm512_loadu_ps(parameters + kInvScale * kPanelOutputs)),
+          lowest(_mm512_loadu_ps(parameters + kLowest * kPanelOutputs)),
+          highest(_mm512_loadu_ps(parameters + kHighest * kPanelOutputs)),
+          zero_point(_mm512_loadu_si512(parameters + kZeroPointBits * kPanelOutputs)) {}
+
+    PTQ_AVX512_INLINE void put(__m512 values, uint8_t* y) const {
+        values = _mm512_mul_ps(values, inv_scale);
+        values = _mm512_min_ps(_mm512_max_ps(values, lowest), highest);
+        const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(values), zero_point);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_cvtepi32_epi8(codes));
+    }
+};
+
+template <bool kResidual, Curve curve, bool kAlso>
+PTQ_AVX512_INLINE void finish_panel(const int32_t* sums, const Finishing<uint8_t>& f) {
+    const auto of = [&](Field field) { return f.parameters + field * kPanelOutputs; };
+    const __m512i zero_sum = _mm512_loadu_si512(of(kZeroSum));
+    const __m512 scale = _mm512_loadu_ps(of(kScale)), bias = _mm512_loadu_ps(of(kBias));
+    const __m512 residual_scale = _mm512_loadu_ps(of(kResidualScale));
+    const __m512 residual_zero_point = _mm512_loadu_ps(of(kResidualZeroPoint));
+    const __m512 slope = _mm512_set1_ps(f.activation.negative_slope), upper = _mm512_set1_ps(f.activation.upper);
+    const PanelQuantizers out(f.parameters), also(kAlso ? f.also_parameters : f.parameters);
+    for (int64_t p = 0; p < f.pixels; ++p) {
+        __m512 v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums + p * kPanelOutputs), zero_sum));
+        v = _mm512_add_ps(_mm512_mul_ps(v, scale), bias);
+        if (kResidual) {
+            const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(f.residual + p * f.stride));
+            const __m512 r = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)), residual_zero_point);
+            v = _mm512_add_ps(v, _mm512_mul_ps(r, residual_scale));
+        }
+        if (curve == Curve::other) {
+            const __mmask16 negative = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NGT_UQ);
+            v = _mm512_min_ps(upper, _mm512_mask_mul_ps(v, negative, v, slope));
+        }
+        out.put(v, f.y + p * f.stride);
+        if (kAlso) also.put(v, f.also + p * f.stride);
+    }
+}
+
+template <bool kResidual, Curve curve>
+PTQ_TARGET_AVX512 void finish_avx512(const int32_t* sums, Finishing<uint8_t> f) {
+    for (; f.panels > 0; --f.panels, sums += kPanelSums, f.skip(1))
+        f.also ? finish_panel<kResidual, curve, true>(sums, f) : finish_panel<kResidual, curve, false>(sums, f);
 }
 #endif
 
 template <class T, bool kResidual, Curve curve>
 Finisher<T> finisher() {
 #if defined(__x86_64__)
-    if constexpr (std::is_same_v<T, uint8_t>)
+    if constexpr (std::is_same_v<T, uint8_t>) {
+        if (simd::level() >= simd::Level::avx512) return finish_avx512<kResidual, curve>;
         if (simd::level() >= simd::Level::avx2) return finish_avx2<kResidual, curve>;
+    }
 #endif
     return &simd::run<Finish<T, kResidual, curve>>;
 }

@@ -1,28 +1,11 @@
-// The inner loops of conv2d_integer on the CPU: integer sums of a few pixels and the 16 outputs of one panel.
+// The inner loops of conv2d_integer on the CPU: integer sums of a few pixels and a few panels of 16 outputs. What an
+// instruction set computes with is a Tiles; this file has those for any processor, conv_tiles_avx2.h and
+// conv_tiles_vnni.h the others.
 //
-// AVX2 multiplies 32 unsigned bytes by 32 signed ones in one instruction, which also adds neighbours and leaves 16
-// sums of 16 bits. The usual int8 kernel widens them to 32 bits at once: two more instructions for each product.
-// But a code of 4 bits is at most 15 and a weight at most 128 in size, so that a pair is at most 3840, and a sum
-// takes eight pairs at the very least, and mostly far more, until it must be widened: `span` of them. That leaves
-// two instructions, a multiplication and an addition.
-//
-// A tile of 6 pixels by 16 outputs holds its 12 vectors of sums in the 16 registers there are:
-//
-//                     weights w0, w1: 4 channels x 16 outputs
-//      pixel 0  c0 c1 c2 c3    sum00 sum01
-//      ...      (broadcast)    ...
-//      pixel 5  c0 c1 c2 c3    sum50 sum51
-//
-// Codes of 8 bits that could leave 16 bits within a pair or two come as two images, of their high nibbles and of
-// their low ones, which are summed one after the other. Two layers are better served by products of 16 bits, which
-// are half as many in an instruction, but are added up in 32 bits at once: depthwise ones, whose sums are short, and
-// the first, where a pixel has less channels than a word: as 16-bit numbers the pixels of a row have no gaps between
-// them.
+// Two kinds of layers have a tile of their own, as most of a word of channels would be empty: depthwise ones, whose
+// sums are over taps alone, and dense ones, the first of a network, where a pixel has less channels than a word.
+// There the pixels of a row follow each other without gaps, and a word holds channels of several pixels.
 #pragma once
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include <cstring>
 
@@ -32,6 +15,8 @@
 namespace ptq4cuda {
 
 constexpr int kTilePixels = 6;
+constexpr int kTilePanels = 4;
+constexpr int kPanelSums = kTilePixels * kPanelOutputs;  // sums are [panels][kTilePixels][kPanelOutputs]
 
 // What one pixel reads: `count` stretches of `words` 32-bit words each, at these bytes from the pixel's address.
 struct Taps {
@@ -39,35 +24,47 @@ struct Taps {
     int64_t count, words;
 };
 
-// Computes sums[p][o] of `count` pixels, from a channel on, and one panel.
+// The weights of the panels of a tile.
+struct Panels {
+    const int8_t* weights;
+    int64_t bytes;  // from panel to panel
+    int count;
+};
+
+// Computes sums[b][p][o] of `count` pixels, from a channel on. The sums have 16 bits for `span` steps.
 using DotTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t span,
-                         const int8_t* panel, int32_t* sums);
+                         Panels panels, int32_t* sums);
 
-// The same of 16-bit codes, two in a word, and weights [words][16 outputs][2].
-using WideTile = void (*)(const uint8_t* const* pixels, int count, Taps taps, const int16_t* panel, int32_t* sums);
-
-// A depthwise block is kBlock channels. Weights are [pairs of taps][kBlock][2], a missing last tap zero, the channels
-// in the order in which AVX2 unpacks bytes: 0-3, 16-19, 4-7, 20-23 and so on. Computes sums[b][p][o] of channel
-// 16 b + o of the block and pixel p.
-constexpr int kBlock = 2 * kPanelOutputs;
-struct TapPairs {
-    const int64_t* offsets;  // of both taps of every pair
+// A depthwise block is some panels; its weights are [groups of taps][channels][taps of a group], those that are
+// missing zero, the channels as place_in_block says: the order into which unpacking bytes brings them. Computes
+// sums[b][p][o] of channel 16 b + o of the block and pixel p.
+struct TapGroups {
+    const int64_t* offsets;  // of every tap
     int64_t count;
 };
-using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, TapPairs pairs,
-                               const int16_t* weights, int64_t channels, int32_t* sums);
+using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, TapGroups taps,
+                               const int8_t* weights, int64_t channels, int32_t* sums);
 
-constexpr int64_t place_in_block(int64_t channel) {
-    return channel % kPanelOutputs / 4 * 8 + channel / kPanelOutputs * 4 + channel % 4;
+constexpr int64_t place_in_block(int64_t channel, int panels) {
+    return channel % kPanelOutputs / 4 * 4 * panels + channel / kPanelOutputs * 4 + channel % 4;
 }
 
-// --- any processor -------------------------------------------------------------------------------------------------
+struct Tiles {
+    DotTile dot;
+    bool narrow_sums;  // of 16 bits: needs a span, and nibbles where codes leave none
+    DotTile dense;
+    int dense_codes;  // in a word of a dense row: 4 bytes, or 2 that are widened to 16 bits
+    int panels;       // that dot and dense take at a time, at most
+    DepthwiseTile depthwise;
+    int depthwise_panels, depthwise_taps;  // of a block, of a group; the weights of a group fill a word
+    bool whole_blocks;                     // a depthwise block of less channels is slow
+};
 
-inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t,
-                     const int8_t* panel, int32_t* sums) {
+inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t, Panels panels,
+                     int32_t* sums) {
     for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
         std::fill_n(sums, kPanelOutputs, 0);
-        const int8_t* w = panel;
+        const int8_t* w = panels.weights;
         for (int64_t t = 0; t < taps.count; ++t) {
             const uint8_t* x = pixels[p] + channel + taps.offsets[t];
             for (int64_t i = 0; i < taps.words; ++i, x += kWordChannels)
@@ -77,172 +74,28 @@ inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, T
     }
 }
 
-inline void wide_tile(const uint8_t* const* pixels, int count, Taps taps, const int16_t* panel, int32_t* sums) {
-    for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
-        std::fill_n(sums, kPanelOutputs, 0);
-        const int16_t* w = panel;
-        for (int64_t t = 0; t < taps.count; ++t)
-            for (int64_t i = 0; i < taps.words; ++i) {
-                uint16_t codes[2];
-                std::memcpy(codes, pixels[p] + taps.offsets[t] + i * sizeof codes, sizeof codes);
-                for (int o = 0; o < kPanelOutputs; ++o, w += 2) sums[o] += codes[0] * w[0] + codes[1] * w[1];
-            }
-    }
-}
-
-inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, TapPairs pairs,
-                           const int16_t* weights, int64_t channels, int32_t* sums) {
+inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, TapGroups taps,
+                           const int8_t* weights, int64_t channels, int32_t* sums) {
     for (int p = 0; p < count; ++p)
         for (int64_t c = 0; c < channels; ++c) {
-            int32_t& sum = sums[(c / kPanelOutputs * kTilePixels + p) * kPanelOutputs + c % kPanelOutputs];
+            int32_t& sum = sums[c / kPanelOutputs * kPanelSums + p * kPanelOutputs + c % kPanelOutputs];
             sum = 0;
-            const int16_t* w = weights + 2 * place_in_block(c);
-            for (int64_t t = 0; t < 2 * pairs.count; ++t)
-                sum += pixels[p][channel + pairs.offsets[t] + c] * w[t / 2 * 2 * kBlock + t % 2];
-        }
-}
-
-// --- AVX2 ----------------------------------------------------------------------------------------------------------
-
-#if defined(__x86_64__)
-#define PTQ_AVX2_INLINE PTQ_TARGET_AVX2 inline __attribute__((always_inline))
-
-PTQ_AVX2_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-
-// Calls f with the number of pixels of a tile as a constant.
-template <class F>
-void with_constant(int count, const F& f) {
-    static_assert(kTilePixels == 6);
-    switch (count) {
-        case 1: return f(std::integral_constant<int, 1>{});
-        case 2: return f(std::integral_constant<int, 2>{});
-        case 3: return f(std::integral_constant<int, 3>{});
-        case 4: return f(std::integral_constant<int, 4>{});
-        case 5: return f(std::integral_constant<int, 5>{});
-        default: return f(std::integral_constant<int, 6>{});
-    }
-}
-
-// Adds 16-bit sums to 32-bit ones in memory, or begins these with them, and starts anew.
-template <int P>
-PTQ_AVX2_INLINE void widen_sums(__m256i (&narrow)[P][2], bool begin, int32_t* sums) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i* wide = reinterpret_cast<__m256i*>(sums);
-#pragma GCC unroll 6
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-            __m256i sum = _mm256_madd_epi16(narrow[p][v], ones);
-            if (!begin) sum = _mm256_add_epi32(sum, _mm256_loadu_si256(wide + 2 * p + v));
-            _mm256_storeu_si256(wide + 2 * p + v, sum);
-            narrow[p][v] = _mm256_setzero_si256();
-        }
-}
-
-template <int P>
-PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel, Taps taps, int64_t span,
-                                   const int8_t* panel, int32_t* sums) {
-    __m256i narrow[P][2];
-    const uint8_t* x[P];
-#pragma GCC unroll 6
-    for (int p = 0; p < P; ++p) {
-        x[p] = pixels[p];
-        narrow[p][0] = narrow[p][1] = _mm256_setzero_si256();
-    }
-    int64_t left = span;  // products that the narrow sums still take
-    bool begin = true;
-    for (int64_t t = 0; t < taps.count; ++t) {
-        int64_t at = channel + taps.offsets[t];
-        for (int64_t word = 0; word < taps.words;) {
-            const int64_t n = std::min(left, taps.words - word);
-            for (const int8_t* end = panel + n * kPanelOutputs * kWordChannels; panel != end; panel += 64, at += 4) {
-                const __m256i w0 = load_bytes(panel);
-                const __m256i w1 = load_bytes(panel + 32);
-#pragma GCC unroll 6
-                for (int p = 0; p < P; ++p) {
-                    int32_t channels;
-                    std::memcpy(&channels, x[p] + at, sizeof channels);
-                    const __m256i codes = _mm256_set1_epi32(channels);
-                    narrow[p][0] = _mm256_add_epi16(narrow[p][0], _mm256_maddubs_epi16(codes, w0));
-                    narrow[p][1] = _mm256_add_epi16(narrow[p][1], _mm256_maddubs_epi16(codes, w1));
-                }
-            }
-            word += n;
-            left -= n;
-            if (left == 0) {
-                widen_sums<P>(narrow, begin, sums);
-                left = span;
-                begin = false;
+            const int8_t* w = weights + kWordChannels * place_in_block(c, kTilePanels);
+            for (int64_t t = 0; t < taps.count * kWordChannels; ++t) {
+                sum += pixels[p][channel + taps.offsets[t] + c] * w[t % kWordChannels];
+                if (t % kWordChannels == kWordChannels - 1) w += kWordChannels * kTilePanels * kPanelOutputs;
             }
         }
-    }
-    if (left != span) widen_sums<P>(narrow, begin, sums);
 }
 
-inline void dot_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t span,
-                          const int8_t* panel, int32_t* sums) {
-    with_constant(count, [&](auto p) { dot_tile_avx2<p>(pixels, channel, taps, span, panel, sums); });
-}
+constexpr Tiles kTiles = {dot_tile, false, dot_tile, 4, 1, depthwise_tile, kTilePanels, 4, false};
 
-template <int P>
-PTQ_TARGET_AVX2 void wide_tile_avx2(const uint8_t* const* pixels, Taps taps, const int16_t* panel, int32_t* sums) {
-    __m256i wide[P][2];
-    const uint8_t* x[P];
-#pragma GCC unroll 6
-    for (int p = 0; p < P; ++p) {
-        x[p] = pixels[p];
-        wide[p][0] = wide[p][1] = _mm256_setzero_si256();
-    }
-    for (int64_t t = 0; t < taps.count; ++t) {
-        const int64_t end = taps.offsets[t] + taps.words * 4;
-        for (int64_t at = taps.offsets[t]; at < end; at += 4, panel += 2 * kPanelOutputs) {
-            const __m256i w0 = load_bytes(panel);
-            const __m256i w1 = load_bytes(panel + kPanelOutputs);
-#pragma GCC unroll 6
-            for (int p = 0; p < P; ++p) {
-                int32_t two;
-                std::memcpy(&two, x[p] + at, sizeof two);
-                const __m256i codes = _mm256_set1_epi32(two);
-                wide[p][0] = _mm256_add_epi32(wide[p][0], _mm256_madd_epi16(codes, w0));
-                wide[p][1] = _mm256_add_epi32(wide[p][1], _mm256_madd_epi16(codes, w1));
-            }
-        }
-    }
-#pragma GCC unroll 6
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums) + 2 * p + v, wide[p][v]);
+// Calls f with a number from 1 to `most` as a constant.
+template <int most, class F>
+void with_constant(int number, const F& f) {
+    if constexpr (most > 1)
+        if (number < most) return with_constant<most - 1>(number, f);
+    f(std::integral_constant<int, most>{});
 }
-
-inline void wide_tile_avx2(const uint8_t* const* pixels, int count, Taps taps, const int16_t* panel, int32_t* sums) {
-    with_constant(count, [&](auto p) { wide_tile_avx2<p>(pixels, taps, panel, sums); });
-}
-
-// Takes blocks of all 32 channels.
-inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel,
-                                                TapPairs pairs, const int16_t* weights, int64_t, int32_t* sums) {
-    const __m256i zero = _mm256_setzero_si256();
-    for (int p = 0; p < count; ++p) {
-        const uint8_t* x = pixels[p] + channel;
-        __m256i wide[4] = {zero, zero, zero, zero};
-        const int16_t* w = weights;
-        for (int64_t t = 0; t < pairs.count; ++t, w += 2 * kBlock) {
-            const __m256i x0 = load_bytes(x + pairs.offsets[2 * t]), x1 = load_bytes(x + pairs.offsets[2 * t + 1]);
-            const __m256i low = _mm256_unpacklo_epi8(x0, x1), high = _mm256_unpackhi_epi8(x0, x1);
-            const __m256i codes[4] = {_mm256_unpacklo_epi8(low, zero), _mm256_unpackhi_epi8(low, zero),
-                                      _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i)
-                wide[i] = _mm256_add_epi32(wide[i], _mm256_madd_epi16(codes[i], load_bytes(w + 16 * i)));
-        }
-        __m256i* to = reinterpret_cast<__m256i*>(sums + p * kPanelOutputs);
-        _mm256_storeu_si256(to, _mm256_permute2x128_si256(wide[0], wide[1], 0x20));
-        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(wide[2], wide[3], 0x20));
-        to += kTilePixels * 2;
-        _mm256_storeu_si256(to, _mm256_permute2x128_si256(wide[0], wide[1], 0x31));
-        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(wide[2], wide[3], 0x31));
-    }
-}
-#endif
 
 }  // namespace ptq4cuda

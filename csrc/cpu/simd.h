@@ -19,10 +19,11 @@
 
 namespace ptq4cuda::simd {
 
-enum class Level { baseline, avx2, avx512 };
+enum class Level { baseline, avx2, avx512, avx512_vnni };
 
 inline const char* name(Level level) {
     switch (level) {
+        case Level::avx512_vnni: return "avx512_vnni";
         case Level::avx512: return "avx512";
         case Level::avx2: return "avx2";
         default: return "baseline";
@@ -30,10 +31,13 @@ inline const char* name(Level level) {
 }
 
 #if defined(__x86_64__)
+constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx512, Level::avx512_vnni};
+
 #define PTQ_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define PTQ_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define PTQ_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
-// PTQ4CUDA_SIMD=baseline|avx2|avx512 lowers the level, for tests and bug reports.
+// PTQ4CUDA_SIMD=baseline|avx2|avx512|avx512_vnni lowers the level, for tests and bug reports.
 inline Level detect() {
     Level level = Level::baseline;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
@@ -41,8 +45,9 @@ inline Level detect() {
     if (level == Level::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         level = Level::avx512;
+    if (level == Level::avx512 && __builtin_cpu_supports("avx512vnni")) level = Level::avx512_vnni;
     if (const char* wanted = std::getenv("PTQ4CUDA_SIMD")) {
-        for (Level l : {Level::baseline, Level::avx2})
+        for (Level l : kLevels)
             if (!std::strcmp(wanted, name(l)) && l < level) level = l;
     }
     return level;
@@ -57,6 +62,8 @@ PTQ_TARGET_AVX512 void run_avx512(Args... args) {
     Kernel::run(args...);
 }
 #else
+constexpr Level kLevels[] = {Level::baseline};
+
 inline Level detect() { return Level::baseline; }
 #endif
 
@@ -69,6 +76,7 @@ template <class Kernel, class... Args>
 void run(Args... args) {
 #if defined(__x86_64__)
     switch (level()) {
+        case Level::avx512_vnni:
         case Level::avx512: return run_avx512<Kernel>(args...);
         case Level::avx2: return run_avx2<Kernel>(args...);
         default: break;
