@@ -325,6 +325,8 @@ private:
             for (int64_t t = 0, pixel = 0; t < tiles; ++t) {
                 const int pixels = static_cast<int>((count - pixel) / (tiles - t));
                 const int64_t last = std::min(first + together, end);
+                prefetch_outputs(unit.first + pixel + pixels, std::min<int64_t>(kTilePixels, count - pixel - pixels),
+                                 first * block_panels(), last * block_panels());
                 for (int64_t b = first, n; b < last; b += n) {
                     // Blocks of a tile read the same channels.
                     for (n = 1; n < std::min(most, last - b) && panels_[b + n].channel == panels_[b].channel;) ++n;
@@ -332,6 +334,22 @@ private:
                 }
                 pixel += pixels;
             }
+    }
+
+    // The outputs of the next tile, and its residual: their lines lie too far apart to be foreseen.
+    void prefetch_outputs(int64_t pixel, int64_t count, int64_t first, int64_t last) const {
+        const int64_t begin = panels_[first].output, end = panels_[last - 1].output + panels_[last - 1].outputs;
+        for (int64_t p = pixel; p < pixel + count; ++p) {
+            const auto ask = [&](const auto* row) {
+                row += p * shape_.out_channels;
+                const char* from = reinterpret_cast<const char*>(row + begin);
+                for (const char* stop = reinterpret_cast<const char*>(row + end); from < stop; from += 64)
+                    __builtin_prefetch(from, 1);
+            };
+            ask(y_);
+            if (problem_.residual) ask(problem_.residual);
+            if (problem_.also) ask(problem_.also);
+        }
     }
 
     // Some pixels and blocks: sums, then outputs.
