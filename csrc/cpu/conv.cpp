@@ -185,7 +185,7 @@ private:
     }
 
     std::vector<float> parameters(const QuantizerTable& quantizer) const {
-        std::vector<float> laid_out(panels_.size() * kFields * kPanelOutputs);
+        std::vector<float> laid_out(panels_.size() * kPanelParameters);
         for (size_t i = 0; i < panels_.size(); ++i)
             for (int64_t j = 0; j < panels_[i].outputs; ++j) {
                 const auto values = parameters_of(problem_, quantizer, panels_[i].output + j);
@@ -389,22 +389,22 @@ private:
         int64_t full = 0;
         while (full < n && panels_[index + full].outputs == kPanelOutputs) ++full;
         const int64_t stride = shape_.out_channels, to = (unit.first + begin) * stride + panels_[index].output;
-        const int64_t parameters = index * kFields * kPanelOutputs;
-        Finishing<T> f = {count,
-                          full,
-                          stride,
-                          problem_.residual ? problem_.residual + to : nullptr,
-                          y_ + to,
-                          &parameters_[parameters],
-                          problem_.also ? problem_.also + to : nullptr,
-                          problem_.also ? &also_parameters_[parameters] : nullptr,
-                          problem_.activation};
+        const int64_t parameters = index * kPanelParameters;
+        const Finishing<T> f = {count,
+                                full,
+                                stride,
+                                problem_.residual ? problem_.residual + to : nullptr,
+                                y_ + to,
+                                &parameters_[parameters],
+                                problem_.also ? problem_.also + to : nullptr,
+                                problem_.also ? &also_parameters_[parameters] : nullptr,
+                                problem_.activation};
         if (full > 0) finish_(sums, f);
         if (full < n && panels_[index + full].outputs > 0) put_part(f, panels_[index + full].outputs, sums);
     }
 
     // Less than a panel, after the full ones: by way of a full one.
-    void put_part(Finishing<T> f, int64_t outputs, const int32_t* sums) const {
+    void put_part(const Finishing<T>& f, int64_t outputs, const int32_t* sums) const {
         uint8_t residual[kPanelSums] = {}, also[kPanelSums];
         T y[kPanelSums];
         const auto copy = [&](auto* into, int64_t into_stride, const auto* from, int64_t from_stride) {
@@ -412,20 +412,20 @@ private:
                 std::memcpy(static_cast<void*>(into + p * into_stride), from + p * from_stride,
                             outputs * sizeof(*from));
         };
-        f.skip(f.panels);
-        sums += f.panels * kPanelSums;
-        Finishing<T> full = f;
-        full.panels = 1;
-        full.stride = kPanelOutputs;
-        full.y = y;
-        if (f.residual) {
-            copy(residual, kPanelOutputs, f.residual, f.stride);
-            full.residual = residual;
-        }
-        if (f.also) full.also = also;
-        finish_(sums, full);
-        copy(f.y, f.stride, y, kPanelOutputs);
-        if (f.also) copy(f.also, f.stride, also, kPanelOutputs);
+        const int64_t at = f.panels * kPanelOutputs, parameters = f.panels * kPanelParameters;
+        const Finishing<T> full = {f.pixels,
+                                   1,
+                                   kPanelOutputs,
+                                   f.residual ? residual : nullptr,
+                                   y,
+                                   f.parameters + parameters,
+                                   f.also ? also : nullptr,
+                                   f.also ? f.also_parameters + parameters : nullptr,
+                                   f.activation};
+        if (f.residual) copy(residual, kPanelOutputs, f.residual + at, f.stride);
+        finish_(sums + f.panels * kPanelSums, full);
+        copy(f.y + at, f.stride, y, kPanelOutputs);
+        if (f.also) copy(f.also + at, f.stride, also, kPanelOutputs);
     }
 
     // Finishing subtracts the share of the zero points in all taps: adds that of the taps outside of the image.

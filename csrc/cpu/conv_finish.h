@@ -18,12 +18,13 @@ enum Field {
     kInvScale,
     kZeroPoint,
     kQmax,
-    // For AVX2: the zero point as an integer, the limits of rint(y / scale), those of a ReLU among them.
+    // For AVX2 and AVX-512: the zero point as an integer, the limits of y / scale, the activation's among them.
     kZeroPointBits,
     kLowest,
     kHighest,
     kFields
 };
+constexpr int64_t kPanelParameters = kFields * kPanelOutputs;
 
 // What the activation is made of: nothing, a ReLU, or anything piecewise linear.
 enum class Curve { identity, relu, other };
@@ -39,19 +40,9 @@ struct Finishing {
     uint8_t* also;            // a second output, or nullptr
     const float* also_parameters;
     Activation activation;
-
-    // Goes on to a later panel.
-    PTQ_INLINE void skip(int64_t n) {
-        y += n * kPanelOutputs;
-        parameters += n * kFields * kPanelOutputs;
-        if (residual) residual += n * kPanelOutputs;
-        if (!also) return;
-        also += n * kPanelOutputs;
-        also_parameters += n * kFields * kPanelOutputs;
-    }
 };
 template <class T>
-using Finisher = void (*)(const int32_t* sums, Finishing<T>);
+using Finisher = void (*)(const int32_t* sums, const Finishing<T>&);
 
 inline Curve curve_of(const Activation& act) {
     if (act.upper != INFINITY) return Curve::other;
@@ -66,8 +57,10 @@ inline std::array<float, kFields> parameters_of(const ConvProblem& problem, cons
     int32_t zero_sum = 0;
     for (int64_t t = 0; problem.zero_sums && t < problem.shape.kernel.area(); ++t)
         zero_sum += problem.zero_sums[t * problem.shape.out_channels + o];
+    const auto [slope, upper] = problem.activation;
     float lowest = -out.zero_point, highest = out.qmax - out.zero_point;
-    if (curve_of(problem.activation) == Curve::relu) lowest = std::clamp(0.0f, lowest, highest);
+    if (upper != INFINITY) highest = std::clamp(upper * out.inv_scale, lowest, highest);
+    if (slope == 0.0f) lowest = std::clamp(0.0f, lowest, highest);
     return {simd::reinterpret<float>(zero_sum),
             problem.scale[o],
             problem.bias[o],
@@ -83,12 +76,16 @@ inline std::array<float, kFields> parameters_of(const ConvProblem& problem, cons
 
 template <class T, bool kResidual, Curve curve>
 struct Finish {
-    static PTQ_INLINE void run(const int32_t* sums, Finishing<T> f) {
-        for (; f.panels > 0; --f.panels, sums += kPanelSums, f.skip(1))
-            for (int64_t p = 0; p < f.pixels; ++p)
-                of_pixel(sums + p * kPanelOutputs, kResidual ? f.residual + p * f.stride : nullptr,
-                         f.y + p * f.stride, f.parameters, f.also ? f.also + p * f.stride : nullptr,
-                         f.also_parameters, f.activation);
+    static void any(const int32_t* sums, const Finishing<T>& f) { simd::run<Finish>(sums, &f); }
+
+    static PTQ_INLINE void run(const int32_t* sums, const Finishing<T>* f) {
+        for (int64_t i = 0; i < f->panels; ++i, sums += kPanelSums)
+            for (int64_t p = 0; p < f->pixels; ++p) {
+                const int64_t at = p * f->stride + i * kPanelOutputs;
+                of_pixel(sums + p * kPanelOutputs, kResidual ? f->residual + at : nullptr, f->y + at,
+                         f->parameters + i * kPanelParameters, f->also ? f->also + at : nullptr,
+                         f->also ? f->also_parameters + i * kPanelParameters : nullptr, f->activation);
+            }
     }
 
 private:
@@ -124,10 +121,11 @@ private:
 
 #if defined(__x86_64__)
 // The same for codes, with fewer steps. Rounding keeps order, as a product with a positive number does: so both ends
-// of the codes, and those of a ReLU, can be taken as limits before rint, in units of codes, and the conversion to
-// integers rounds. (It rounds half to even, as rint does.) Only what NaN becomes is not the same.
+// of the codes, and those of the activation, can be taken as limits before rint, in units of codes, and the
+// conversion to integers rounds. (It rounds half to even, as rint does.) What is left of the activation is a slope
+// other than 0 and 1. Only what NaN becomes is not the same.
 //
-// Eight outputs of all pixels at a time, so that their parameters stay in registers.
+// A panel's outputs of all pixels at a time, or eight of them, so that their parameters stay in registers.
 struct EightQuantizers {
     __m256 inv_scale, lowest, highest;
     __m256i zero_point;
@@ -147,49 +145,43 @@ struct EightQuantizers {
     }
 };
 
-template <bool kResidual, Curve curve, bool kAlso>
-PTQ_AVX2_INLINE void finish_eight(const int32_t* sums, const Finishing<uint8_t>& f, int first) {
-    const auto of = [&](Field field) { return f.parameters + field * kPanelOutputs + first; };
+template <bool kResidual, bool kSlope, bool kAlso>
+PTQ_AVX2_INLINE void finish_eight(const int32_t* sums, const Finishing<uint8_t>& f, int64_t panel, int64_t first) {
+    const float* parameters = f.parameters + panel * kPanelParameters + first;
+    const auto of = [&](Field field) { return parameters + field * kPanelOutputs; };
     const __m256i zero_sum = load_bytes(of(kZeroSum));
     const __m256 scale = _mm256_loadu_ps(of(kScale)), bias = _mm256_loadu_ps(of(kBias));
     const __m256 residual_scale = _mm256_loadu_ps(of(kResidualScale));
     const __m256 residual_zero_point = _mm256_loadu_ps(of(kResidualZeroPoint));
-    const EightQuantizers out(f.parameters + first);
-    const EightQuantizers also((kAlso ? f.also_parameters : f.parameters) + first);
-    const uint8_t* residual = f.residual + (kResidual ? first : 0);
-    uint8_t *y = f.y + first, *y2 = f.also + (kAlso ? first : 0);
-    sums += first;
-    for (int64_t p = 0; p < f.pixels; ++p, sums += kPanelOutputs, y += f.stride) {
+    const EightQuantizers out(parameters);
+    const EightQuantizers also(kAlso ? f.also_parameters + panel * kPanelParameters + first : parameters);
+    sums += panel * kPanelSums + first;
+    int64_t at = panel * kPanelOutputs + first;
+    for (int64_t p = 0; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
         __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(load_bytes(sums), zero_sum));
         v = _mm256_add_ps(_mm256_mul_ps(v, scale), bias);
         if (kResidual) {
-            const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(residual));
+            const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(f.residual + at));
             const __m256 r = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)), residual_zero_point);
             v = _mm256_add_ps(v, _mm256_mul_ps(r, residual_scale));
-            residual += f.stride;
         }
-        if (curve == Curve::other) {
+        if (kSlope) {
             const __m256 low = _mm256_mul_ps(v, _mm256_set1_ps(f.activation.negative_slope));
             v = _mm256_blendv_ps(low, v, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ));
-            v = _mm256_min_ps(_mm256_set1_ps(f.activation.upper), v);
         }
-        out.put(v, y);
-        if (kAlso) {
-            also.put(v, y2);
-            y2 += f.stride;
-        }
+        out.put(v, f.y + at);
+        if (kAlso) also.put(v, f.also + at);
     }
 }
 
-template <bool kResidual, Curve curve>
-PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, Finishing<uint8_t> f) {
-    for (; f.panels > 0; --f.panels, sums += kPanelSums, f.skip(1))
-        for (int first = 0; first < kPanelOutputs; first += 8)
-            f.also ? finish_eight<kResidual, curve, true>(sums, f, first)
-                   : finish_eight<kResidual, curve, false>(sums, f, first);
+template <bool kResidual, bool kSlope>
+PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, const Finishing<uint8_t>& f) {
+    for (int64_t i = 0; i < f.panels; ++i)
+        for (int64_t first = 0; first < kPanelOutputs; first += 8)
+            f.also ? finish_eight<kResidual, kSlope, true>(sums, f, i, first)
+                   : finish_eight<kResidual, kSlope, false>(sums, f, i, first);
 }
 
-// And for AVX-512, all 16 outputs of a panel at a time.
 #define PTQ_AVX512_INLINE PTQ_TARGET_AVX512 inline __attribute__((always_inline))
 
 struct PanelQuantizers {
@@ -210,56 +202,58 @@ struct PanelQuantizers {
     }
 };
 
-template <bool kResidual, Curve curve, bool kAlso>
-PTQ_AVX512_INLINE void finish_panel(const int32_t* sums, const Finishing<uint8_t>& f) {
-    const auto of = [&](Field field) { return f.parameters + field * kPanelOutputs; };
+template <bool kResidual, bool kSlope, bool kAlso>
+PTQ_AVX512_INLINE void finish_panel(const int32_t* sums, const Finishing<uint8_t>& f, int64_t panel) {
+    const float* parameters = f.parameters + panel * kPanelParameters;
+    const auto of = [&](Field field) { return parameters + field * kPanelOutputs; };
     const __m512i zero_sum = _mm512_loadu_si512(of(kZeroSum));
     const __m512 scale = _mm512_loadu_ps(of(kScale)), bias = _mm512_loadu_ps(of(kBias));
     const __m512 residual_scale = _mm512_loadu_ps(of(kResidualScale));
     const __m512 residual_zero_point = _mm512_loadu_ps(of(kResidualZeroPoint));
-    const __m512 slope = _mm512_set1_ps(f.activation.negative_slope), upper = _mm512_set1_ps(f.activation.upper);
-    const PanelQuantizers out(f.parameters), also(kAlso ? f.also_parameters : f.parameters);
-    for (int64_t p = 0; p < f.pixels; ++p) {
-        __m512 v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums + p * kPanelOutputs), zero_sum));
+    const __m512 slope = _mm512_set1_ps(f.activation.negative_slope);
+    const PanelQuantizers out(parameters);
+    const PanelQuantizers also(kAlso ? f.also_parameters + panel * kPanelParameters : parameters);
+    sums += panel * kPanelSums;
+    int64_t at = panel * kPanelOutputs;
+    for (int64_t p = 0; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
+        __m512 v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), zero_sum));
         v = _mm512_add_ps(_mm512_mul_ps(v, scale), bias);
         if (kResidual) {
-            const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(f.residual + p * f.stride));
+            const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(f.residual + at));
             const __m512 r = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)), residual_zero_point);
             v = _mm512_add_ps(v, _mm512_mul_ps(r, residual_scale));
         }
-        if (curve == Curve::other) {
-            const __mmask16 negative = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NGT_UQ);
-            v = _mm512_min_ps(upper, _mm512_mask_mul_ps(v, negative, v, slope));
-        }
-        out.put(v, f.y + p * f.stride);
-        if (kAlso) also.put(v, f.also + p * f.stride);
+        if (kSlope) v = _mm512_mask_mul_ps(v, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NGT_UQ), v, slope);
+        out.put(v, f.y + at);
+        if (kAlso) also.put(v, f.also + at);
     }
 }
 
-template <bool kResidual, Curve curve>
-PTQ_TARGET_AVX512 void finish_avx512(const int32_t* sums, Finishing<uint8_t> f) {
-    for (; f.panels > 0; --f.panels, sums += kPanelSums, f.skip(1))
-        f.also ? finish_panel<kResidual, curve, true>(sums, f) : finish_panel<kResidual, curve, false>(sums, f);
+template <bool kResidual, bool kSlope>
+PTQ_TARGET_AVX512 void finish_avx512(const int32_t* sums, const Finishing<uint8_t>& f) {
+    for (int64_t i = 0; i < f.panels; ++i)
+        f.also ? finish_panel<kResidual, kSlope, true>(sums, f, i)
+               : finish_panel<kResidual, kSlope, false>(sums, f, i);
 }
-#endif
 
-template <class T, bool kResidual, Curve curve>
-Finisher<T> finisher() {
-#if defined(__x86_64__)
-    if constexpr (std::is_same_v<T, uint8_t>) {
-        if (simd::level() >= simd::Level::avx512) return finish_avx512<kResidual, curve>;
-        if (simd::level() >= simd::Level::avx2) return finish_avx2<kResidual, curve>;
-    }
-#endif
-    return &simd::run<Finish<T, kResidual, curve>>;
+template <bool kResidual, bool kSlope>
+Finisher<uint8_t> code_finisher() {
+    return simd::level() >= simd::Level::avx512 ? finish_avx512<kResidual, kSlope> : finish_avx2<kResidual, kSlope>;
 }
+#endif
 
 template <class T, bool kResidual>
 Finisher<T> finisher(const Activation& act) {
+#if defined(__x86_64__)
+    if constexpr (std::is_same_v<T, uint8_t>)
+        if (simd::level() >= simd::Level::avx2)
+            return act.negative_slope == 0.0f || act.negative_slope == 1.0f ? code_finisher<kResidual, false>()
+                                                                            : code_finisher<kResidual, true>();
+#endif
     switch (curve_of(act)) {
-        case Curve::identity: return finisher<T, kResidual, Curve::identity>();
-        case Curve::relu: return finisher<T, kResidual, Curve::relu>();
-        default: return finisher<T, kResidual, Curve::other>();
+        case Curve::identity: return Finish<T, kResidual, Curve::identity>::any;
+        case Curve::relu: return Finish<T, kResidual, Curve::relu>::any;
+        default: return Finish<T, kResidual, Curve::other>::any;
     }
 }
 

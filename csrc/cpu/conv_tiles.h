@@ -18,6 +18,8 @@ constexpr int kTilePixels = 6;
 constexpr int kTilePanels = 4;
 constexpr int kPanelSums = kTilePixels * kPanelOutputs;  // sums are [panels][kTilePixels][kPanelOutputs]
 
+// Structs go by reference: a copy of what has just been written piece by piece would wait for the writes.
+
 // What one pixel reads: `count` stretches of `words` 32-bit words each, at these bytes from the pixel's address.
 struct Taps {
     const int64_t* offsets;
@@ -32,8 +34,8 @@ struct Panels {
 };
 
 // Computes sums[b][p][o] of `count` pixels, from a channel on. The sums have 16 bits for `span` steps.
-using DotTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t span,
-                         Panels panels, int32_t* sums);
+using DotTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t span,
+                         const Panels& panels, int32_t* sums);
 
 // A depthwise block is some panels; its weights are [groups of taps][channels][taps of a group], those that are
 // missing zero, the channels as place_in_block says: the order into which unpacking bytes brings them. Computes
@@ -42,7 +44,7 @@ struct TapGroups {
     const int64_t* offsets;  // of every tap
     int64_t count;
 };
-using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, TapGroups taps,
+using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,
                                const int8_t* weights, int64_t channels, int32_t* sums);
 
 constexpr int64_t place_in_block(int64_t channel, int panels) {
@@ -60,8 +62,8 @@ struct Tiles {
     bool whole_blocks;                     // a depthwise block of less channels is slow
 };
 
-inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t, Panels panels,
-                     int32_t* sums) {
+inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t,
+                     const Panels& panels, int32_t* sums) {
     for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
         std::fill_n(sums, kPanelOutputs, 0);
         const int8_t* w = panels.weights;
@@ -74,7 +76,7 @@ inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, T
     }
 }
 
-inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, TapGroups taps,
+inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,
                            const int8_t* weights, int64_t channels, int32_t* sums) {
     for (int p = 0; p < count; ++p)
         for (int64_t c = 0; c < channels; ++c) {

@@ -45,7 +45,7 @@ PTQ_AVX2_INLINE void widen_sums(__m256i (&narrow)[P][2], bool begin, int32_t* su
 }
 
 template <int P>
-PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel, Taps taps, int64_t span,
+PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel, const Taps& taps, int64_t span,
                                    const int8_t* panel, int32_t* sums) {
     __m256i narrow[P][2];
     const uint8_t* x[P];
@@ -84,15 +84,16 @@ PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel
     if (left != span) widen_sums<P>(narrow, begin, sums);
 }
 
-inline void dot_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t span,
-                          Panels panels, int32_t* sums) {
+inline void dot_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t span,
+                          const Panels& panels, int32_t* sums) {
     with_constant<kTilePixels>(count,
                                [&](auto p) { dot_tile_avx2<p>(pixels, channel, taps, span, panels.weights, sums); });
 }
 
 // Of 16-bit codes, two in a word, and weights [words][16 outputs][2].
 template <int P>
-PTQ_TARGET_AVX2 void dense_tile_avx2(const uint8_t* const* pixels, Taps taps, const int8_t* panel, int32_t* sums) {
+PTQ_TARGET_AVX2 void dense_tile_avx2(const uint8_t* const* pixels, const Taps& taps, const int8_t* panel,
+                                     int32_t* sums) {
     __m256i wide[P][2];
     const uint8_t* x[P];
 #pragma GCC unroll 6
@@ -121,14 +122,14 @@ PTQ_TARGET_AVX2 void dense_tile_avx2(const uint8_t* const* pixels, Taps taps, co
         for (int v = 0; v < 2; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums) + 2 * p + v, wide[p][v]);
 }
 
-inline void dense_tile_avx2(const uint8_t* const* pixels, int count, int64_t, Taps taps, int64_t, Panels panels,
-                            int32_t* sums) {
+inline void dense_tile_avx2(const uint8_t* const* pixels, int count, int64_t, const Taps& taps, int64_t,
+                            const Panels& panels, int32_t* sums) {
     with_constant<kTilePixels>(count, [&](auto p) { dense_tile_avx2<p>(pixels, taps, panels.weights, sums); });
 }
 
 // A block is 32 channels; that of a tensor of less reads beyond them, into weights that are zero.
 inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel,
-                                                TapGroups pairs, const int8_t* weights, int64_t channels,
+                                                const TapGroups& pairs, const int8_t* weights, int64_t channels,
                                                 int32_t* sums) {
     const __m256i zero = _mm256_setzero_si256();
     for (int p = 0; p < count; ++p) {

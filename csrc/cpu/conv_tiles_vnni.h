@@ -21,8 +21,8 @@ namespace ptq4cuda {
 #define PTQ_VNNI_INLINE PTQ_TARGET_VNNI inline __attribute__((always_inline))
 
 template <int P, int B>
-PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel, Taps taps, Panels panels,
-                                   int32_t* sums) {
+PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel, const Taps& taps,
+                                   const Panels& panels, int32_t* sums) {
     __m512i sum[P][B];
     const uint8_t* x[P];
 #pragma GCC unroll 6
@@ -54,15 +54,15 @@ PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel
         for (int b = 0; b < B; ++b) _mm512_storeu_si512(sums + b * kPanelSums + p * kPanelOutputs, sum[p][b]);
 }
 
-inline void dot_tile_vnni(const uint8_t* const* pixels, int count, int64_t channel, Taps taps, int64_t, Panels panels,
-                          int32_t* sums) {
+inline void dot_tile_vnni(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t,
+                          const Panels& panels, int32_t* sums) {
     with_constant<kTilePanels>(panels.count, [&](auto b) {
         with_constant<kTilePixels>(count, [&](auto p) { dot_tile_vnni<p, b>(pixels, channel, taps, panels, sums); });
     });
 }
 
 template <int P>
-PTQ_VNNI_INLINE void depthwise_pixels(const uint8_t* const* pixels, int64_t channel, TapGroups taps,
+PTQ_VNNI_INLINE void depthwise_pixels(const uint8_t* const* pixels, int64_t channel, const TapGroups& taps,
                                       const int8_t* weights, __mmask64 present, int32_t* sums) {
     __m512i sum[P][4];
 #pragma GCC unroll 3
@@ -104,7 +104,7 @@ PTQ_VNNI_INLINE void depthwise_pixels(const uint8_t* const* pixels, int64_t chan
 
 // Three pixels at a time: 12 vectors of sums, 4 of weights, 8 of codes.
 inline PTQ_TARGET_VNNI void depthwise_tile_vnni(const uint8_t* const* pixels, int count, int64_t channel,
-                                                TapGroups taps, const int8_t* weights, int64_t channels,
+                                                const TapGroups& taps, const int8_t* weights, int64_t channels,
                                                 int32_t* sums) {
     const __mmask64 present = channels >= 64 ? ~__mmask64{0} : (__mmask64{1} << channels) - 1;
     int p = 0;
