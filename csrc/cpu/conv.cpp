@@ -6,6 +6,7 @@
 // the unit. Nothing is unfolded: a tile reads each tap of its pixels where it lies. Where the image is padded, the
 // rows that a unit needs are copied into a band with zeros around them; also where channels do not fill words, and
 // where codes are split into nibbles or widened to 16 bits.
+#include <atomic>
 #include <vector>
 
 #include "conv_finish.h"
@@ -66,9 +67,13 @@ public:
         const int64_t parts = std::clamp<int64_t>(ceil_div(wanted, units), 1, blocks());
         const int64_t products =
             ceil_div(pixels * shape_.out_channels, parts) * shape_.kernel.area() * shape_.group_channels();
-        torch::stable::parallel_for(0, units * parts, kTaskProducts / products + 1, [&](int64_t task, int64_t end) {
+        // Threads take the next task when they are done with one: some are late, and processors are shared.
+        const int64_t tasks = units * parts;
+        std::atomic<int64_t> next = 0;
+        torch::stable::parallel_for(0, tasks, kTaskProducts / products + 1, [&](int64_t, int64_t) {
             Unit unit;
-            for (int64_t held = -1; task < end; ++task) {
+            int64_t held = -1;
+            for (int64_t task; (task = next++) < tasks;) {
                 const int64_t u = task / parts, part = task % parts;
                 if (u != held) direct_ ? take_pixels(u * pixels, pixels, unit) : take_band(u, rows, unit);
                 held = u;
