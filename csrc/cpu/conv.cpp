@@ -150,43 +150,46 @@ private:
     // pixels to rows without gaps.
     void lay_out_weights() {
         weights_ = {problem_.weight, panel_bytes(), 0};
-        if (depthwise_) {
-            const int64_t taps = tiles_.depthwise_taps, channels = block_panels() * kPanelOutputs;
-            weights_.bytes = tap_groups_.count * channels * kWordChannels;
-            own_weights_.assign(blocks() * weights_.bytes, 0);
-            for (int64_t b = 0; b < blocks(); ++b)
-                for (int64_t t = 0; t < shape_.kernel.area(); ++t) {
-                    const int64_t first = panels_[b * block_panels()].channel;
-                    for (int64_t c = 0; c < std::min(channels, shape_.channels - first); ++c) {
-                        const int64_t group = t / taps * channels + place_in_block(c, block_panels());
-                        set_weight(b * weights_.bytes, group, t % taps, taps,
-                                   problem_.weight[t * shape_.channels + first + c]);
-                    }
-                }
-        } else if (dense_) {
-            const int64_t codes = tiles_.dense_codes;
-            own_weights_.assign(blocks() * weights_.bytes, 0);
-            const int8_t* from = problem_.weight;
-            for (int64_t b = 0; b < blocks(); ++b)
-                for (int64_t r = 0; r < shape_.kernel.height; ++r)
-                    for (int64_t s = 0; s < shape_.kernel.width; ++s)
-                        for (int64_t o = 0; o < kPanelOutputs; ++o, from += kWordChannels)
-                            for (int64_t c = 0; c < shape_.channels; ++c) {
-                                const int64_t at = s * shape_.channels + c;
-                                const int64_t word = (r * taps_.words + at / codes) * kPanelOutputs + o;
-                                set_weight(b * weights_.bytes, word, at % codes, codes, from[c]);
-                            }
-        } else {
-            return;
-        }
+        if (!depthwise_ && !dense_) return;
+        if (depthwise_) weights_.bytes = tap_groups_.count * block_panels() * kPanelOutputs * kWordChannels;
+        own_weights_.assign(blocks() * weights_.bytes, 0);
         weights_.weights = own_weights_.data();
+        const int in_word = depthwise_ ? tiles_.depthwise_taps : tiles_.dense_codes;
+        in_word == kWordChannels ? lay_out_weights<int8_t>() : lay_out_weights<int16_t>();
     }
 
-    // Weight `index` of `per_word` in a word, of one byte or two.
-    void set_weight(int64_t begin, int64_t word, int64_t index, int64_t per_word, int8_t weight) {
-        int8_t* to = &own_weights_[begin + word * kWordChannels + index * (kWordChannels / per_word)];
-        const int16_t wide = weight;
-        per_word == kWordChannels ? void(*to = weight) : void(std::memcpy(to, &wide, sizeof wide));
+    template <class Weight>
+    void lay_out_weights() {
+        constexpr int64_t kInWord = kWordChannels / sizeof(Weight);
+        for (int64_t b = 0; b < blocks(); ++b) {
+            Weight* to = reinterpret_cast<Weight*>(&own_weights_[b * weights_.bytes]);
+            depthwise_ ? lay_out_block<kInWord>(b, to) : lay_out_dense_panel<kInWord>(b, to);
+        }
+    }
+
+    template <int64_t kInWord, class Weight>
+    void lay_out_block(int64_t b, Weight* to) const {
+        const int64_t first = panels_[b * block_panels()].channel, area = shape_.kernel.area();
+        const int64_t group = block_panels() * kPanelOutputs * kInWord;
+        for (int64_t c = 0; c < std::min<int64_t>(block_panels() * kPanelOutputs, shape_.channels - first); ++c) {
+            const int8_t* from = problem_.weight + first + c;
+            Weight* words = to + place_in_block(c, block_panels()) * kInWord;
+            for (int64_t t = 0; t < area; ++t, from += shape_.channels)
+                words[t / kInWord * group + t % kInWord] = *from;
+        }
+    }
+
+    template <int64_t kInWord, class Weight>
+    void lay_out_dense_panel(int64_t b, Weight* to) const {
+        const Extent kernel = shape_.kernel;
+        const int8_t* from = problem_.weight + b * kernel.area() * kPanelOutputs * kWordChannels;
+        for (int64_t r = 0; r < kernel.height; ++r, to += taps_.words * kPanelOutputs * kInWord)
+            for (int64_t s = 0; s < kernel.width; ++s)
+                for (int64_t o = 0; o < kPanelOutputs; ++o, from += kWordChannels)
+                    for (int64_t c = 0; c < shape_.channels; ++c) {
+                        const int64_t at = s * shape_.channels + c;
+                        to[(at / kInWord * kPanelOutputs + o) * kInWord + at % kInWord] = from[c];
+                    }
     }
 
     std::vector<float> parameters(const QuantizerTable& quantizer) const {
