@@ -155,7 +155,8 @@ class _Lowering:
         reader = only_reader()
         if reader is not None and isinstance(layer, QuantConv2d) and is_addition(reader):
             others = [n for n in reader.all_input_nodes if n is not node]
-            if len(others) == 1 and isinstance(self._module(others[0]), QuantTensor):
+            marked = self._module(others[0]) if len(others) == 1 else None
+            if isinstance(marked, QuantTensor) and marked.scale.numel():
                 chain.residual, chain.end = others[0], reader
                 reader = only_reader()
         if reader is not None:

@@ -292,6 +292,50 @@ def test_residual_operands_have_8_bits_in_both_executions(images: Tensor) -> Non
     assert not any(isinstance(module, QuantTensor) for module in simulated.modules())
 
 
+class Sum(nn.Module):
+    """A convolution to whose output something is added."""
+
+    def __init__(self, added: Callable[[nn.Module, Tensor], object]) -> None:
+        super().__init__()
+        self.stem, self.conv, self.pooled = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.channels = nn.Parameter(torch.randn(1, 8, 1, 1))
+        self.image = nn.Parameter(torch.randn(1, 8, 12, 12))
+        self.register_buffer("whole", torch.arange(8).view(1, 8, 1, 1))
+        self.fc = nn.Linear(8, 5)
+        self.added = added
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.fc(F.relu(self.conv(x) + self.added(self, x)).mean((2, 3)))
+
+
+ADDED: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "one value": lambda m, x: x.mean(),
+    "a size": lambda m, x: x.shape[1],
+    "by channel": lambda m, x: m.channels,
+    "whole numbers": lambda m, x: m.whole,
+    "an image": lambda m, x: m.image * 2,
+    "a channel": lambda m, x: x.mean(1, keepdim=True),
+    "a mask": lambda m, x: x > 0.5,
+    "a pooled layer": lambda m, x: m.pooled(x.mean((2, 3), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 48])
+@pytest.mark.parametrize("added", ADDED.values(), ids=ADDED)
+def test_what_is_broadcast_over_a_layer_does_not_travel_as_codes(
+    images: Tensor, added: Callable[[nn.Module, Tensor], object], samples: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    model = Sum(added).eval()
+    simulated, integer = both(model, images[:samples])
+    assert executions(integer) == {"integer"}
+    assert not any(m.scale.numel() for m in integer.modules() if isinstance(m, QuantTensor))
+    torch.testing.assert_close(integer(images), simulated(images), rtol=1e-6, atol=1e-6)
+    ptq4cuda.save(integer, tmp_path / "net.ptq4")
+    assert torch.equal(ptq4cuda.load(tmp_path / "net.ptq4", model)(images), integer(images))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
