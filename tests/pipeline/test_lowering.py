@@ -292,6 +292,23 @@ def test_residual_operands_have_8_bits_in_both_executions(images: Tensor) -> Non
     assert not any(isinstance(module, QuantTensor) for module in simulated.modules())
 
 
+def test_views_of_what_a_layer_returns(images: Tensor) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.like, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(800, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.conv(x))
+            z = self.like(x).view(torch.int32).view(torch.float32)
+            return self.fc(y.view(x.size(0), -1) + z.view_as(y).view((x.shape[0], -1)))
+
+    torch.manual_seed(3)
+    simulated, integer = both(Views().eval(), images)
+    assert executions(integer) == {"integer"}
+    assert torch.equal(simulated(images), integer(images))
+
+
 class Sum(nn.Module):
     """A convolution to whose output something is added."""
 
