@@ -301,7 +301,7 @@ class IntegerLinear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Outputs:
         """Return the layer's output for codes [*, C]."""
         y = self.convolution(x.reshape(-1, x.shape[-1], 1, 1), residual)
-        return tree_map(lambda t: t.view(*x.shape[:-1], -1), y)  # type: ignore[no-any-return]
+        return tree_map(lambda t: t.view(*x.shape[:-1], t.shape[1]), y)  # type: ignore[no-any-return]
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the codes [O, C]."""

@@ -480,6 +480,7 @@ def test_batch_and_size_and_layout_are_free(model: nn.Module, images: Tensor) ->
     _, integer = both(model, images)
     assert torch.equal(integer(images[:5]), integer(images)[:5])
     assert integer(torch.randn(2, 3, 30, 18)).shape == (2, 5)
+    assert integer(images[:0]).shape == (0, 5)
     assert torch.equal(integer(images.contiguous(memory_format=torch.channels_last)), integer(images))
     expected = integer(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
