@@ -316,7 +316,7 @@ class _Lowering:
         }
         packed = [name for name, form in forms.items() if self._is_packed(*form)]
         engine = _engine(chain.layer, self.dtype, chain.activation, residual, out, also, packed)
-        chain.layer.execute_in_integers(engine)
+        chain.layer.execute_in_integers(engine, reads_codes=True)
         arguments = [self._codes(_source(chain.node), chain.layer.activation)]
         if chain.residual is not None:
             marked = self._module(chain.residual)

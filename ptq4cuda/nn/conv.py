@@ -106,12 +106,16 @@ class QuantConv2d(QuantModule):
         """Return the convolution of the quantized input with the quantized weights.
 
         Args:
-            input: values, or where the layer executes in integers also their codes.
+            input: values; in a lowered network their codes.
             residual: codes to add, of a lowered network.
         """
-        if self.engine is not None:
+        if self.engine is None:
+            return self._simulate(input, self._convolve)
+        if input.dim() == 4:
             return self._integer_forward(input, residual)
-        return self._simulate(input, self._convolve)
+        y = self._integer_forward(input.unsqueeze(0), None)
+        assert isinstance(y, Tensor)
+        return y.squeeze(0)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):

@@ -437,6 +437,10 @@ def test_layers_by_hand() -> None:
     assert ptq4cuda.lower_layers(executable) == {}
     assert torch.equal(executable(x), expected)
     assert executable(x).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(executable(x[0]), expected[0])
+    assert executable(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"must be a float32, float16 or bfloat16 tensor, got torch\.uint8"):
+        executable((255 * x).to(torch.uint8))  # an image, which is not to be taken for codes
 
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -144,6 +144,13 @@ def test_unbatched_input() -> None:
     torch.testing.assert_close(layer(x), layer(x.unsqueeze(0))[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float64])
+def test_input_of_other_dtypes(dtype: torch.dtype) -> None:
+    layer = QuantConv2d.from_float(make_conv({}), quantizer(6))
+    with pytest.raises(TypeError, match=f"must be float32, float16 or bfloat16, got {dtype}"):
+        layer(torch.ones(2, 6, 8, 8, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_scales(dtype: torch.dtype) -> None:
     layer = QuantConv2d.from_float(make_conv({"padding": 1}), quantizer(6))
