@@ -46,20 +46,17 @@ def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: b
     Returns:
         For each quantized layer that stays simulated, why.
     """
-    reasons = {}
-    for name, module in network.named_modules():
-        if isinstance(module, QuantModule):
-            reason = _why_simulated(module)
-            if reason:
-                reasons[name] = reason
-    if isinstance(network, fx.GraphModule):
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, QuantModule)}
+    simulated = {name: layer for name, layer in layers.items() if layer.engine is None}
+    reasons = {name: reason for name, layer in simulated.items() if (reason := _why_simulated(layer))}
+    if not isinstance(network, fx.GraphModule):
+        for name, layer in simulated.items():
+            if name not in reasons:
+                layer.execute_in_integers(_engine(layer, dtype))
+    elif len(simulated) == len(layers):  # a graph is lowered once, as a whole
         if pack is None:
             pack = any(buffer.is_cuda for buffer in network.buffers())
         _Lowering(network, reasons, dtype, pack).run()
-    else:
-        for name, module in list(network.named_modules()):
-            if isinstance(module, QuantModule) and name not in reasons:
-                module.execute_in_integers(_engine(module, dtype))
     return reasons
 
 

@@ -456,6 +456,14 @@ def test_layers_by_hand() -> None:
     assert torch.equal(two.head(features), expected)
 
 
+def test_lowering_twice(model: nn.Module, images: Tensor) -> None:
+    _, integer = both(model, images)
+    expected = integer(images)
+    for network in (integer, nn.Sequential(integer)):
+        assert ptq4cuda.lower_layers(network) == {}
+        assert torch.equal(network(images), expected)
+
+
 def test_files_copies_and_state(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     simulated, integer = both(model, images)
     expected = integer(images)
