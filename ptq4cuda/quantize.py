@@ -47,13 +47,15 @@ def quantize(
         progress: show a progress bar when it takes longer than a moment.
 
     Returns:
-        A new module that is called like the model; report(network) tells what was done. A model that torch.fx can
-        trace becomes a torch.fx.GraphModule with its BatchNorms folded, another a copy with its layers replaced.
+        A new module in evaluation mode that is called like the model; report(network) tells what was done. A model
+        that torch.fx can trace becomes a torch.fx.GraphModule with its BatchNorms folded, another a copy with its
+        layers replaced.
 
     Raises:
         TypeError: model, batches or config are of the wrong kind.
-        ValueError: the model is in training mode, has no convolution to quantize, or has NaN or Inf in its weights;
-            overrides name no layer; the batches are empty or contain NaN or Inf, or a layer's input does.
+        ValueError: the model is in training mode, has no convolution to quantize, or its weights have NaN or Inf, no
+            values, or another dtype than float32, float16 and bfloat16; overrides name no layer; the batches are
+            empty, single images or contain NaN or Inf, or a layer's input does.
     """
     start = time.perf_counter()
     check_model(model)
@@ -64,7 +66,7 @@ def quantize(
     if config.target_sqnr is not None or config.size_budget is not None:
         network, record = raise_layers(model, inputs, config, progress, network, record)
     attach_record(network, record)
-    network = lower(network, model, inputs)
+    network = lower(network.eval(), model, inputs).eval()
     record.seconds = time.perf_counter() - start
     return network
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ptq4cuda import graph
 from ptq4cuda.execution import lower
+from ptq4cuda.inputs import check_float_model
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.record import QuantRecord, attach_record, record_of
 from ptq4cuda.structure import structure_of
@@ -76,11 +77,11 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, is not one of ptq4cuda, or belongs to another architecture.
+        ValueError: the file is truncated, is not one of ptq4cuda, or belongs to another architecture; the model is
+            quantized or without values.
     """
     header, tensors = _read(path)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_float_model(model)
     record = QuantRecord.from_dict(header["record"])
     network = graph.own_copy(model).eval()
     if record.walked_by == "graph":
@@ -102,7 +103,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         detail = " ".join(str(error).split()).partition(": ")[2]
         raise ValueError(f"{path} does not fit the model {type(model).__name__}: {detail}") from error
     attach_record(network, record)
-    return lower(network, model)
+    return lower(network, model).eval()
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

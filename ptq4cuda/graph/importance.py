@@ -67,6 +67,9 @@ def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx
     Args:
         network: a traced network.
         inputs: args and kwargs of each calibration batch.
+
+    Raises:
+        ValueError: a convolution gets a single image without a batch dimension.
     """
     names = [str(n.target) for n in network.graph.nodes if n.op == "placeholder"]
     probe = _Probe(network)
@@ -74,6 +77,10 @@ def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx
         for args, kwargs in inputs:
             probe.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
     seen = probe.seen
+    for node, value in seen.items():
+        module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Conv2d) and len(value.shape) == 3:
+            raise ValueError(f"layer {node.target!r} returns a single image, {list(value.shape)}, and no batch")
     costs: dict[fx.Node, Tensor] = {}
     for node in reversed(network.graph.nodes):
         if node.op == "output":

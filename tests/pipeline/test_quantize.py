@@ -340,6 +340,13 @@ BAD = {
         "'pointwise.weight' contains NaN or Inf",
     ),
     "Inf bias": (lambda m, x: (broken(m, "fc.bias", math.inf), [x]), ValueError, "'fc.bias' contains NaN or Inf"),
+    "float64": (lambda m, x: (m.double(), [x.double()]), ValueError, r"'stem.weight' is torch\.float64, not float32"),
+    "no values": (lambda m, x: (m.to("meta"), [x]), ValueError, "'stem.weight' is on the meta device"),
+    "no values in a part": (lambda m, x: ((m.fc.to("meta"), m)[1], [x]), ValueError, "'fc.weight' is on the meta"),
+    "no shape yet": (lambda m, x: (nn.LazyConv2d(3, 3).eval(), [x]), ValueError, "'weight' has no shape yet"),
+    "a script": (lambda m, x: (torch.jit.ScriptModule(), [x]), TypeError, r"is a torch\.jit\.ScriptModule"),
+    "batch without values": (lambda m, x: (m, [x.to("meta")]), ValueError, "batch 0 is on the meta device"),
+    "one image": (lambda m, x: (nn.Conv2d(3, 4, 1).eval(), [x[0]]), ValueError, "a single image.*and no batch"),
     "no batches": (lambda m, x: (m, []), ValueError, "batches is empty"),
     "one tensor": (lambda m, x: (m, x), TypeError, "got one Tensor: put it in a list"),
     "one dict": (lambda m, x: (m, {"x": x}), TypeError, "got one dict"),
@@ -371,7 +378,13 @@ def test_overflow_inside_the_network_names_the_layer(images: Tensor) -> None:
 def test_quantizing_twice(model: nn.Module, images: Tensor) -> None:
     network = quantize(model, [images], progress=False)
     with pytest.raises(ValueError, match="quantized already"):
-        quantize(network.eval(), [images], progress=False)
+        quantize(network, [images], progress=False)
+
+
+@pytest.mark.parametrize("execution", ["integer", "simulate"])
+def test_result_is_in_evaluation_mode(model: nn.Module, images: Tensor, execution: str) -> None:
+    network = quantize(model, [images], QuantConfig(execution=execution), progress=False)
+    assert not any(module.training for module in network.modules())
 
 
 def test_config_of_another_kind(model: nn.Module, images: Tensor) -> None:

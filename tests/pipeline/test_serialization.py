@@ -113,6 +113,14 @@ def test_other_architecture(model: nn.Module, file: Path) -> None:
         ptq4cuda.load(file, model)
 
 
+def test_models_without_weights_of_their_own(model: nn.Module, network: nn.Module, file: Path) -> None:
+    with pytest.raises(ValueError, match="quantized already"):
+        ptq4cuda.load(file, network)
+    assert not any(module.training for module in ptq4cuda.load(file, model.train()).modules())
+    with pytest.raises(ValueError, match="on the meta device"):
+        ptq4cuda.load(file, model.to("meta"))
+
+
 def test_other_sizes(model: nn.Module, file: Path) -> None:
     model.fc = nn.Linear(16, 7)
     with pytest.raises(ValueError, match=r"does not fit the model.*fc"):
