@@ -410,6 +410,8 @@ def test_config_of_another_kind(model: nn.Module, images: Tensor) -> None:
         ("rounding", "up"),
         ("clip_exponent", 0.5),
         ("target_sqnr", "high"),
+        ("target_sqnr", math.nan),
+        ("target_sqnr", True),
         ("size_budget", 2.0),
     ],
 )
