@@ -98,6 +98,8 @@ class QuantConv2d(QuantModule):
             bias_correction: "none", "mean" or "mean+variance" (eq. 12-13).
             folded: fold the activation's scale into the weights before they are quantized.
         """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
         layer = cls.like(conv, quantized_input=activation is not None, folded=folded)
         layer._quantize_from(conv, activation, weight_bits, bias_correction)
         return layer

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda import ops
-from ptq4cuda.correction import WeightCorrection, correct_bias
+from ptq4cuda.correction import WEIGHT_CORRECTIONS, WeightCorrection, correct_bias
 from ptq4cuda.nn.quant_tensor import QuantizerState
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.rounding import round_to_nearest
@@ -134,8 +134,16 @@ class QuantModule(QuantizerState):
         bias_correction: WeightCorrection,
     ) -> None:
         """Take over a float layer's weights, rounded to the nearest code, its bias and a quantizer of its input."""
+        if activation is not None and not isinstance(activation, QuantParams):
+            raise TypeError(f"activation must be QuantParams or None, got {type(activation).__name__}")
+        if bias_correction not in WEIGHT_CORRECTIONS:
+            raise ValueError(f"bias_correction must be one of {list(WEIGHT_CORRECTIONS)}, got {bias_correction!r}")
         if isinstance(weight_bits, int):
+            if not 0 <= weight_bits <= 8:
+                raise ValueError(f"bits must be 0 to 8, got {weight_bits}")
             weight_bits = torch.full((self.weight_shape[0],), weight_bits, dtype=torch.uint8)
+        if not isinstance(weight_bits, Tensor):
+            raise TypeError(f"weight_bits must be a number or a tensor, got {type(weight_bits).__name__}")
         if weight_bits.shape != self.weight_bits.shape:
             raise ValueError(
                 f"weight_bits has shape {list(weight_bits.shape)}, expected {list(self.weight_bits.shape)}"
