@@ -50,7 +50,7 @@ def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}: put it in a list")
     device = device_of(model)
-    inputs = []
+    inputs: list[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = []
     for index, batch in enumerate(batches):
         args, kwargs = _as_arguments(model, batch, index)
         for tensor in (*args, *kwargs.values()):
@@ -60,6 +60,11 @@ def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:
                 raise ValueError(f"calibration batch {index} has the shape {list(tensor.shape)}, without samples")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"calibration batch {index} contains NaN or Inf")
+        if inputs and (len(args), kwargs.keys()) != (len(inputs[0][0]), inputs[0][1].keys()):
+            raise ValueError(
+                f"calibration batch {index} has other arguments of the model's forward than batch 0: "
+                f"{', '.join(kwargs) or 'one tensor'} instead of {', '.join(inputs[0][1]) or 'one tensor'}"
+            )
         args = tuple(t.to(device) for t in args)
         inputs.append((args, {name: t.to(device) for name, t in kwargs.items()}))
     if not inputs:
@@ -75,6 +80,14 @@ def _as_arguments(model: nn.Module, batch: Any, index: int) -> tuple[tuple[Tenso
     if isinstance(batch, Mapping):
         names = inspect.signature(model.forward).parameters
         kwargs = {name: batch[name] for name in names if isinstance(batch.get(name), Tensor)}
+        for name, parameter in names.items():
+            value = batch.get(name)
+            is_default = isinstance(value, (bool, int, float, str)) and value == parameter.default
+            if value is not None and name not in kwargs and not is_default:
+                raise TypeError(
+                    f"calibration batch {index} has {type(value).__name__} for the model's argument {name!r}; only "
+                    "tensors can be given"
+                )
         if kwargs:
             return (), kwargs
         raise TypeError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from ptq4cuda import graph
 from ptq4cuda.activation import TensorProfile, fit_activation, needs_histogram
@@ -93,10 +94,29 @@ def quantize_once(
         record.frontier_bytes, record.spilled_bytes = frontier.peak, frontier.spilled
     else:
         record.walked_by = "modules"
-        record.layers, noise = walk_modules(network, inputs, solve, kept, progress)
+        try:
+            record.layers, noise = walk_modules(network, inputs, solve, kept, progress)
+        except RuntimeError as error:
+            raise ValueError(
+                f"torch.fx cannot trace the model, and it fails on all calibration batches at once ({error})"
+            ) from error
+        try_once(network, inputs)
     record.sqnr = noise.sqnr
     record.bytes = tensor_bytes(network)
     return network, record
+
+
+@torch.no_grad()
+def try_once(network: nn.Module, inputs: Inputs) -> None:
+    """Raise ValueError where a model's own code needs the float layers that were replaced."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, inputs[0])  # the model may write into them
+    try:
+        network(*args, **kwargs)
+    except AttributeError as error:
+        raise ValueError(
+            f"the model's own code reads what a quantized layer does not have ({error}): leave that layer in float "
+            "by overrides"
+        ) from error
 
 
 def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.Module, int, str]:
