@@ -277,11 +277,11 @@ class _Lowering:
         operands = self._operands(node, params)
         if operands is None:
             return self._quantize(node, params)
-        replaced = {operand: self._codes(operand, part) for operand, part in operands}
+        codes = [self._codes(operand, part) for operand, part in operands]
         pooling = self._max_pool(node)
         if pooling is not None:
-            return self.graph.call_function(max_pool_codes, (replaced[_source(node)],), pooling)
-        return self.graph.node_copy(node, replaced.__getitem__)
+            return self.graph.call_function(max_pool_codes, (codes[0],), pooling)
+        return self.graph.call_function(torch.cat, (codes, 1))  # a tensor may be in it twice, in other codes
 
     def _outputs(self, node: fx.Node) -> list[QuantParams | None]:
         """Return the one or two outputs of an integer layer; values, of which all else can be made, are the first."""

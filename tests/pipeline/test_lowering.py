@@ -292,6 +292,24 @@ def test_residual_operands_have_8_bits_in_both_executions(images: Tensor) -> Non
     assert not any(isinstance(module, QuantTensor) for module in simulated.modules())
 
 
+def test_a_tensor_that_is_concatenated_with_itself(images: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.joint, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(18, 8, 3), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.max_pool2d(self.first(x), 2)
+            return self.last(F.relu(self.joint(torch.cat([y, y, y], 1))))
+
+    torch.manual_seed(3)
+    model = Twice().eval()
+    model.joint.weight.data[:, 6:12] *= 10.0  # so that its copies get other bits
+    simulated, integer = both(model, images)
+    assert executions(integer) == {"integer"}
+    assert torch.equal(simulated(images), integer(images))
+
+
 def test_views_of_what_a_layer_returns(images: Tensor) -> None:
     class Views(nn.Module):
         def __init__(self) -> None:
