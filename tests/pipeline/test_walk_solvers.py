@@ -65,11 +65,14 @@ class Net(nn.Module):
     def _mean(self, x: Tensor) -> Tensor:
         return self.pooled(x.mean((2, 3)))
 
+    def _last(self, x: Tensor) -> Tensor:
+        return self.pooled(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
     def _average_of_four(self, x: Tensor) -> Tensor:
         return self.a(F.avg_pool2d(x, 2))
 
 
-KINDS = ["chain", "grouped", "strided", "flattened", "average", "mean", "average_of_four"]
+KINDS = ["chain", "grouped", "strided", "flattened", "average", "mean", "last", "average_of_four"]
 
 
 def jacobian_energy(net: Net, x: Tensor) -> Tensor:
