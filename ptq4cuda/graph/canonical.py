@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ptq4cuda.graph.layers import layer_kind
 
 _IDENTITIES = (nn.Identity, nn.modules.dropout._DropoutNd)
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _DROPOUTS = (
     F.dropout,
     F.dropout1d,
@@ -37,6 +38,9 @@ def canonicalize(network: fx.GraphModule) -> None:
             network.graph.erase_node(node)
         elif node.op == "call_method" and node.target in ("view", "view_as"):
             _reshape(node)
+        elif node.target in _CONCATENATIONS:
+            given = arguments(node, "tensors dim", dim=0)
+            node.target, node.args, node.kwargs = torch.cat, (given["tensors"], given.get("axis", given["dim"])), {}
     made = _make_modules(network)
     network.graph.eliminate_dead_code()
     named = [n for n in network.graph.nodes if n.op in ("get_attr", "call_module") and n not in made]
@@ -104,8 +108,10 @@ def _reshape(node: fx.Node) -> None:
     """Let a view be a copy where it has to."""
     if node.target == "view_as":
         node.target = "reshape_as"
-    elif not node.kwargs and not isinstance(node.args[1], torch.dtype):  # a view of another dtype stays one
-        node.target = "reshape"
+        return
+    size = node.args[1:] or (node.kwargs.get("size"),)
+    if size[0] is not None and not isinstance(size[0], torch.dtype):  # a view of another dtype stays one
+        node.target, node.args, node.kwargs = "reshape", (node.args[0], *size), {}
 
 
 # --- functions ------------------------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_a_tensor_that_is_concatenated_with_itself(images: Tensor) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = F.max_pool2d(self.first(x), 2)
-            return self.last(F.relu(self.joint(torch.cat([y, y, y], 1))))
+            return self.last(F.relu(self.joint(torch.concat(tensors=[y, y, y], axis=1))))
 
     torch.manual_seed(3)
     model = Twice().eval()
@@ -319,7 +319,7 @@ def test_views_of_what_a_layer_returns(images: Tensor) -> None:
         def forward(self, x: Tensor) -> Tensor:
             y = F.relu(self.conv(x))
             z = self.like(x).view(torch.int32).view(torch.float32)
-            return self.fc(y.view(x.size(0), -1) + z.view_as(y).view((x.shape[0], -1)))
+            return self.fc(y.view(x.size(0), -1) + z.view_as(y).view(size=(x.shape[0], -1)))
 
     torch.manual_seed(3)
     simulated, integer = both(Views().eval(), images)
