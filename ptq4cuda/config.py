@@ -58,7 +58,7 @@ class QuantConfig:
             worst first, while they fit. With target_sqnr, no more than that asks for.
         execution: "simulate" computes in floating point, "integer" with the codes, which
             needs fold_activation_scale or one scale per tensor; "auto" does that wherever it can, unless the network
-            takes longer that way.
+            takes longer that way. NaN in an image, which no code stands for, is zero in integers.
 
     Raises:
         ValueError: a field has a value that is not among those above.

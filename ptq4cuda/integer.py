@@ -178,8 +178,10 @@ class IntegerConv2d(QuantizerState):
         padding: object = layer.padding
         if isinstance(padding, str):
             padding = same_padding(layer.kernel_size, layer.dilation) if padding == "same" else (0, 0)
-        if layer.padding_mode != "zeros" or padding is None:
-            raise ValueError(f"its padding is {layer.padding!r} of mode {layer.padding_mode!r}")
+        if layer.padding_mode != "zeros":
+            raise ValueError(f"its padding has the mode {layer.padding_mode!r}")
+        if padding is None:
+            raise ValueError("its padding 'same' is wider on one side, as its kernel has an even size")
         return cls(
             *_operands(layer),
             layer.bias,
