@@ -15,6 +15,7 @@ import argparse
 import csv
 import importlib
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -112,7 +113,12 @@ def measure(subject: networks.Subject, method: Method) -> tuple[Comparison, floa
 def own_subject(source: str, folder: Path, size: int) -> networks.Subject:
     """Return a user's network and images; labels are not known."""
     module, _, function = source.partition(":")
-    model = getattr(importlib.import_module(module), function)().eval()
+    sys.path.insert(0, str(Path.cwd()))  # Python looks beside this script only
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise SystemExit(f"--model {source!r} does not name a module and its function: {error}") from None
+    model = make().eval()
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
     if len(paths) < 8:
         raise SystemExit(f"{folder} holds {len(paths)} images; at least 8 are needed")
@@ -245,6 +251,8 @@ def main() -> None:
     parser.add_argument("--ladder-images", type=int, default=512, help="calibration images of the ladder")
     parser.add_argument("--csv", type=Path, default=Path("accuracy.csv"), help="output file (default: %(default)s)")
     arguments = parser.parse_args()
+    if not arguments.csv.parent.is_dir():
+        parser.error(f"there is no folder {arguments.csv.parent} for --csv")
 
     methods = [] if arguments.only == "ladder" else paper(arguments.paper_images)
     methods += [] if arguments.only == "paper" else ladder(arguments.ladder_images)

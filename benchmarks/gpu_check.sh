@@ -96,3 +96,4 @@ Path(out + ".md").write_text("\n".join(lines))
 print(f"Wrote {out}.json and {out}.md")
 PYTHON
 [ "$tested" -eq 0 ] || fail "tests failed on the device."
+case $sanitized in *FAILED*) fail "compute-sanitizer found errors." ;; esac

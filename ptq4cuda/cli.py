@@ -46,6 +46,7 @@ def main() -> None:
             raise SystemExit(f"the demo needs {error.name}: run `pip install 'ptq4cuda[demo]'`") from None
         from ptq4cuda import demo
 
+        _check_folders(file, plot)
         demo.run(file, plot)
 
     @app.command("bench")
@@ -58,21 +59,22 @@ def main() -> None:
         plot: Annotated[Path | None, typer.Option(help="Draw the figures into this image file.")] = None,
     ) -> None:
         """Time every operator beside a copy of the same memory and beside PyTorch."""
-        import torch
-
         from ptq4cuda.bench import kernels
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        kernels.run(device, quick=quick, only=only, compiled=compiled, json_file=json, plot=plot)
+        _check_folders(json, plot)
+        try:
+            kernels.run(_device(device), quick=quick, only=only, compiled=compiled, json_file=json, plot=plot)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
 
     @app.command("bench-models")
     def bench_models_command(
         model: Annotated[list[str] | None, typer.Option(help="Architecture, as resnet50; repeatable.")] = None,
         batch: Annotated[
-            list[int] | None, typer.Option(help="Images of a call; repeatable. [default: 1, 8, 64]")
+            list[int] | None, typer.Option(min=1, help="Images of a call; repeatable. [default: 1, 8, 64]")
         ] = None,
-        size: Annotated[int, typer.Option(help="Pixels of the sides of an image.")] = 224,
-        repeats: Annotated[int, typer.Option(help="Calls of which the median counts.")] = 5,
+        size: Annotated[int, typer.Option(min=1, help="Pixels of the sides of an image.")] = 224,
+        repeats: Annotated[int, typer.Option(min=1, help="Calls of which the median counts.")] = 5,
         layers: Annotated[bool, typer.Option("--layers", help="Time each layer, too, at the largest batch.")] = False,
         half: Annotated[bool, typer.Option(help="Compare with bfloat16 (on a GPU float16), too.")] = True,
         compiled: Annotated[bool, typer.Option(help="Compare with torch.compile, too.")] = True,
@@ -80,13 +82,12 @@ def main() -> None:
         json: Annotated[Path | None, typer.Option(help="Write the figures into this file.")] = None,
     ) -> None:
         """Time whole networks with random weights, in float and in 4 bits."""
-        import torch
-
         from ptq4cuda.bench import models
 
+        _check_folders(json)
         try:
             models.run(
-                device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                _device(device),
                 models=model or models.MODELS,
                 batches=batch or models.BATCHES,
                 size=size,
@@ -100,3 +101,21 @@ def main() -> None:
             raise SystemExit(str(error)) from None
 
     app()
+
+
+def _check_folders(*files: Path | None) -> None:
+    """Exit before the work rather than after it where a file cannot be written."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise SystemExit(f"there is no folder {str(file.parent)!r} to write {file.name!r} into")
+
+
+def _device(asked: str) -> str:
+    """Return the device that was asked for, or by default cuda where there is one."""
+    import torch
+
+    if asked not in ("", "cpu", "cuda"):
+        raise SystemExit(f"--device must be cpu or cuda, got {asked!r}")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device that this PyTorch can use: `ptq4cuda info` says more")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")

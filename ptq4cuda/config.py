@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -57,7 +58,7 @@ class QuantConfig:
             worst first, while they fit. With target_sqnr, no more than that asks for.
         execution: "simulate" computes in floating point, "integer" with the codes, which
             needs fold_activation_scale or one scale per tensor; "auto" does that wherever it can, unless the network
-            takes longer that way.
+            takes longer that way. NaN in an image, which no code stands for, is zero in integers.
 
     Raises:
         ValueError: a field has a value that is not among those above.
@@ -104,15 +105,15 @@ class QuantConfig:
         object.__setattr__(self, "channel_bits", (fewest, most))  # a file's header holds a list
         if not (isinstance(self.clip_exponent, (int, float)) and 1.0 <= self.clip_exponent <= 8.0):
             raise ValueError(f"clip_exponent must be a number from 1 to 8, got {self.clip_exponent!r}")
-        if self.target_sqnr is not None and not isinstance(self.target_sqnr, (int, float)):
+        if self.target_sqnr is not None and not (_is_number(self.target_sqnr) and math.isfinite(self.target_sqnr)):
             raise ValueError(f"target_sqnr must be a number of dB or None, got {self.target_sqnr!r}")
-        if self.size_budget is not None and not (
-            isinstance(self.size_budget, float) and 0.0 < self.size_budget <= 1.0
-        ):
+        if self.size_budget is not None and not (_is_number(self.size_budget) and 0.0 < self.size_budget <= 1.0):
             raise ValueError(f"size_budget must be a share of the float32 bytes, 0 to 1, got {self.size_budget!r}")
         if not isinstance(self.overrides, Mapping):
             raise ValueError(f"overrides must map name patterns to bits or 'float', got {self.overrides!r}")
         for pattern, override in self.overrides.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"overrides must map name patterns to bits or 'float', got the pattern {pattern!r}")
             if override == FLOAT:
                 continue
             if not isinstance(override, Mapping) or not override or set(override) - set(_BITS):
@@ -182,6 +183,10 @@ class QuantConfig:
             **asdict(self),
             "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
         }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_bits(name: str, bits: Any) -> None:

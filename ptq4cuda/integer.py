@@ -178,8 +178,10 @@ class IntegerConv2d(QuantizerState):
         padding: object = layer.padding
         if isinstance(padding, str):
             padding = same_padding(layer.kernel_size, layer.dilation) if padding == "same" else (0, 0)
-        if layer.padding_mode != "zeros" or padding is None:
-            raise ValueError(f"its padding is {layer.padding!r} of mode {layer.padding_mode!r}")
+        if layer.padding_mode != "zeros":
+            raise ValueError(f"its padding has the mode {layer.padding_mode!r}")
+        if padding is None:
+            raise ValueError("its padding 'same' is wider on one side, as its kernel has an even size")
         return cls(
             *_operands(layer),
             layer.bias,
@@ -301,7 +303,7 @@ class IntegerLinear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Outputs:
         """Return the layer's output for codes [*, C]."""
         y = self.convolution(x.reshape(-1, x.shape[-1], 1, 1), residual)
-        return tree_map(lambda t: t.view(*x.shape[:-1], -1), y)  # type: ignore[no-any-return]
+        return tree_map(lambda t: t.view(*x.shape[:-1], t.shape[1]), y)  # type: ignore[no-any-return]
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the codes [O, C]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ class Noise:
         elif isinstance(expected, dict):
             for key in expected:
                 self.add(expected[key], found[key])
+        elif is_dataclass(expected):
+            for field in fields(expected):
+                self.add(getattr(expected, field.name), getattr(found, field.name))
 
     @property
     def sqnr(self) -> float | None:

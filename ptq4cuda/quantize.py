@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from ptq4cuda import graph
 from ptq4cuda.activation import TensorProfile, fit_activation, needs_histogram
@@ -47,13 +48,15 @@ def quantize(
         progress: show a progress bar when it takes longer than a moment.
 
     Returns:
-        A new module that is called like the model; report(network) tells what was done. A model that torch.fx can
-        trace becomes a torch.fx.GraphModule with its BatchNorms folded, another a copy with its layers replaced.
+        A new module in evaluation mode that is called like the model; report(network) tells what was done. A model
+        that torch.fx can trace becomes a torch.fx.GraphModule with its BatchNorms folded, another a copy with its
+        layers replaced.
 
     Raises:
         TypeError: model, batches or config are of the wrong kind.
-        ValueError: the model is in training mode, has no convolution to quantize, or has NaN or Inf in its weights;
-            overrides name no layer; the batches are empty or contain NaN or Inf, or a layer's input does.
+        ValueError: the model is in training mode, has no convolution to quantize, or its weights have NaN or Inf, no
+            values, or another dtype than float32, float16 and bfloat16; overrides name no layer; the batches are
+            empty, single images or contain NaN or Inf, or a layer's input does.
     """
     start = time.perf_counter()
     check_model(model)
@@ -64,7 +67,7 @@ def quantize(
     if config.target_sqnr is not None or config.size_budget is not None:
         network, record = raise_layers(model, inputs, config, progress, network, record)
     attach_record(network, record)
-    network = lower(network, model, inputs)
+    network = lower(network.eval(), model, inputs).eval()
     record.seconds = time.perf_counter() - start
     return network
 
@@ -91,10 +94,29 @@ def quantize_once(
         record.frontier_bytes, record.spilled_bytes = frontier.peak, frontier.spilled
     else:
         record.walked_by = "modules"
-        record.layers, noise = walk_modules(network, inputs, solve, kept, progress)
+        try:
+            record.layers, noise = walk_modules(network, inputs, solve, kept, progress)
+        except RuntimeError as error:
+            raise ValueError(
+                f"torch.fx cannot trace the model, and it fails on all calibration batches at once ({error})"
+            ) from error
+        try_once(network, inputs)
     record.sqnr = noise.sqnr
     record.bytes = tensor_bytes(network)
     return network, record
+
+
+@torch.no_grad()
+def try_once(network: nn.Module, inputs: Inputs) -> None:
+    """Raise ValueError where a model's own code needs the float layers that were replaced."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, inputs[0])  # the model may write into them
+    try:
+        network(*args, **kwargs)
+    except AttributeError as error:
+        raise ValueError(
+            f"the model's own code reads what a quantized layer does not have ({error}): leave that layer in float "
+            "by overrides"
+        ) from error
 
 
 def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.Module, int, str]:

@@ -53,7 +53,15 @@ class QuantParams:
             bits: uint8 [C] or [1], 0 to 8.
             axis: the channel axis.
             constant: [C] or [1], the value of channels with 0 bits. Default: zero.
+
+        Raises:
+            ValueError: a limit is not finite, or low is above high.
         """
+        bad = ~((low <= high) & torch.isfinite(low) & torch.isfinite(high))
+        if bool(bad.any()):
+            low, high, bad = torch.broadcast_tensors(low, high, bad)
+            i = int(bad.nonzero()[0])
+            raise ValueError(f"low and high must be finite, low not above high, got low {low[i]}, high {high[i]}")
         low, high = low.double().clamp_max(0.0), high.double().clamp_min(0.0)
         qmax = torch.exp2(bits.double()) - 1.0
         constant = torch.zeros_like(low) if constant is None else constant.double()

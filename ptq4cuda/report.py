@@ -78,6 +78,9 @@ def _trade(record: QuantRecord) -> list[str]:
     target = record.config.target_sqnr
     if target is not None and record.sqnr is not None and record.sqnr < target:
         lines.append(f"  {target:g} dB was not reached.")
+    budget = record.config.size_budget
+    if budget is not None and record.bytes > budget * record.float_bytes:
+        lines.append(f"  The budget of {budget * record.float_bytes:,.0f} bytes is too small for this configuration.")
     return lines
 
 

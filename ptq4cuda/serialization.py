@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from ptq4cuda import graph
 from ptq4cuda.execution import lower
+from ptq4cuda.inputs import check_float_model
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.record import QuantRecord, attach_record, record_of
 from ptq4cuda.structure import structure_of
@@ -37,6 +40,7 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: the network was not made by quantize() or load().
+        OSError: the file cannot be written.
     """
     record = record_of(network)
     modules = {
@@ -58,12 +62,18 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
     # Each tensor gets storage of its own: safetensors refuses shared storage, as of tied weights.
     tensors = {name: _narrow(name, t.detach().cpu()).contiguous().clone() for name, t in network.state_dict().items()}
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to save {path.name!r} in")
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: the network cannot be saved under its name")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may save at a time
     try:
-        save_file(tensors, partial, metadata={_KEY: json.dumps(header, separators=(",", ":"))})
-        os.replace(partial, path)
+        save_file(tensors, unfinished, metadata={_KEY: json.dumps(header, separators=(",", ":"))})
+        os.replace(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(f"{str(path)!r} cannot be written ({error})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -76,12 +86,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, is not one of ptq4cuda, or belongs to another architecture.
+        ValueError: the file is truncated, is not one of ptq4cuda, or belongs to another architecture; the model is
+            quantized or without values.
     """
     header, tensors = _read(path)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    record = QuantRecord.from_dict(header["record"])
+    check_float_model(model)
+    record = header["record"]
     network = graph.own_copy(model).eval()
     if record.walked_by == "graph":
         traced, reason = graph.trace(network)
@@ -90,10 +100,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         graph.prepare(traced, record.config.quantizes, record.config.fold_activation_scale)
         network = traced
     _check_structure(header["structure"], structure_of(network), path)
-    for name, entry in header["modules"].items():
-        cls = quant_module_for(entry["kind"])
-        layer: Any = network.get_submodule(name)
-        network.set_submodule(name, cls.like(layer, quantized_input=entry["quantized_input"], folded=entry["folded"]))
+    for name, layer_like in header["modules"].items():
+        network.set_submodule(name, layer_like(network.get_submodule(name)))
     state = network.state_dict()
     tensors = {name: _widen(name, t, state[name]) if name in state else t for name, t in tensors.items()}
     try:
@@ -102,7 +110,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         detail = " ".join(str(error).split()).partition(": ")[2]
         raise ValueError(f"{path} does not fit the model {type(model).__name__}: {detail}") from error
     attach_record(network, record)
-    return lower(network, model)
+    return lower(network, model).eval()
+
+
+def _layer_of(kind: str, quantized_input: bool, folded: bool) -> Callable[..., nn.Module]:
+    """Return what makes the quantized layer, its weights zero, of a float one."""
+    return partial(quant_module_for(kind).like, quantized_input=quantized_input, folded=folded)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -116,8 +129,16 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         raise ValueError(f"{os.fspath(path)!r} is truncated or not a safetensors file ({error})") from error
     if _KEY not in metadata:
         raise ValueError(f"{os.fspath(path)!r} is a safetensors file, but was not written by ptq4cuda")
-    header = json.loads(metadata[_KEY])
-    if header["format"] > FORMAT:
+    try:
+        header = json.loads(metadata[_KEY])
+        newer = header["format"] > FORMAT
+        if not newer:
+            header["record"] = QuantRecord.from_dict(header["record"])
+            header["modules"] = {name: _layer_of(**entry) for name, entry in header["modules"].items()}
+            header["structure"] = list(header["structure"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)!r} has a damaged header ({type(error).__name__}: {error})") from error
+    if newer:
         raise ValueError(
             f"{os.fspath(path)!r} has format {header['format']}, written by ptq4cuda {header['version']}; this "
             f"version reads formats up to {FORMAT}: upgrade ptq4cuda"

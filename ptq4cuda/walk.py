@@ -219,6 +219,7 @@ class _GraphWalk:
         convolutions = [node for node in self.layers if isinstance(self._module(node), nn.Conv2d)]
         self.ends = {*convolutions[:1], *self.layers[-1:]}
         self.costs = graph.output_importance(network, inputs)
+        self.as_codes = graph.operands_as_codes(network, *inputs[0])
         # The values that are not needed any more once a node has run.
         self.last_uses: dict[fx.Node, list[fx.Node]] = {}
         seen: set[fx.Node] = set()
@@ -330,6 +331,8 @@ class _GraphWalk:
         module, source = self._module(node), node.all_input_nodes[0]
         assert isinstance(module, QuantTensor)
         streams = self.signals[source].streams
+        if node not in self.as_codes:
+            return Signal(streams)
         statistics = ChannelStatistics.over(lambda: [quantized for _, quantized in streams], 1)
         bits = torch.full_like(statistics.mean, 8, dtype=torch.uint8)
         module.set(QuantParams.from_range(statistics.min, statistics.max, bits).to(self.frontier.device))

@@ -280,10 +280,16 @@ def run(
         plot: an image file to draw the distance from the floor into.
         echo: prints a text.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: no case has these words.
     """
+    chosen = list(cases(quick, only))
+    if not chosen:
+        raise ValueError(f"there is no case of {only!r}: the operators are {', '.join(OPS)}")
     timings = [
         measure(op, layer, dtype, layout, device, compiled=compiled)
-        for op, layer, dtype, layout in tqdm(list(cases(quick, only)), unit="case", disable=not progress)
+        for op, layer, dtype, layout in tqdm(chosen, unit="case", disable=not progress)
     ]
     echo(machine_line(device))
     echo(timings_table(timings))

@@ -14,6 +14,7 @@ from ptq4cuda.graph.layers import (
     why_float_call,
 )
 from ptq4cuda.graph.order import prepare, shortcuts_first
+from ptq4cuda.graph.residual import operands_as_codes
 from ptq4cuda.graph.trace import own_copy, trace, why_different
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "layer_importance",
     "layer_kind",
     "module_activation",
+    "operands_as_codes",
     "output_importance",
     "own_copy",
     "prepare",

@@ -1,7 +1,8 @@
 """Brings a traced graph into one form, so that folding and the walk need few cases.
 
 Weighted functions with constant weights become modules, a layer that is called at several places becomes one layer
-for each call, and what does nothing in evaluation mode goes. The graph must be free of in-place operations.
+for each call, what does nothing in evaluation mode goes, and views become reshapes: layers in integers return
+channels_last, of which x.view(len(x), -1) is no view. The graph must be free of in-place operations.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from ptq4cuda.graph.layers import layer_kind
 
 _IDENTITIES = (nn.Identity, nn.modules.dropout._DropoutNd)
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _DROPOUTS = (
     F.dropout,
     F.dropout1d,
@@ -34,6 +36,11 @@ def canonicalize(network: fx.GraphModule) -> None:
         if _does_nothing(node, network):
             node.replace_all_uses_with(_source(node))
             network.graph.erase_node(node)
+        elif node.op == "call_method" and node.target in ("view", "view_as"):
+            _reshape(node)
+        elif node.target in _CONCATENATIONS:
+            given = arguments(node, "tensors dim", dim=0)
+            node.target, node.args, node.kwargs = torch.cat, (given["tensors"], given.get("axis", given["dim"])), {}
     made = _make_modules(network)
     network.graph.eliminate_dead_code()
     named = [n for n in network.graph.nodes if n.op in ("get_attr", "call_module") and n not in made]
@@ -95,6 +102,16 @@ def _does_nothing(node: fx.Node, network: fx.GraphModule) -> bool:
     if node.target is torch.dropout:
         return arguments(node, "input p train")["train"] is False
     return node.target in _DROPOUTS and arguments(node, "input p training", training=True)["training"] is False
+
+
+def _reshape(node: fx.Node) -> None:
+    """Let a view be a copy where it has to."""
+    if node.target == "view_as":
+        node.target = "reshape_as"
+        return
+    size = node.args[1:] or (node.kwargs.get("size"),)
+    if size[0] is not None and not isinstance(size[0], torch.dtype):  # a view of another dtype stays one
+        node.target, node.args, node.kwargs = "reshape", (node.args[0], *size), {}
 
 
 # --- functions ------------------------------------------------------------------------------------------------

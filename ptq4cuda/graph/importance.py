@@ -7,6 +7,7 @@ it up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from ptq4cuda.graph.layers import activation_of, layer_kind
 @dataclass
 class _Seen:
     shape: torch.Size
+    axis: int  # of the channels
     positive: Tensor  # mean over the batches of the share of positive values of each channel
     samples: int
 
@@ -34,18 +36,28 @@ class _Probe(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point():
-            others = [d for d in range(value.dim()) if d != _axis(value.shape)]
+            axis = self._axis(n, value.shape)
+            others = [d for d in range(value.dim()) if d != axis]
             share = (value > 0).double().mean(others) if others else (value > 0).double()
-            seen = self.seen.setdefault(n, _Seen(value.shape, share, 0))
+            seen = self.seen.setdefault(n, _Seen(value.shape, axis, share, 0))
             if share.shape != seen.positive.shape:  # batches of images of several sizes
                 return value
             seen.samples += len(value)
             seen.positive = seen.positive + (share - seen.positive) * (len(value) / seen.samples)
         return value
 
+    def _axis(self, n: fx.Node, shape: torch.Size) -> int:
+        """Return the channel axis: the last one beside linear layers, which take images as [N, H, W, C]."""
+        usual = 1 if len(shape) in (2, 4) else len(shape) - 1
+        if self._calls(n, nn.Conv2d):
+            return usual
+        if any(self._calls(node, nn.Linear) for node in (n, *n.users)):
+            return len(shape) - 1
+        seen = (self.seen[node] for node in n.all_input_nodes if node in self.seen)
+        return next((s.axis for s in seen if s.shape == shape), usual)
 
-def _axis(shape: torch.Size) -> int:
-    return 1 if len(shape) in (2, 4) else len(shape) - 1
+    def _calls(self, n: fx.Node, kind: type[nn.Module]) -> bool:
+        return n.op == "call_module" and isinstance(self.submodules[str(n.target)], kind)
 
 
 def layer_importance(layer: nn.Conv2d | nn.Linear, outputs: Tensor) -> Tensor:
@@ -67,6 +79,9 @@ def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx
     Args:
         network: a traced network.
         inputs: args and kwargs of each calibration batch.
+
+    Raises:
+        ValueError: a convolution gets a single image without a batch dimension.
     """
     names = [str(n.target) for n in network.graph.nodes if n.op == "placeholder"]
     probe = _Probe(network)
@@ -74,6 +89,10 @@ def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx
         for args, kwargs in inputs:
             probe.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
     seen = probe.seen
+    for node, value in seen.items():
+        module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Conv2d) and len(value.shape) == 3:
+            raise ValueError(f"layer {node.target!r} returns a single image, {list(value.shape)}, and no batch")
     costs: dict[fx.Node, Tensor] = {}
     for node in reversed(network.graph.nodes):
         if node.op == "output":
@@ -96,16 +115,17 @@ def _back(
 ) -> Tensor:
     """Return what a node makes a squared error of one of its inputs cost."""
     module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+    shape, axis, positive = seen[source].shape, seen[source].axis, seen[source].positive
     if module is not None and layer_kind(module) is not None:
-        return layer_importance(module, cost)  # type: ignore[arg-type]
-    shape, positive = seen[source].shape, seen[source].positive
+        cost = layer_importance(module, cost)  # type: ignore[arg-type]
+        return cost if len(cost) == len(positive) else torch.full_like(positive, float(cost.mean()))
     activation = activation_of(node, network)
-    if activation is not None:
+    if activation is not None and len(cost) == len(positive):
         return cost * (positive + (1.0 - positive) * activation.negative_slope**2)
     # Everything else: pooling, moving, adding. A value that several become one of counts for its share.
     outputs = seen[node].shape
     if len(shape) == 4:
-        area = shape[2] * shape[3] / (outputs[2] * outputs[3] if len(outputs) == 4 else 1)
+        area = _area(shape, axis) / (_area(outputs, seen[node].axis) if len(outputs) == 4 else 1)
         flattened = len(outputs) == 2 and len(cost) == shape[1] * shape[2] * shape[3]
         maximum = "max" in f"{type(module).__name__} {node.target}".lower()
         if area > 1 and not flattened:
@@ -118,6 +138,10 @@ def _back(
     if node.target in (torch.cat, torch.concat):
         return _part_of_concatenation(node, source, seen, cost)
     return torch.full_like(positive, float(cost.mean()))
+
+
+def _area(shape: torch.Size, axis: int) -> int:
+    return math.prod(size for d, size in enumerate(shape) if d not in (0, axis))
 
 
 def _part_of_concatenation(node: fx.Node, source: fx.Node, seen: dict[fx.Node, _Seen], cost: Tensor) -> Tensor:

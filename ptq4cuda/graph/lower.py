@@ -46,20 +46,17 @@ def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: b
     Returns:
         For each quantized layer that stays simulated, why.
     """
-    reasons = {}
-    for name, module in network.named_modules():
-        if isinstance(module, QuantModule):
-            reason = _why_simulated(module)
-            if reason:
-                reasons[name] = reason
-    if isinstance(network, fx.GraphModule):
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, QuantModule)}
+    simulated = {name: layer for name, layer in layers.items() if layer.engine is None}
+    reasons = {name: reason for name, layer in simulated.items() if (reason := _why_simulated(layer))}
+    if not isinstance(network, fx.GraphModule):
+        for name, layer in simulated.items():
+            if name not in reasons:
+                layer.execute_in_integers(_engine(layer, dtype))
+    elif len(simulated) == len(layers):  # a graph is lowered once, as a whole
         if pack is None:
             pack = any(buffer.is_cuda for buffer in network.buffers())
         _Lowering(network, reasons, dtype, pack).run()
-    else:
-        for name, module in list(network.named_modules()):
-            if isinstance(module, QuantModule) and name not in reasons:
-                module.execute_in_integers(_engine(module, dtype))
     return reasons
 
 
@@ -155,7 +152,8 @@ class _Lowering:
         reader = only_reader()
         if reader is not None and isinstance(layer, QuantConv2d) and is_addition(reader):
             others = [n for n in reader.all_input_nodes if n is not node]
-            if len(others) == 1 and isinstance(self._module(others[0]), QuantTensor):
+            marked = self._module(others[0]) if len(others) == 1 else None
+            if isinstance(marked, QuantTensor) and marked.scale.numel():
                 chain.residual, chain.end = others[0], reader
                 reader = only_reader()
         if reader is not None:
@@ -279,11 +277,11 @@ class _Lowering:
         operands = self._operands(node, params)
         if operands is None:
             return self._quantize(node, params)
-        replaced = {operand: self._codes(operand, part) for operand, part in operands}
+        codes = [self._codes(operand, part) for operand, part in operands]
         pooling = self._max_pool(node)
         if pooling is not None:
-            return self.graph.call_function(max_pool_codes, (replaced[_source(node)],), pooling)
-        return self.graph.node_copy(node, replaced.__getitem__)
+            return self.graph.call_function(max_pool_codes, (codes[0],), pooling)
+        return self.graph.call_function(torch.cat, (codes, 1))  # a tensor may be in it twice, in other codes
 
     def _outputs(self, node: fx.Node) -> list[QuantParams | None]:
         """Return the one or two outputs of an integer layer; values, of which all else can be made, are the first."""
@@ -315,7 +313,7 @@ class _Lowering:
         }
         packed = [name for name, form in forms.items() if self._is_packed(*form)]
         engine = _engine(chain.layer, self.dtype, chain.activation, residual, out, also, packed)
-        chain.layer.execute_in_integers(engine)
+        chain.layer.execute_in_integers(engine, reads_codes=True)
         arguments = [self._codes(_source(chain.node), chain.layer.activation)]
         if chain.residual is not None:
             marked = self._module(chain.residual)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
+from ptq4cuda.graph.canonical import constant
 from ptq4cuda.graph.layers import is_addition, layer_kind, why_float_call
 from ptq4cuda.nn import QuantTensor
 
@@ -36,3 +39,46 @@ def mark_residuals(network: fx.GraphModule, quantized: Callable[[str], bool]) ->
         addition.replace_input_with(other, marked)
     network.graph.lint()
     network.recompile()
+
+
+@torch.no_grad()
+def operands_as_codes(network: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[fx.Node]:
+    """Return the marks whose operand can travel as codes: an image for each image that the layer returns.
+
+    What is broadcast over the layer's output (numbers, parameters, pooled tensors) and what holds no floating point
+    values is added as it is.
+
+    Args:
+        network: as mark_residuals leaves it.
+        args: of a calibration batch.
+        kwargs: of a calibration batch.
+    """
+    probe = _Shapes(network)
+    names = [str(node.target) for node in network.graph.nodes if node.op == "placeholder"]
+    probe.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+    found = set()
+    for node in network.graph.nodes:
+        if node.op != "call_module" or not isinstance(network.get_submodule(str(node.target)), QuantTensor):
+            continue
+        (addition,) = node.users
+        (layer,) = (operand for operand in addition.all_input_nodes if operand is not node)
+        shape = probe.shapes.get(node)
+        # A constant has a batch of its own, which may be as large as this one by chance.
+        computed = constant(node.all_input_nodes[0], network) is None
+        if computed and shape is not None and len(shape) == 4 and shape == probe.shapes[layer]:
+            found.add(node)
+    return found
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a network and remembers the shapes of floating tensors."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            self.shapes[n] = value.shape
+        return value

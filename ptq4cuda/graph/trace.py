@@ -28,13 +28,29 @@ def own_copy(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            _unparametrize(module)
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
                 hook.remove(module)
                 del module._forward_pre_hooks[key]
     return model
+
+
+def _unparametrize(module: nn.Module) -> None:
+    """Turn parametrized tensors into plain ones.
+
+    torch's remove_parametrizations takes properties out of the module's class, which a copy shares with its original.
+    """
+    computed = module.parametrizations
+    assert isinstance(computed, nn.ModuleDict)
+    values = {name: getattr(module, name).detach().clone() for name in computed}
+    module.__class__ = type(module).__bases__[0]
+    del module.parametrizations
+    for name, value in values.items():
+        if any(True for _ in computed[name].parameters()):
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        else:
+            module.register_buffer(name, value)
 
 
 def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:

@@ -98,6 +98,8 @@ class QuantConv2d(QuantModule):
             bias_correction: "none", "mean" or "mean+variance" (eq. 12-13).
             folded: fold the activation's scale into the weights before they are quantized.
         """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
         layer = cls.like(conv, quantized_input=activation is not None, folded=folded)
         layer._quantize_from(conv, activation, weight_bits, bias_correction)
         return layer
@@ -106,12 +108,16 @@ class QuantConv2d(QuantModule):
         """Return the convolution of the quantized input with the quantized weights.
 
         Args:
-            input: values, or where the layer executes in integers also their codes.
+            input: values; in a lowered network their codes.
             residual: codes to add, of a lowered network.
         """
-        if self.engine is not None:
+        if self.engine is None:
+            return self._simulate(input, self._convolve)
+        if input.dim() == 4:
             return self._integer_forward(input, residual)
-        return self._simulate(input, self._convolve)
+        y = self._integer_forward(input.unsqueeze(0), None)
+        assert isinstance(y, Tensor)
+        return y.squeeze(0)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):

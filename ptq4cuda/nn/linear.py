@@ -57,6 +57,8 @@ class QuantLinear(QuantModule):
         folded: bool = True,
     ) -> QuantLinear:
         """Quantize a trained layer; arguments as for QuantConv2d.from_float."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         layer = cls.like(linear, quantized_input=activation is not None, folded=folded)
         layer._quantize_from(linear, activation, weight_bits, bias_correction)
         return layer

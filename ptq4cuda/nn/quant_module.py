@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda import ops
-from ptq4cuda.correction import WeightCorrection, correct_bias
+from ptq4cuda.correction import WEIGHT_CORRECTIONS, WeightCorrection, correct_bias
 from ptq4cuda.nn.quant_tensor import QuantizerState
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.rounding import round_to_nearest
@@ -64,6 +64,8 @@ class QuantModule(QuantizerState):
 
     Attributes:
         engine: what computes the layer in integers, from codes; None where it is simulated.
+        reads_codes: in a lowered network: the input is codes; else it is values, which an engine cannot tell from
+            codes where they are whole numbers.
     """
 
     kind: ClassVar[str]  # the class of torch.nn that it takes the place of
@@ -90,6 +92,7 @@ class QuantModule(QuantizerState):
     ) -> None:
         super().__init__()
         self.engine: IntegerEngine | None = None
+        self.reads_codes = False
         self.folded = folded
         self.weight_shape = torch.Size(weight_shape)
         self.groups = groups
@@ -131,8 +134,16 @@ class QuantModule(QuantizerState):
         bias_correction: WeightCorrection,
     ) -> None:
         """Take over a float layer's weights, rounded to the nearest code, its bias and a quantizer of its input."""
+        if activation is not None and not isinstance(activation, QuantParams):
+            raise TypeError(f"activation must be QuantParams or None, got {type(activation).__name__}")
+        if bias_correction not in WEIGHT_CORRECTIONS:
+            raise ValueError(f"bias_correction must be one of {list(WEIGHT_CORRECTIONS)}, got {bias_correction!r}")
         if isinstance(weight_bits, int):
+            if not 0 <= weight_bits <= 8:
+                raise ValueError(f"bits must be 0 to 8, got {weight_bits}")
             weight_bits = torch.full((self.weight_shape[0],), weight_bits, dtype=torch.uint8)
+        if not isinstance(weight_bits, Tensor):
+            raise TypeError(f"weight_bits must be a number or a tensor, got {type(weight_bits).__name__}")
         if weight_bits.shape != self.weight_bits.shape:
             raise ValueError(
                 f"weight_bits has shape {list(weight_bits.shape)}, expected {list(self.weight_bits.shape)}"
@@ -187,21 +198,24 @@ class QuantModule(QuantizerState):
 
     # --- in integers --------------------------------------------------------------------------------------
 
-    def execute_in_integers(self, engine: IntegerEngine) -> None:
+    def execute_in_integers(self, engine: IntegerEngine, *, reads_codes: bool = False) -> None:
         """Leave the computation to an engine that was made of this layer; it holds the weights from now on."""
-        self.engine = engine
+        self.engine, self.reads_codes = engine, reads_codes
         self.register_buffer("weight_packed", self.weight_packed[:0].clone(), persistent=False)
 
     def _integer_forward(self, x: Tensor, residual: Tensor | None) -> Outputs:
         """Compute from codes, or from values, which are quantized first."""
         assert self.engine is not None
-        if x.dtype != torch.uint8:
-            assert self.activation_scale is not None and self.activation_zero_point is not None
-            assert self.activation_bits is not None
-            x = ops.quantize(
-                x, self.activation_scale, self.activation_zero_point, self.activation_bits, self.activation_axis
-            )
-        return self.engine(x, residual)
+        if self.reads_codes:
+            return self.engine(x, residual)
+        assert self.activation_scale is not None and self.activation_zero_point is not None
+        assert self.activation_bits is not None
+        codes = ops.quantize(
+            x, self.activation_scale, self.activation_zero_point, self.activation_bits, self.activation_axis
+        )
+        y = self.engine(codes, None)
+        assert isinstance(y, Tensor)
+        return y.to(x.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -280,6 +294,8 @@ class QuantModule(QuantizerState):
             x: values.
             product: of input, weights [O, C / groups, *kernel] and bias.
         """
+        if x.dtype not in ops.FLOATING:
+            raise TypeError(f"the input must be float32, float16 or bfloat16, got {x.dtype}")
         scale = self.product_scale
         if self.activation_scale is None or scale is None:
             weight = self.dequantized_weight().to(x.dtype)

@@ -50,7 +50,7 @@ class QuantTensor(QuantizerState):
     """Quantizes what passes through it, channel by channel along dimension 1.
 
     Buffers:
-        bits, scale, zero_point: QuantParams; empty at first, then everything passes as it is.
+        bits, scale, zero_point: QuantParams. While they are empty, as at first, everything passes as it is.
 
     Attributes:
         returns_codes: in a network that executes in integers: return codes; codes that come in pass.
@@ -79,7 +79,7 @@ class QuantTensor(QuantizerState):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the values of x's codes, or the codes."""
-        if x.dtype == torch.uint8 or not self.scale.numel():
+        if not self.scale.numel() or x.dtype == torch.uint8:
             return x
         if self.returns_codes:
             return ops.quantize(x, self.scale, self.zero_point, self.bits, 1)

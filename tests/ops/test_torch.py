@@ -202,7 +202,7 @@ def test_cuda_graphs_capture_every_operator() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_current_stream_is_used() -> None:
+def test_cuda_kernels_use_the_current_stream() -> None:
     x = torch.randn(64, 64, 64, 64, device="cuda")
     one = (
         torch.ones(1).cuda(),
@@ -220,12 +220,12 @@ def test_the_current_stream_is_used() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_device_that_is_not_the_current_one() -> None:
+def test_cuda_device_that_is_not_the_current_one(device: str = "cuda:1") -> None:
     for name, arguments in samples("channels_last", torch.float32).items():
         if name.endswith(".out"):
             continue
-        there = [a.to("cuda:1") if isinstance(a, Tensor) else a for a in arguments]
-        found = overload("ptq4cuda", name)(*there)
-        assert found.device == torch.device("cuda:1")
-        expected = overload("ptq4cuda", name)(*arguments)
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-10 if name == "channel_statistics" else 0, atol=0)
+        there = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+        found, expected = (tree_leaves(overload("ptq4cuda", name)(*a)) for a in (there, arguments))
+        assert all(tensor.device == torch.device(device) for tensor in found)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-10 if name == "channel_statistics" else 0, atol=0)

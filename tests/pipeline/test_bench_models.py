@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
 import accuracy
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from ptq4cuda.bench import architectures, models
@@ -66,3 +68,17 @@ def test_no_method_is_measured_twice() -> None:
     assert len({(method.setting, method.name) for method in methods}) == len(methods)
     configs = [method.config for method in methods if method.setting != "ladder"]
     assert all(configs.count(config) == 1 for config in configs)
+
+
+def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_model.py").write_text("from torch import nn\ndef net(): return nn.Conv2d(3, 4, 3)\n")
+    for i in range(8):
+        Image.new("RGB", (40, 30 + i)).save(tmp_path / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    subject = accuracy.own_subject("own_model:net", tmp_path, 16)
+    assert not subject.model.training
+    assert subject.calibration.shape == (6, 3, 16, 16)
+    for source in ("own_model", "own_model:other", "nowhere:net", ":net"):
+        with pytest.raises(SystemExit, match=f"--model '{source}' does not name a module"):
+            accuracy.own_subject(source, tmp_path, 16)

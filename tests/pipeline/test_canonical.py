@@ -375,6 +375,8 @@ def test_computed_weights_become_plain(kind: str) -> None:
     assert set(network.state_dict()) == {"0.weight", "0.bias"}
     torch.testing.assert_close(network(x4()), expected, rtol=1e-4, atol=1e-5)
     assert list(model.state_dict()) == keys
+    with torch.no_grad():
+        assert torch.equal(model(x4()), expected)  # the model is as it was
 
 
 def test_pieces_are_counted() -> None:

@@ -48,6 +48,27 @@ def test_help_names_the_commands(tmp_path: Path) -> None:
     assert "--plot" in run("demo", "--help", folder=tmp_path).stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("demo --file nowhere/net.ptq4", "there is no folder 'nowhere' to write 'net.ptq4' into"),
+        ("demo --plot nowhere/plot.png", "there is no folder 'nowhere'"),
+        ("bench --json nowhere/bench.json", "there is no folder 'nowhere'"),
+        ("bench --device tpu", "--device must be cpu or cuda, got 'tpu'"),
+        ("bench --device cpu --only nonsense", "there is no case of 'nonsense': the operators are"),
+        ("bench-models --device tpu", "--device must be cpu or cuda"),
+        ("bench-models --model alexnet", "there is no architecture alexnet; there are resnet18"),
+        ("bench-models --batch 0", "Invalid value for '--batch'"),
+        ("bench-models --repeats 0", "Invalid value for '--repeats'"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_a_sentence(tmp_path: Path, command: str, message: str) -> None:
+    result = run(*command.split(), folder=tmp_path)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_info(tmp_path: Path) -> None:
     result = run("info", folder=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -130,11 +130,11 @@ def test_weights_that_are_no_bytes(bits: int, offset: float) -> None:
 def test_layers_that_cannot_be_lowered() -> None:
     source = quantizer(8)
     conv = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
-    with pytest.raises(ValueError, match=r"its padding is .* of mode 'reflect'"):
+    with pytest.raises(ValueError, match="its padding has the mode 'reflect'"):
         IntegerConv2d.from_quantized(layer(conv, source))
     with pytest.raises(ValueError, match="its input is not quantized"):
         IntegerConv2d.from_quantized(QuantConv2d.from_float(nn.Conv2d(8, 8, 3)))
-    with pytest.raises(ValueError, match="its padding is 'same'"):
+    with pytest.raises(ValueError, match="its padding 'same' is wider on one side"):
         IntegerConv2d.from_quantized(layer(nn.Conv2d(8, 8, 2, padding="same"), source))
     with pytest.raises(ValueError, match="which is not folded"):
         unfolded = QuantConv2d.from_float(nn.Conv2d(8, 8, 3), source, bias_correction="none", folded=False)

@@ -292,6 +292,85 @@ def test_residual_operands_have_8_bits_in_both_executions(images: Tensor) -> Non
     assert not any(isinstance(module, QuantTensor) for module in simulated.modules())
 
 
+def test_a_tensor_that_is_concatenated_with_itself(images: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.joint, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(18, 8, 3), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.max_pool2d(self.first(x), 2)
+            return self.last(F.relu(self.joint(torch.concat(tensors=[y, y, y], axis=1))))
+
+    torch.manual_seed(3)
+    model = Twice().eval()
+    model.joint.weight.data[:, 6:12] *= 10.0  # so that its copies get other bits
+    simulated, integer = both(model, images)
+    assert executions(integer) == {"integer"}
+    assert torch.equal(simulated(images), integer(images))
+
+
+def test_views_of_what_a_layer_returns(images: Tensor) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.like, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Linear(800, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.conv(x))
+            z = self.like(x).view(torch.int32).view(torch.float32)
+            return self.fc(y.view(x.size(0), -1) + z.view_as(y).view(size=(x.shape[0], -1)))
+
+    torch.manual_seed(3)
+    simulated, integer = both(Views().eval(), images)
+    assert executions(integer) == {"integer"}
+    assert torch.equal(simulated(images), integer(images))
+
+
+class Sum(nn.Module):
+    """A convolution to whose output something is added."""
+
+    def __init__(self, added: Callable[[nn.Module, Tensor], object]) -> None:
+        super().__init__()
+        self.stem, self.conv, self.pooled = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.channels = nn.Parameter(torch.randn(1, 8, 1, 1))
+        self.image = nn.Parameter(torch.randn(1, 8, 12, 12))
+        self.register_buffer("whole", torch.arange(8).view(1, 8, 1, 1))
+        self.fc = nn.Linear(8, 5)
+        self.added = added
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.fc(F.relu(self.conv(x) + self.added(self, x)).mean((2, 3)))
+
+
+ADDED: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "one value": lambda m, x: x.mean(),
+    "a size": lambda m, x: x.shape[1],
+    "by channel": lambda m, x: m.channels,
+    "whole numbers": lambda m, x: m.whole,
+    "an image": lambda m, x: m.image * 2,
+    "a channel": lambda m, x: x.mean(1, keepdim=True),
+    "a mask": lambda m, x: x > 0.5,
+    "a pooled layer": lambda m, x: m.pooled(x.mean((2, 3), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 48])
+@pytest.mark.parametrize("added", ADDED.values(), ids=ADDED)
+def test_what_is_broadcast_over_a_layer_does_not_travel_as_codes(
+    images: Tensor, added: Callable[[nn.Module, Tensor], object], samples: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    model = Sum(added).eval()
+    simulated, integer = both(model, images[:samples])
+    assert executions(integer) == {"integer"}
+    assert not any(m.scale.numel() for m in integer.modules() if isinstance(m, QuantTensor))
+    torch.testing.assert_close(integer(images), simulated(images), rtol=1e-6, atol=1e-6)
+    ptq4cuda.save(integer, tmp_path / "net.ptq4")
+    assert torch.equal(ptq4cuda.load(tmp_path / "net.ptq4", model)(images), integer(images))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -376,6 +455,10 @@ def test_layers_by_hand() -> None:
     assert ptq4cuda.lower_layers(executable) == {}
     assert torch.equal(executable(x), expected)
     assert executable(x).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(executable(x[0]), expected[0])
+    assert executable(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"must be a float32, float16 or bfloat16 tensor, got torch\.uint8"):
+        executable((255 * x).to(torch.uint8))  # an image, which is not to be taken for codes
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -389,6 +472,14 @@ def test_layers_by_hand() -> None:
     assert list(reasons) == ["corrected"] and "are no signed bytes" in reasons["corrected"]
     assert two.corrected.engine is None and two.head.engine is not None
     assert torch.equal(two.head(features), expected)
+
+
+def test_lowering_twice(model: nn.Module, images: Tensor) -> None:
+    _, integer = both(model, images)
+    expected = integer(images)
+    for network in (integer, nn.Sequential(integer)):
+        assert ptq4cuda.lower_layers(network) == {}
+        assert torch.equal(network(images), expected)
 
 
 def test_files_copies_and_state(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
@@ -419,6 +510,7 @@ def test_batch_and_size_and_layout_are_free(model: nn.Module, images: Tensor) ->
     _, integer = both(model, images)
     assert torch.equal(integer(images[:5]), integer(images)[:5])
     assert integer(torch.randn(2, 3, 30, 18)).shape == (2, 5)
+    assert integer(images[:0]).shape == (0, 5)
     assert torch.equal(integer(images.contiguous(memory_format=torch.channels_last)), integer(images))
     expected = integer(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -503,6 +503,30 @@ def test_arguments_without_names() -> None:
         assert record_of(network).sqnr == pytest.approx(sqnr(model(x), network(x)), abs=0.1)
 
 
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+def test_linear_layers_on_the_channels_of_images(size: tuple[int, int]) -> None:
+    class ConvNext(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.depthwise = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+            self.norm, self.wide, self.narrow = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+            self.plain = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+            x = x + self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+            return self.plain(x.permute(0, 2, 3, 1)).mean((1, 2))
+
+    model = ConvNext().eval()
+    x = torch.randn(8, 3, *size, generator=torch.Generator().manual_seed(1))
+    network = quantize(model, [x], progress=False)
+    assert {name for name, record in records(network).items() if record.execution == "float"} == {"norm"}
+    with torch.no_grad():
+        assert sqnr(model(x), network(x)) > 15
+
+
 def test_parts_of_torch_nn_are_reported_as_a_whole() -> None:
     class Hybrid(nn.Module):
         def __init__(self) -> None:

@@ -144,6 +144,13 @@ def test_unbatched_input() -> None:
     torch.testing.assert_close(layer(x), layer(x.unsqueeze(0))[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float64])
+def test_input_of_other_dtypes(dtype: torch.dtype) -> None:
+    layer = QuantConv2d.from_float(make_conv({}), quantizer(6))
+    with pytest.raises(TypeError, match=f"must be float32, float16 or bfloat16, got {dtype}"):
+        layer(torch.ones(2, 6, 8, 8, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_scales(dtype: torch.dtype) -> None:
     layer = QuantConv2d.from_float(make_conv({"padding": 1}), quantizer(6))
@@ -228,13 +235,19 @@ def test_repr_names_bits_and_geometry() -> None:
     ("arguments", "message"),
     [
         ({"activation": quantizer(5)}, "activation bits has 5 channels, the layer has 6"),
+        ({"activation": 8}, "activation must be QuantParams or None, got int"),
         ({"weight_bits": 9}, "bits must be 0 to 8, got 9"),
+        ({"weight_bits": -1}, "bits must be 0 to 8, got -1"),
+        ({"weight_bits": [4] * 8}, "weight_bits must be a number or a tensor, got list"),
         ({"weight_bits": _bits(4).expand(3)}, r"weight_bits has shape \[3\], expected \[8\]"),
+        ({"bias_correction": "output"}, "bias_correction must be one of .*got 'output'"),
+        ({"conv": nn.Conv1d(6, 8, 3)}, r"conv must be a torch\.nn\.Conv2d, got Conv1d"),
+        ({"conv": nn.ConvTranspose2d(6, 8, 3)}, r"conv must be a torch\.nn\.Conv2d, got ConvTranspose2d"),
     ],
 )
 def test_from_float_refuses(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        QuantConv2d.from_float(make_conv({}), **arguments)
+    with pytest.raises((TypeError, ValueError), match=message):
+        QuantConv2d.from_float(**{"conv": make_conv({}), **arguments})
 
 
 def test_weights_that_are_not_finite() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -210,6 +210,13 @@ class Untraceable(nn.Module):
         return self.fc(self.up(x).mean((2, 3)))
 
 
+class OwnWeights(Untraceable):
+    """Calls a function with the weights of a layer, which its own code cannot do once the layer is quantized."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(super().forward(x)[:, :3, None, None], self.shared.weight[:, :3, :1, :1])
+
+
 def test_untraceable_model_is_walked_by_its_modules(images: Tensor) -> None:
     torch.manual_seed(0)
     model = Untraceable().eval()
@@ -301,6 +308,25 @@ def test_several_inputs_and_outputs(images: Tensor) -> None:
     assert record_of(network).sqnr > 10
 
 
+def test_output_of_a_dataclass(images: Tensor) -> None:
+    @dataclass
+    class Output:
+        values: Tensor
+
+    class Wraps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(self.last(F.relu(self.first(x))))
+
+    model = Wraps().eval()
+    network = quantize(model, [images], progress=False)
+    with torch.no_grad():
+        assert record_of(network).sqnr == pytest.approx(sqnr(model(images).values, network(images).values), abs=0.1)
+
+
 def test_dead_and_constant_channels(images: Tensor) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)).eval()
@@ -340,12 +366,39 @@ BAD = {
         "'pointwise.weight' contains NaN or Inf",
     ),
     "Inf bias": (lambda m, x: (broken(m, "fc.bias", math.inf), [x]), ValueError, "'fc.bias' contains NaN or Inf"),
+    "float64": (lambda m, x: (m.double(), [x.double()]), ValueError, r"'stem.weight' is torch\.float64, not float32"),
+    "no values": (lambda m, x: (m.to("meta"), [x]), ValueError, "'stem.weight' is on the meta device"),
+    "no values in a part": (lambda m, x: ((m.fc.to("meta"), m)[1], [x]), ValueError, "'fc.weight' is on the meta"),
+    "no shape yet": (lambda m, x: (nn.LazyConv2d(3, 3).eval(), [x]), ValueError, "'weight' has no shape yet"),
+    "a script": (lambda m, x: (torch.jit.ScriptModule(), [x]), TypeError, r"is a torch\.jit\.ScriptModule"),
+    "batch without values": (lambda m, x: (m, [x.to("meta")]), ValueError, "batch 0 is on the meta device"),
+    "one image": (lambda m, x: (nn.Conv2d(3, 4, 1).eval(), [x[0]]), ValueError, "a single image.*and no batch"),
     "no batches": (lambda m, x: (m, []), ValueError, "batches is empty"),
     "one tensor": (lambda m, x: (m, x), TypeError, "got one Tensor: put it in a list"),
     "one dict": (lambda m, x: (m, {"x": x}), TypeError, "got one dict"),
     "a number": (lambda m, x: (m, 3), TypeError, "got one int"),
     "batch of strings": (lambda m, x: (m, ["cat"]), TypeError, "batch 0 must be a tensor.*got str"),
     "wrong keys": (lambda m, x: (m, [{"image": x}]), TypeError, r"keys \['image'\].*forward \(x\)"),
+    "no tensor": (
+        lambda m, x: (TwoInputs().eval(), [{"left": x, "right": 2.0}]),
+        TypeError,
+        "batch 0 has float for the model's argument 'right'; only tensors",
+    ),
+    "other arguments": (
+        lambda m, x: (TwoInputs().eval(), [{"left": x, "right": x}, {"left": x}]),
+        ValueError,
+        "batch 1 has other arguments .* than batch 0: left instead of left, right",
+    ),
+    "two sizes at once": (
+        lambda m, x: (Untraceable().eval(), [x, x[..., :8]]),
+        ValueError,
+        "torch.fx cannot trace the model, and it fails on all calibration batches at once",
+    ),
+    "weights of a layer": (
+        lambda m, x: (OwnWeights().eval(), [x]),
+        ValueError,
+        "own code reads what a quantized layer does not have .*'weight'.*: leave that layer in float",
+    ),
     "empty batch": (lambda m, x: (m, [x, x[:0]]), ValueError, "batch 1 has the shape"),
     "NaN batch": (lambda m, x: (m, [x, x * math.nan]), ValueError, "batch 1 contains NaN or Inf"),
     "Inf batch": (lambda m, x: (m, [x / 0]), ValueError, "batch 0 contains NaN or Inf"),
@@ -371,7 +424,13 @@ def test_overflow_inside_the_network_names_the_layer(images: Tensor) -> None:
 def test_quantizing_twice(model: nn.Module, images: Tensor) -> None:
     network = quantize(model, [images], progress=False)
     with pytest.raises(ValueError, match="quantized already"):
-        quantize(network.eval(), [images], progress=False)
+        quantize(network, [images], progress=False)
+
+
+@pytest.mark.parametrize("execution", ["integer", "simulate"])
+def test_result_is_in_evaluation_mode(model: nn.Module, images: Tensor, execution: str) -> None:
+    network = quantize(model, [images], QuantConfig(execution=execution), progress=False)
+    assert not any(module.training for module in network.modules())
 
 
 def test_config_of_another_kind(model: nn.Module, images: Tensor) -> None:
@@ -397,6 +456,8 @@ def test_config_of_another_kind(model: nn.Module, images: Tensor) -> None:
         ("rounding", "up"),
         ("clip_exponent", 0.5),
         ("target_sqnr", "high"),
+        ("target_sqnr", math.nan),
+        ("target_sqnr", True),
         ("size_budget", 2.0),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -97,6 +98,18 @@ def test_foreign_files(model: nn.Module, tmp_path: Path) -> None:
         ptq4cuda.load(tmp_path / "nowhere", model)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("{", "["), ('"record"', '"recurd"'), ('"weight_bits"', '"weight_bats"'), ('"Conv2d"', '"Conv1d"')],
+)
+def test_damaged_header(model: nn.Module, file: Path, old: str, new: str) -> None:
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()["ptq4cuda"]
+    save_file(load_file(file), file, metadata={"ptq4cuda": header.replace(old, new)})
+    with pytest.raises(ValueError, match=r"net\.ptq4' has a damaged header"):
+        ptq4cuda.load(file, model)
+
+
 def test_newer_format(model: nn.Module, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("ptq4cuda.serialization.FORMAT", 99)
@@ -111,6 +124,14 @@ def test_other_architecture(model: nn.Module, file: Path) -> None:
     model.relu = nn.LeakyReLU()
     with pytest.raises(ValueError, match="'relu ReLU', the model has 'relu LeakyReLU'"):
         ptq4cuda.load(file, model)
+
+
+def test_models_without_weights_of_their_own(model: nn.Module, network: nn.Module, file: Path) -> None:
+    with pytest.raises(ValueError, match="quantized already"):
+        ptq4cuda.load(file, network)
+    assert not any(module.training for module in ptq4cuda.load(file, model.train()).modules())
+    with pytest.raises(ValueError, match="on the meta device"):
+        ptq4cuda.load(file, model.to("meta"))
 
 
 def test_other_sizes(model: nn.Module, file: Path) -> None:
@@ -129,6 +150,13 @@ def test_saving_what_is_not_quantized(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="not made by ptq4cuda"):
         ptq4cuda.report(model)
     assert not list(tmp_path.iterdir())
+
+
+def test_places_where_nothing_can_be_saved(network: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere' to save 'net\.ptq4' in"):
+        ptq4cuda.save(network, tmp_path / "nowhere" / "net.ptq4")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        ptq4cuda.save(network, tmp_path)
 
 
 def test_a_failed_save_leaves_the_old_file(network: nn.Module, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

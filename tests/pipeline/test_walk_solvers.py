@@ -65,11 +65,14 @@ class Net(nn.Module):
     def _mean(self, x: Tensor) -> Tensor:
         return self.pooled(x.mean((2, 3)))
 
+    def _last(self, x: Tensor) -> Tensor:
+        return self.pooled(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
     def _average_of_four(self, x: Tensor) -> Tensor:
         return self.a(F.avg_pool2d(x, 2))
 
 
-KINDS = ["chain", "grouped", "strided", "flattened", "average", "mean", "average_of_four"]
+KINDS = ["chain", "grouped", "strided", "flattened", "average", "mean", "last", "average_of_four"]
 
 
 def jacobian_energy(net: Net, x: Tensor) -> Tensor:
@@ -350,6 +353,12 @@ def test_size_budget_is_kept_to(images: Tensor, share: float) -> None:
     assert len(raised) == {0.2: 0, 0.25: 1, 0.3: 2}[share] or share * record.float_bytes > plain.bytes
 
 
+def test_a_budget_that_is_too_small_is_reported(images: Tensor) -> None:
+    for share, too_small in ((0.01, True), (1, False)):
+        network = quantize(Deep().eval(), [images], replace(PER_TENSOR, size_budget=share), progress=False)
+        assert ("is too small for this configuration" in ptq4cuda.report(network)) == too_small
+
+
 def test_budget_limits_what_a_target_asks_for(images: Tensor) -> None:
     model = Deep().eval()
     config = replace(PER_TENSOR, target_sqnr=90.0)
@@ -452,3 +461,5 @@ def test_a_pattern_that_fits_nothing(images: Tensor) -> None:
 def test_overrides_that_are_refused(override: object) -> None:
     with pytest.raises(ValueError, match=r"overrides\['conv'\]"):
         QuantConfig(overrides={"conv": override})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="got the pattern 0"):
+        QuantConfig(overrides={0: "float"})  # type: ignore[dict-item]

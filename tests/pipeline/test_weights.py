@@ -96,6 +96,13 @@ def test_symmetric_int4_has_zero_point_eight() -> None:
     assert QuantParams.from_range(torch.tensor([-1.0]), torch.tensor([1.0]), bits(4)).zero_point.tolist() == [8]
 
 
+@pytest.mark.parametrize("limits", [(2.0, 1.0), (float("nan"), 1.0), (0.0, float("inf"))])
+def test_from_range_refuses(limits: tuple[float, float]) -> None:
+    low, high = (torch.tensor([0.0, limit]) for limit in limits)
+    with pytest.raises(ValueError, match=f"got low {limits[0]}, high {limits[1]}"):
+        QuantParams.from_range(low, high + torch.tensor([1.0, 0.0]), bits(4))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
