@@ -121,10 +121,23 @@ private:
                      : packed_ ? shape_.low_bytes * 2 / kWordChannels
                                : shape_.words_per_tap() * (joined ? k.width : 1));
         high_taps_ = taps(packed_ ? shape_.high_bytes() * 2 / kWordChannels : taps_.words);
-        if (!depthwise_) return;
-        tap_groups_.count = ceil_div(shape_.kernel.area(), tiles_.depthwise_taps);
-        offsets_.resize(tap_groups_.count * tiles_.depthwise_taps, 0);  // with weights that are zero
-        tap_groups_.offsets = offsets_.data();
+        if (depthwise_) group_taps();
+    }
+
+    // Row by row, or three rows of a column and a tap that is missing.
+    void group_taps() {
+        const Extent k = shape_.kernel;
+        const bool columns = k.height == 3 && tiles_.depthwise_taps == 4;
+        const size_t taps = tiles_.depthwise_taps;
+        for (int64_t i = 0; i < k.area(); ++i) {
+            if (columns && i > 0 && i % 3 == 0) grouped_.push_back(-1);
+            grouped_.push_back(columns ? i % 3 * k.width + i / 3 : i);
+        }
+        while (grouped_.size() % taps) grouped_.push_back(-1);
+        std::vector<int64_t> offsets;
+        for (int64_t tap : grouped_) offsets.push_back(tap < 0 ? 0 : offsets_[tap]);  // its weights are zero
+        offsets_ = std::move(offsets);
+        tap_groups_ = {offsets_.data(), static_cast<int64_t>(grouped_.size() / taps), columns};
     }
 
     void find_panels() {
@@ -169,13 +182,14 @@ private:
 
     template <int64_t kInWord, class Weight>
     void lay_out_block(int64_t b, Weight* to) const {
-        const int64_t first = panels_[b * block_panels()].channel, area = shape_.kernel.area();
-        const int64_t group = block_panels() * kPanelOutputs * kInWord;
-        for (int64_t c = 0; c < std::min<int64_t>(block_panels() * kPanelOutputs, shape_.channels - first); ++c) {
+        const int64_t first = panels_[b * block_panels()].channel, taps = grouped_.size();
+        const int64_t channels = block_panels() * kPanelOutputs;
+        for (int64_t c = 0; c < std::min(channels, shape_.channels - first); ++c) {
             const int8_t* from = problem_.weight + first + c;
             Weight* words = to + place_in_block(c, block_panels()) * kInWord;
-            for (int64_t t = 0; t < area; ++t, from += shape_.channels)
-                words[t / kInWord * group + t % kInWord] = *from;
+            for (int64_t t = 0; t < taps; ++t)
+                if (grouped_[t] >= 0)
+                    words[t / kInWord * channels * kInWord + t % kInWord] = from[grouped_[t] * shape_.channels];
         }
     }
 
@@ -454,7 +468,8 @@ private:
     bool depthwise_, packed_, dense_, split_, direct_;
     int64_t span_, pixel_bytes_, row_bytes_;  // of the image or of a band
     std::vector<int64_t> offsets_;            // of the taps from a pixel's address
-    Taps taps_{}, high_taps_{};  // of all codes; of the low and of the high nibbles, where these are apart
+    Taps taps_{}, high_taps_{};     // of all codes; of the low and of the high nibbles, where these are apart
+    std::vector<int64_t> grouped_;  // taps of depthwise layers, group by group; -1: none
     TapGroups tap_groups_{};
     std::vector<Panel> panels_;
     std::vector<int32_t> zeros_;                        // [panels][taps][16], where padding makes taps differ

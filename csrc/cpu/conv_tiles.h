@@ -43,6 +43,7 @@ using DotTile = void (*)(const uint8_t* const* pixels, int count, int64_t channe
 struct TapGroups {
     const int64_t* offsets;  // of every tap
     int64_t count;
+    bool columns;  // each group is a column of the kernel
 };
 using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,
                                const int8_t* weights, int64_t channels, int32_t* sums);
