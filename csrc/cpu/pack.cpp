@@ -168,7 +168,6 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
             for (int64_t w = 0; w < tile.words; ++w) {
                 const int64_t channel = tile.channel + w * kWord;
                 const int64_t count = std::min<int64_t>(kWord, channels - channel);
-                w + 1 < tile.words ? fetch(tile, channel + kWord) : fetch(next, next.channel);
                 WordRows<Value> rows;
                 for (int64_t k = 0; k < kWord; ++k) {
                     rows.row[k] = k < count ? values[k].read(row_of(tile, channel + k), tile.pixels) : rows.row[0];
@@ -176,6 +175,8 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
                     // The codes of missing channels do not depend on what is read in their place.
                     if (k >= count) rows.quantizer[k].inv_scale = 0.0f;
                 }
+                // Not before halves are converted, which would wait behind it.
+                w + 1 < tile.words ? fetch(tile, channel + kWord) : fetch(next, next.channel);
                 simd::run<MakeWords<Value>>(rows, words + w * kPixels, tile.pixels);
             }
             uint32_t pixels[kPixels * kWords];

@@ -236,7 +236,7 @@ print(_native.build_info["simd_level"], digest.hexdigest())
 
 def test_the_instruction_set_does_not_matter() -> None:
     digests = {}
-    for wanted in ("baseline", "avx2", "avx512"):
+    for wanted in ("baseline", "avx2", "avx512", "avx512_vnni"):
         run = subprocess.run(
             [sys.executable, "-P", "-c", FINGERPRINT],
             env={**os.environ, "PTQ4CUDA_SIMD": wanted},

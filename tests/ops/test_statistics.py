@@ -76,6 +76,18 @@ def test_a_large_mean_costs_no_precision(backend: Backend, layout: str, spread: 
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_squares_survive_any_mean(backend: Backend, layout: str) -> None:
+    """Channels with means of 0 to 300 standard deviations side by side, and a dead one."""
+    noise = torch.randn(5, 8, 40, 41, generator=torch.Generator().manual_seed(0))
+    for means in ([0, 1, 5, 7, 7.5, -7.7, 0, 3], [0, 7.9, 8, -8.1, 9, 20, 300, 0]):
+        x = noise + torch.tensor(means).view(1, 8, 1, 1)
+        x[:, 0] = 0  # a dead channel
+        x = oracle.arrange(x, layout)
+        expected, found = oracle.statistics(x, 1), backend.channel_statistics(x, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_extremes(backend: Backend, layout: str) -> None:
     x = torch.randn(3, 4, 8, 9, generator=torch.Generator().manual_seed(0))
     x[:, 0] *= 1e30
@@ -196,7 +208,7 @@ print(_native.build_info["simd_level"], digest.hexdigest())
 
 def test_the_instruction_set_does_not_matter() -> None:
     levels, digests = [], set()
-    for wanted in ("baseline", "avx2", "avx512"):
+    for wanted in ("baseline", "avx2", "avx512", "avx512_vnni"):
         run = subprocess.run(
             [sys.executable, "-P", "-c", FINGERPRINT],
             env={**os.environ, "PTQ4CUDA_SIMD": wanted},
