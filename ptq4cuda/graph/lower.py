@@ -36,7 +36,8 @@ _LEAST_SAVING = 0.25  # of the bytes of codes that are packed
 def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: bool | None = None) -> dict[str, str]:
     """Let the quantized layers of a network execute in integers, in place.
 
-    quantize() does this; it is for networks that are put together of QuantConv2d and QuantLinear by hand.
+    quantize() does this; it is for networks that are put together of QuantConv2d and QuantLinear by hand. A network
+    in integers has the state_dict of the simulated one, and can load it; in part it cannot.
 
     Args:
         network: as quantized, or a quantized layer alone.
@@ -46,7 +47,14 @@ def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: b
     Returns:
         For each quantized layer that stays simulated, why.
     """
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, QuantModule)}
+    reload = _Reload(network, dtype, pack)
+    network.register_load_state_dict_pre_hook(reload.before)
+    network.register_load_state_dict_post_hook(reload.after)
+    return _lower(network, dtype, pack)
+
+
+def _lower(network: nn.Module, dtype: torch.dtype, pack: bool | None) -> dict[str, str]:
+    layers = _quantized_layers(network)
     simulated = {name: layer for name, layer in layers.items() if layer.engine is None}
     reasons = {name: reason for name, layer in simulated.items() if (reason := _why_simulated(layer))}
     if not isinstance(network, fx.GraphModule):
@@ -58,6 +66,50 @@ def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: b
             pack = any(buffer.is_cuda for buffer in network.buffers())
         _Lowering(network, reasons, dtype, pack).run()
     return reasons
+
+
+def _quantized_layers(network: nn.Module) -> dict[str, QuantModule]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, QuantModule)}
+
+
+class _Reload:
+    """Lets a lowered network load a state_dict: it is simulated meanwhile, then lowered for what it has loaded."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, pack: bool | None) -> None:
+        self.dtype, self.pack = dtype, pack
+        # It shares the network's modules, and keeps those that the lowered graph does not call.
+        self.simulated = fx.GraphModule(network, network.graph) if isinstance(network, fx.GraphModule) else None
+        self.lowered: set[str] = set()
+        self.errors: list[str] = []
+
+    def before(self, network: nn.Module, *arguments: Any) -> None:
+        """Simulate the network; the last argument of a hook collects errors."""
+        self.errors = arguments[-1]
+        layers = _quantized_layers(network)
+        self.lowered = {name for name, layer in layers.items() if layer.engine is not None}
+        for layer in layers.values():
+            layer.simulate()
+        if self.simulated is None or not isinstance(network, fx.GraphModule):
+            return
+        for name, module in list(network.named_modules()):
+            if isinstance(module, Quantize):
+                network.delete_submodule(name)
+            elif isinstance(module, QuantTensor):
+                module.returns_codes = False
+        held = dict(network.named_modules(remove_duplicate=False))
+        for node in self.simulated.graph.nodes:
+            if node.op == "call_module" and node.target not in held:
+                network.add_submodule(node.target, self.simulated.get_submodule(node.target))
+        network.graph = self.simulated.graph
+
+    def after(self, network: nn.Module, _: object) -> None:
+        """Lower the network again; what did not load whole stays simulated."""
+        if not self.errors:
+            reasons = _lower(network, self.dtype, self.pack)
+            self.errors += [
+                f"{name or 'the layer'} cannot compute in integers any more: {reasons[name]}"
+                for name in self.lowered & reasons.keys()
+            ]
 
 
 def _engine(

@@ -430,15 +430,7 @@ def test_padding_of_other_modes_stays_simulated(images: Tensor) -> None:
 
 
 def test_walked_by_modules(model: nn.Module, images: Tensor) -> None:
-    class Untraceable(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x if x.sum() > -1e9 else x * 0)
-
-    simulated, integer = both(Untraceable().eval(), images)
+    simulated, integer = both(Untraceable(model).eval(), images)
     assert record_of(integer).walked_by == "modules"
     assert executions(integer) == {"integer", "float"}  # the BatchNorms, which are not folded then
     assert torch.equal(simulated(images), integer(images))
@@ -494,8 +486,74 @@ def test_files_copies_and_state(model: nn.Module, images: Tensor, tmp_path: Path
     assert state.keys() == other.keys()
     assert all(torch.equal(state[name], other[name]) for name in state)
     assert torch.equal(loaded.to(torch.float16).float()(images), expected)  # quantizers and weights keep their dtypes
-    with pytest.raises(RuntimeError, match=r"executes in integers; load files with ptq4cuda\.load"):
+
+
+class Untraceable(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x if x.sum() > -1e9 else x * 0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, Untraceable], ids=["graph", "modules"])
+@pytest.mark.parametrize("make", [Bottlenecks, Block, Edges])
+def test_state_dicts_load_into_either_execution(
+    images: Tensor, make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    torch.manual_seed(3)
+    simulated, integer = both(wrap(make()).eval(), images)
+    others = both(wrap(make()).eval(), images)
+    compiled = torch.compile(integer, dynamic=True, backend="aot_eager")
+    before = compiled(images)
+    modules = [name for name, _ in integer.named_modules()]
+    for other in others:
+        expected, state = other(images), other.state_dict()
+        assert not torch.equal(before, expected)
+        for network in (copy.deepcopy(simulated), copy.deepcopy(integer), nn.Sequential(copy.deepcopy(integer))):
+            prefixed = {f"0.{name}": t for name, t in state.items()} if isinstance(network, nn.Sequential) else state
+            assert network.load_state_dict(prefixed) == network.load_state_dict(network.state_dict())
+            assert torch.equal(network(images), expected)
+        integer.load_state_dict(copy.deepcopy(integer).state_dict())
         integer.load_state_dict(state)
+        assert torch.equal(integer(images), expected) and torch.equal(compiled(images), expected)
+        assert all(layer.engine is not None for layer in integer.modules() if isinstance(layer, QuantModule))
+        assert [name for name, _ in integer.named_modules()] == modules
+
+
+def test_packed_codes_after_loading(images: Tensor) -> None:
+    torch.manual_seed(3)
+    config = replace(FAST, execution="simulate", activation_granularity="per_tensor")
+    simulated, other = (quantize(Edges().eval(), [images], config, progress=False) for _ in range(2))
+    packed = lowered(simulated, True)
+    layers = packed_inputs(packed)
+    packed.load_state_dict(other.state_dict())
+    assert packed_inputs(packed) == layers
+    assert torch.equal(packed(images), other(images))
+
+
+def test_state_dicts_that_do_not_load(model: nn.Module, images: Tensor) -> None:
+    _, integer = both(model, images)
+    expected, state = integer(images), copy.deepcopy(integer.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "stem.weight_packed"'):
+        integer.load_state_dict({name: t for name, t in state.items() if name != "stem.weight_packed"})
+    assert torch.equal(integer(images), expected)
+    found = integer.load_state_dict({"fc.bias": state["fc.bias"] + 1.0, "more": expected}, strict=False)
+    assert found.unexpected_keys == ["more"] and "stem.weight_packed" in found.missing_keys
+    torch.testing.assert_close(integer(images), expected + 1.0)
+    with pytest.raises(RuntimeError, match=r"size mismatch for fc.bias"):
+        integer.load_state_dict({**state, "fc.bias": expected[0, :2]})
+    integer.load_state_dict(state)  # after which it computes in integers again
+    assert torch.equal(integer(images), expected)
+    assert integer.get_submodule("stem").engine is not None
+    corrected = {**state, "stem.weight_offset": state["stem.weight_offset"] + 0.3}
+    with pytest.raises(RuntimeError, match=r"stem cannot compute in integers any more: .*are no signed bytes"):
+        integer.load_state_dict(corrected)
+    integer.load_state_dict(state)
+    stem = integer.get_submodule("stem")
+    with pytest.raises(RuntimeError, match=r"computes in integers: load a state_dict into the whole network"):
+        stem.load_state_dict(stem.state_dict())
 
 
 def test_a_file_is_the_same_in_both_executions_but_for_the_record(
