@@ -8,7 +8,7 @@ two go into D_o.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.nn.quant_module import Outputs, QuantModule
 from ptq4cuda.nn.quant_tensor import QuantizerState
-from ptq4cuda.ops import nibbles, panels
+from ptq4cuda.ops import FLOATING, nibbles, panels
 from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 
@@ -197,6 +197,15 @@ class IntegerConv2d(QuantizerState):
             packed=packed,
             dtype=dtype,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerConv2d:
+        """Let the values that it returns follow .half() and the like."""
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        if dtype not in FLOATING:
+            raise TypeError(f"a network in integers returns float32, float16 or bfloat16, not {dtype}")
+        self.dtype = dtype
+        super()._apply(fn, recurse)
+        return self
 
     def _sum_of_zero_points(self, weight: Tensor, zero_point: Tensor) -> Tensor:
         """Return Σ weight * zero_point over the channels, of each tap and output: int64 [R * S, O]."""

@@ -4,7 +4,7 @@ A quantized convolution, the residual sum behind it and the activation behind th
 returns the codes of its readers, where they reach it through max pooling and concatenation alone; these work on codes
 as they do on values. Readers may disagree on the quantizer: the next convolution reads 4 bits, the next residual sum
 8. A layer returns two outputs at most, of which one can be values; whoever wants anything else gets values, and a
-visible Quantize turns them into codes again.
+visible Quantize turns them into codes again. Values have the memory format that they have in the float network.
 
 On a GPU, codes that only convolutions read travel packed (ops.nibbles), where that saves a quarter of their bytes or
 more. Pooling and concatenation, residual sums, depthwise and grouped convolutions and linear layers read bytes.
@@ -87,6 +87,8 @@ class _Reload:
         self.errors = arguments[-1]
         layers = _quantized_layers(network)
         self.lowered = {name for name, layer in layers.items() if layer.engine is not None}
+        for engine in (module for module in network.modules() if isinstance(module, IntegerConv2d)):
+            self.dtype = engine.dtype
         for layer in layers.values():
             layer.simulate()
         if self.simulated is None or not isinstance(network, fx.GraphModule):
@@ -319,10 +321,10 @@ class _Lowering:
             if params is not None and _key(params) not in map(_key, outputs):
                 return self._quantize(node, params)
             layer = self._integer_layer(chain, *outputs)
-            if len(outputs) == 1:
-                return layer
-            for i, output in enumerate(outputs):
-                self.made[node, _key(output)] = self.graph.call_function(operator.getitem, (layer, i))
+            parts = [layer]
+            if len(outputs) == 2:
+                parts = [self.graph.call_function(operator.getitem, (layer, i)) for i in range(2)]
+            self.made |= {(node, _key(output)): part for output, part in zip(outputs, parts, strict=True)}
             return self._codes(node, params)
         if params is None:
             return self.graph.node_copy(node, lambda n: self.made[n, None])
@@ -373,7 +375,15 @@ class _Lowering:
             marked.returns_codes = True
             codes = self._codes(_source(chain.residual), residual)
             arguments.append(self.graph.call_module(str(chain.residual.target), (codes,)))
-        return self.graph.create_node("call_module", chain.node.target, tuple(arguments), name=chain.node.name)
+        values = out is None and isinstance(chain.layer, QuantConv2d)
+        like: dict[str, Any] = {"like": self._origin(_source(chain.node))} if values else {}
+        return self.graph.create_node("call_module", chain.node.target, tuple(arguments), like, name=chain.node.name)
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        """Return the values that a node's codes were once made of."""
+        while (node, None) not in self.made:
+            node = _source(self.chains[node].node) if node in self.chains else node.all_input_nodes[0]
+        return self.made[node, None]
 
     def _quantize(self, node: fx.Node, params: QuantParams) -> fx.Node:
         """Make codes of a node's values."""
