@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ptq4cuda import _native
 from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.nn.quant_module import Outputs, QuantModule
@@ -265,6 +266,25 @@ class IntegerConv2d(QuantizerState):
         codes = weight * weight_unit(bits).view(shape) - offset.double().view(shape)
         return codes.to(torch.uint8)
 
+    @property
+    def kernel(self) -> str:
+        """What computes the layer: kernel size and stride, how products are summed, what is fused."""
+        size = f"{self.kernel_size[0]}x{self.kernel_size[1]}"
+        parts = [size if max(self.stride) == 1 else f"{size}/{self.stride[0]}"]
+        depthwise = panels.is_depthwise(len(self.scale), self.channels, self.groups)
+        if self.groups > 1:
+            parts.append("depthwise" if depthwise else f"{self.groups} groups")
+        if self.low_bytes:
+            parts.append("packed")
+        if not depthwise:
+            narrow = self.scale.device.type == "cpu" and _native.narrow_sums
+            parts.append("32-bit sums" if not narrow else "8-bit codes" if self.span < 0 else f"span {self.span}")
+        if self.residual_scale is not None:
+            parts.append("residual")
+        if self.also_scale is not None:
+            parts.append("2 outputs")
+        return ", ".join(parts)
+
     def extra_repr(self) -> str:
         """Describe the geometry, as `print(module)` shows it."""
         return (
@@ -317,6 +337,11 @@ class IntegerLinear(nn.Module):
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the codes [O, C]."""
         return self.convolution.weight_codes(bits, offset)[:, 0, 0]
+
+    @property
+    def kernel(self) -> str:
+        """What computes the layer, see IntegerConv2d.kernel."""
+        return self.convolution.kernel
 
 
 def max_pool_codes(

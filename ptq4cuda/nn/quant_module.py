@@ -39,6 +39,10 @@ class IntegerEngine(Protocol):
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the weights as codes uint8 [O, *kernel, C / groups]."""
 
+    @property
+    def kernel(self) -> str:
+        """The kernel that computes the layer, for reports."""
+
 
 def input_scale_of_weights(scale: Tensor, weight_shape: torch.Size, groups: int) -> Tensor:
     """View the scale of each input channel ([C] or [1]) so that it broadcasts over weights [O, C / groups, ...]."""
