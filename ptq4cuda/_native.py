@@ -64,6 +64,8 @@ def _load_cuda(missing: str) -> tuple[str, str]:
 cpu_path, cpu_reason, build_info = _load_cpu()
 cuda_path, cuda_reason = _load_cuda(build_info.get("cuda_missing", ""))
 cpu_loaded = bool(cpu_path)
+# Do integer convolutions on the CPU add up products in 16 bits, for as long as their span allows?
+narrow_sums = build_info.get("simd_level") in ("avx2", "avx512")
 cuda_loaded = bool(cuda_path)
 
 

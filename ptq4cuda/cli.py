@@ -52,7 +52,7 @@ def main() -> None:
     @app.command("bench")
     def bench_command(
         device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = "",
-        quick: Annotated[bool, typer.Option("--quick", help="Three shapes instead of ten.")] = False,
+        quick: Annotated[bool, typer.Option("--quick", help="Few shapes instead of all.")] = False,
         only: Annotated[str, typer.Option(help='Only some cases, for example "fake_quantize layer1 float32".')] = "",
         compiled: Annotated[bool, typer.Option(help="Compare with torch.compile, too.")] = True,
         json: Annotated[Path | None, typer.Option(help="Write the figures into this file.")] = None,

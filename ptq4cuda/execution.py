@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
 
 import torch
@@ -83,10 +84,15 @@ def _failure(network: nn.Module, lowered: nn.Module, samples: Sample) -> str:
     try:
         noise.add(network(*args, **kwargs), lowered(*args, **kwargs))
     except (RuntimeError, ValueError, TypeError) as error:
-        return str(error).strip().split("\n")[0]
+        return sentence_of(error)
     if noise.sqnr is not None and noise.sqnr < _LEAST_SQNR:
         return f"its output would be {noise.sqnr:.0f} dB from the simulated one"
     return ""
+
+
+def sentence_of(error: Exception) -> str:
+    """Return what an error says, without the place in the sources that a native check begins with."""
+    return re.sub(r"^\w+, .*?\.(h|cpp|cu|cuh):\d+, ", "", str(error).strip().split("\n")[0])
 
 
 @torch.no_grad()

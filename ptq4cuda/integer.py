@@ -8,18 +8,19 @@ two go into D_o.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ptq4cuda import _native
 from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.nn.quant_module import Outputs, QuantModule
 from ptq4cuda.nn.quant_tensor import QuantizerState
-from ptq4cuda.ops import nibbles, panels
+from ptq4cuda.ops import FLOATING, nibbles, panels
 from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 
@@ -198,6 +199,15 @@ class IntegerConv2d(QuantizerState):
             dtype=dtype,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerConv2d:
+        """Let the values that it returns follow .half() and the like."""
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        if dtype not in FLOATING:
+            raise TypeError(f"a network in integers returns float32, float16 or bfloat16, not {dtype}")
+        self.dtype = dtype
+        super()._apply(fn, recurse)
+        return self
+
     def _sum_of_zero_points(self, weight: Tensor, zero_point: Tensor) -> Tensor:
         """Return Σ weight * zero_point over the channels, of each tap and output: int64 [R * S, O]."""
         zeros = _by_output(zero_point.to(torch.int64), weight.shape[0], self.groups)
@@ -256,6 +266,25 @@ class IntegerConv2d(QuantizerState):
         codes = weight * weight_unit(bits).view(shape) - offset.double().view(shape)
         return codes.to(torch.uint8)
 
+    @property
+    def kernel(self) -> str:
+        """What computes the layer: kernel size and stride, how products are summed, what is fused."""
+        size = f"{self.kernel_size[0]}x{self.kernel_size[1]}"
+        parts = [size if max(self.stride) == 1 else f"{size}/{self.stride[0]}"]
+        depthwise = panels.is_depthwise(len(self.scale), self.channels, self.groups)
+        if self.groups > 1:
+            parts.append("depthwise" if depthwise else f"{self.groups} groups")
+        if self.low_bytes:
+            parts.append("packed")
+        if not depthwise:
+            narrow = self.scale.device.type == "cpu" and _native.narrow_sums
+            parts.append("32-bit sums" if not narrow else "8-bit codes" if self.span < 0 else f"span {self.span}")
+        if self.residual_scale is not None:
+            parts.append("residual")
+        if self.also_scale is not None:
+            parts.append("2 outputs")
+        return ", ".join(parts)
+
     def extra_repr(self) -> str:
         """Describe the geometry, as `print(module)` shows it."""
         return (
@@ -308,6 +337,11 @@ class IntegerLinear(nn.Module):
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the codes [O, C]."""
         return self.convolution.weight_codes(bits, offset)[:, 0, 0]
+
+    @property
+    def kernel(self) -> str:
+        """What computes the layer, see IntegerConv2d.kernel."""
+        return self.convolution.kernel
 
 
 def max_pool_codes(

@@ -95,11 +95,12 @@ def quantize_once(
     else:
         record.walked_by = "modules"
         try:
-            record.layers, noise = walk_modules(network, inputs, solve, kept, progress)
+            record.layers, noise, remark = walk_modules(network, inputs, solve, kept, progress)
         except RuntimeError as error:
             raise ValueError(
                 f"torch.fx cannot trace the model, and it fails on all calibration batches at once ({error})"
             ) from error
+        record.reason += f"; {remark}" if remark else ""
         try_once(network, inputs)
     record.sqnr = noise.sqnr
     record.bytes = tensor_bytes(network)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from ptq4cuda.nn import QuantModule
 from ptq4cuda.record import LayerRecord, QuantRecord, Trial, record_of, tensor_bytes
 
 DASH = "–"
@@ -31,14 +32,19 @@ def report(network: nn.Module) -> str:
     """Describe a quantized network layer by layer.
 
     Columns: mean bits of weights and input (W, A), clip rule of the input, SQNR of the output on the calibration data
-    with all layers before it quantized, bytes before and after, execution, and why a layer stayed in float.
+    with all layers before it quantized, bytes before and after, execution, the kernel in integers ("span" is how many
+    pairs of products are added up in 16 bits before they are widened), and why a layer stayed in float.
 
     Raises:
         TypeError: the network was not made by quantize() or load().
     """
     record = record_of(network)
-    header = ["layer", "kind", "W", "A", "clip", "SQNR dB", "bytes fp32", "bytes", "ratio", "runs as", "reason"]
-    columns = len(header) - (not any(layer.reason for layer in record.layers))
+    header = ["layer", "kind", "W", "A", "clip", "SQNR dB", "bytes fp32", "bytes", "ratio", "runs as"]
+    header += ["kernel", "reason"]  # where there are any
+    engines = {name: m.engine for name, m in network.named_modules() if isinstance(m, QuantModule)}
+    kernels = {name: engine.kernel for name, engine in engines.items() if engine is not None}
+    rows = [_row(layer, kernels.get(layer.name, "")) for layer in record.layers]
+    shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
     quantized = sum(layer.execution != "float" for layer in record.layers)
     size = tensor_bytes(network)
     total = (
@@ -48,7 +54,7 @@ def report(network: nn.Module) -> str:
     )
     if record.seconds:
         total += f", {record.seconds:.1f} s"
-    lines = [table(header[:columns], [_row(layer)[:columns] for layer in record.layers]), "", total]
+    lines = [table([header[i] for i in shown], [[row[i] for i in shown] for row in rows]), "", total]
     lines += _trade(record)
     if record.trial is not None:
         lines.append(_speed(record.trial))
@@ -95,7 +101,7 @@ def _speed(trial: Trial) -> str:
     return line + "."
 
 
-def _row(layer: LayerRecord) -> tuple[str, ...]:
+def _row(layer: LayerRecord, kernel: str) -> tuple[str, ...]:
     return (
         layer.name,
         layer.kind,
@@ -107,6 +113,7 @@ def _row(layer: LayerRecord) -> tuple[str, ...]:
         f"{layer.bytes:,}",
         f"{layer.bytes / layer.float_bytes:.3f}" if layer.float_bytes else DASH,
         layer.execution,
+        kernel,
         layer.reason,
     )
 

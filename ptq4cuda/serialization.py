@@ -2,11 +2,13 @@
 
 A file holds every tensor of the network, so it is complete but for the architecture, which load() takes from a float
 model of the same structure. Two runs that make the same network write the same bytes. Zero points and offsets are
-stored as bytes where they fit; where all rows of weights have the same bits or offset, as one value.
+stored as bytes where they fit; where all rows of weights have the same bits or offset, as one value. The header has a
+checksum of the tensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -52,15 +54,16 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, module in network.named_modules()
         if isinstance(module, QuantModule)
     }
+    # Each tensor gets storage of its own: safetensors refuses shared storage, as of tied weights.
+    tensors = {name: _narrow(name, t.detach().cpu()).contiguous().clone() for name, t in network.state_dict().items()}
     header = {
         "format": FORMAT,
         "version": version("ptq4cuda"),
         "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "trial", "structure")},
         "modules": modules,
         "structure": record.structure,
+        "sha256": _checksum(tensors),
     }
-    # Each tensor gets storage of its own: safetensors refuses shared storage, as of tied weights.
-    tensors = {name: _narrow(name, t.detach().cpu()).contiguous().clone() for name, t in network.state_dict().items()}
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to save {path.name!r} in")
@@ -86,8 +89,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, is not one of ptq4cuda, or belongs to another architecture; the model is
-            quantized or without values.
+        ValueError: the file is truncated or damaged, is not one of ptq4cuda, or belongs to another architecture; the
+            model is quantized or without values.
     """
     header, tensors = _read(path)
     check_float_model(model)
@@ -143,7 +146,18 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             f"{os.fspath(path)!r} has format {header['format']}, written by ptq4cuda {header['version']}; this "
             f"version reads formats up to {FORMAT}: upgrade ptq4cuda"
         )
+    if header.get("sha256", checksum := _checksum(tensors)) != checksum:  # the first files had none
+        raise ValueError(f"{os.fspath(path)!r} is damaged: its tensors do not have the checksum in its header")
     return header, tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of all tensors: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 _INTEGERS = ("weight_offset", "activation_zero_point", "zero_point")  # of other dtypes, for the kernels' sake

@@ -16,7 +16,7 @@ import os
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ from ptq4cuda.record import LayerRecord, tensor_bytes
 from ptq4cuda.statistics import ChannelHistogram, ChannelStatistics
 
 Layer = nn.Conv2d | nn.Linear
+_LEAST_ALONE = 30.0  # dB between float outputs of one batch and of all at once, which differ by rounding
 FRONTIER_LIMIT = 8 << 30  # bytes of the frontier in host memory; beyond it tensors go to memory-mapped files
 
 
@@ -390,16 +391,17 @@ class _GraphWalk:
 
 def walk_modules(
     network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool
-) -> tuple[list[LayerRecord], Noise]:
+) -> tuple[list[LayerRecord], Noise, str]:
     """Quantize the layers of any network in place, in one forward of all calibration samples.
 
     BatchNorm is not folded, and an activation before a layer is known only where it is a module.
 
     Returns:
-        The records of its layers in the order of their first call and the noise of its output.
+        The records of its layers in the order of their first call, the noise of its output, and what is to be said
+        about the walk, or "".
     """
     names = {module: name for name, module in network.named_modules() if graph.layer_kind(module) and not kept(name)}
-    order, functions = _calling_order(network, names, inputs[0])
+    order, functions, alone = _calling_order(network, names, inputs[0])
     walk = _ModuleWalk(names, order, solve, samples=sum(len(tree_leaves(i)[0]) for i in inputs))
     hooks = [module.register_forward_hook(walk.on_layer, with_kwargs=True) for module in names]
     for module in network.modules():
@@ -427,7 +429,21 @@ def walk_modules(
         records.append(record_float(function, None, function, reason))
     noise = Noise()
     noise.add(*_split(output))
-    return records, noise
+    return records, noise, _mixing(alone, output)
+
+
+def _mixing(alone: Any, together: Any) -> str:
+    """Say so if the float output for the first batch is not what it was when that batch came alone."""
+    noise = Noise()
+    for expected, found in zip(tree_leaves(alone), tree_leaves(together), strict=False):
+        if isinstance(expected, Tensor) and expected.dim() and found[: len(expected)].shape == expected.shape:
+            noise.add(expected, found[: len(expected)])
+    if noise.sqnr is None or noise.sqnr > _LEAST_ALONE:
+        return ""
+    return (
+        "its outputs for a sample depend on the other samples of a batch, which here were those of both streams: "
+        "quantizers and weights may not fit"
+    )
 
 
 class _Functions(TorchFunctionMode):
@@ -446,18 +462,30 @@ class _Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _calling_order(network: nn.Module, names: Iterable[nn.Module], example: Any) -> tuple[list[nn.Module], list[str]]:
-    """Return the layers in the order of their first call, and the names of weighted functions that are called."""
+def _calling_order(
+    network: nn.Module, names: dict[nn.Module, str], example: Any
+) -> tuple[list[nn.Module], list[str], Any]:
+    """Return the layers in the order of their first call, the weighted functions that are called, and the output.
+
+    Raises:
+        ValueError: a convolution gets a single image without a batch dimension.
+    """
     order: dict[nn.Module, None] = {}
-    hooks = [module.register_forward_pre_hook(lambda module, _: order.setdefault(module)) for module in names]
+
+    def on_call(module: nn.Module, _: Any, output: Tensor) -> None:
+        order.setdefault(module)
+        if isinstance(module, nn.Conv2d) and output.dim() == 3:
+            raise ValueError(f"layer {names[module]!r} returns a single image, {list(output.shape)}, and no batch")
+
+    hooks = [module.register_forward_hook(on_call) for module in names]
     try:
         args, kwargs = tree_map_only(Tensor, torch.clone, example)  # the model may write into them
         with torch.no_grad(), _Functions(network) as functions:
-            network(*args, **kwargs)
+            output = network(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(order), list(functions.found)
+    return list(order), list(functions.found), output
 
 
 def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:

@@ -3,8 +3,14 @@
 The floor of an operator that reads and writes is `y.copy_(x)`, of one that only reads `x.sum()`, on the same input;
 the two take turns. The peers are the reference in plain PyTorch, eager and through torch.compile, and torch's own
 fake_quantize_per_channel_affine where it computes the same. The operators write into memory at hand (out=), the peers
-allocate theirs. Times are medians; inputs rotate through more memory than the last-level cache holds. On a GPU a CUDA
-graph of several calls is timed with events, so that launches cost what they cost in use.
+allocate theirs.
+
+Convolutions of codes to codes stand beside F.conv2d in float32 (float16 on a GPU), which does not quantize; packing
+their weights to 4 bits and unpacking them beside shifts and ors. The floor of these is a copy of as many bytes as
+they have to move.
+
+Times are medians; inputs rotate through more memory than the last-level cache holds. On a GPU a CUDA graph of several
+calls is timed with events, so that launches cost what they cost in use.
 """
 
 from __future__ import annotations
@@ -15,16 +21,21 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from ptq4cuda import ops
+from ptq4cuda.integer import IntegerConv2d
 from ptq4cuda.ops import reference
+from ptq4cuda.ops.nibbles import Nibbles
+from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.report import DASH, table
 from ptq4cuda.timing import captured
 
@@ -52,6 +63,27 @@ OPS = (
     "channel_histogram",
 )
 
+CONVOLUTIONS = {  # channels, outputs, size, kernel, stride, groups
+    "ResNet-50 layer1 1x1": (256, 64, 56, 1, 1, 1),
+    "ResNet-50 layer1 3x3": (64, 64, 56, 3, 1, 1),
+    "ResNet-50 layer2 1x1": (512, 128, 28, 1, 1, 1),
+    "ResNet-50 layer2 3x3": (128, 128, 28, 3, 1, 1),
+    "ResNet-50 layer3 1x1": (1024, 256, 14, 1, 1, 1),
+    "ResNet-50 layer3 3x3": (256, 256, 14, 3, 1, 1),
+    "ResNet-50 layer4 1x1": (2048, 512, 7, 1, 1, 1),
+    "ResNet-50 layer4 3x3": (512, 512, 7, 3, 1, 1),
+    "MobileNetV2 1 1x1": (16, 96, 112, 1, 1, 1),
+    "MobileNetV2 1 depthwise": (96, 96, 112, 3, 2, 96),
+    "MobileNetV2 2 1x1": (144, 24, 56, 1, 1, 1),
+    "MobileNetV2 2 depthwise": (144, 144, 56, 3, 1, 144),
+    "MobileNetV2 6 1x1": (960, 160, 7, 1, 1, 1),
+    "MobileNetV2 6 depthwise": (960, 960, 7, 3, 1, 960),
+    "VGG-16 1 3x3": (64, 64, 224, 3, 1, 1),
+    "VGG-16 4 3x3": (512, 512, 28, 3, 1, 1),
+}
+LAYER_OPS = ("conv2d_integer", "pack_codes", "unpack_codes")
+
+_BATCH = 8  # of convolutions
 _BINS = 512
 _ROTATE_CPU = 64 << 20  # bytes of input to rotate through, above the caches of most machines
 
@@ -63,13 +95,13 @@ class Timing:
     Attributes:
         op: name.
         layer: where the shape is from.
-        shape: of x.
+        shape: of x; of the weights [O, kernel * C / groups] where these are packed.
         dtype: of x.
         layout: memory format of x.
         ms: median milliseconds.
         gbps: bytes that must be read and written, over the time, in GB/s.
         floor: time over the floor's; 1 is as fast as copying (or summing).
-        eager: times faster than the reference in eager PyTorch.
+        eager: times faster than the reference in eager PyTorch; of LAYER_OPS, than their peers.
         compiled: times faster than the reference under torch.compile, or why that does not run; None if not measured.
         torch: times faster than torch.fake_quantize_per_channel_affine, None where it does not apply.
     """
@@ -102,6 +134,11 @@ class _Input:
     high: Tensor
 
 
+def _cache_bytes(device: str) -> int:
+    """Return the bytes of input to rotate through."""
+    return _ROTATE_CPU if device == "cpu" else 4 * torch.cuda.get_device_properties(device).L2_cache_size
+
+
 def _inputs(shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, device: str) -> list[_Input]:
     """Return as many inputs as exceed the cache."""
     channels = shape[1]
@@ -112,17 +149,24 @@ def _inputs(shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_forma
     low, high = (torch.full((channels,), limit, device=device) for limit in (-4.0, 4.0))
     x = torch.randn(shape, generator=generator).to(device, dtype).contiguous(memory_format=layout)
     codes, packed = torch.empty_like(x, dtype=torch.uint8), ops.quantize_pack(x, scale, zero_point)
-    cache = _ROTATE_CPU
-    if device != "cpu":
-        cache = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-    copies = max(1, -(-cache // (x.numel() * x.element_size())))
+    copies = max(1, -(-_cache_bytes(device) // (x.numel() * x.element_size())))
     return [
         _Input(x.clone(), torch.empty_like(x), codes.clone(), packed.clone(), scale, zero_point, bits, low, high)
         for _ in range(copies)
     ]
 
 
-Call = Callable[[_Input], object]
+@dataclass(frozen=True)
+class _LayerInput:
+    """What an operator on a layer reads, and what a copy of as many bytes as it moves does."""
+
+    x: Tensor
+    values: Tensor
+    source: Tensor
+    target: Tensor
+
+
+Call = Callable[[Any], object]
 
 
 def _calls(op: str) -> tuple[Call, Call, Call]:
@@ -169,6 +213,55 @@ def _calls(op: str) -> tuple[Call, Call, Call]:
     return calls[op]
 
 
+def _convolution(layer: str, device: str) -> tuple[Tensor, Tensor, Call, Call, int]:
+    """Return the codes that a convolution reads, their values, our call, F.conv2d and the bytes to be moved."""
+    channels, outputs, size, kernel, stride, groups = CONVOLUTIONS[layer]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-8, 8, (outputs, kernel, kernel, channels // groups), generator=generator).to(device)
+
+    def quantizer(length: int, scale: float) -> QuantParams:
+        scales, zeros = torch.full((length,), scale), torch.zeros(length, dtype=torch.int32)
+        return QuantParams(torch.full((length,), 4, dtype=torch.uint8), scales, zeros).to(torch.device(device))
+
+    source, out = quantizer(channels, 1.0), quantizer(outputs, float(weight[0].numel()))
+    packed = ("source", "out") if device != "cpu" and groups == 1 else ()
+    geometry = (stride, stride), (kernel // 2, kernel // 2), (1, 1), groups
+    ours = IntegerConv2d(
+        weight.to(torch.int8), torch.ones_like(out.scale), None, source, *geometry, out=out, packed=packed
+    )
+    codes = torch.randint(0, 16, (_BATCH, channels, size, size), generator=generator, dtype=torch.uint8).to(device)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    x = Nibbles.of(source.bits).pack(codes) if packed else codes
+    kernels = weight.movedim(-1, 1).to(torch.float32 if device == "cpu" else torch.float16)
+    moved = x.numel() + weight.numel() + ours(x).numel()
+    values = codes.to(kernels.dtype)
+    return x, values, lambda i: ours(i.x), lambda i: F.conv2d(i.values, kernels, None, *geometry), moved
+
+
+def _rows(op: str, layer: str, device: str) -> tuple[Tensor, Tensor, Call, Call, int]:
+    """Return what is read to pack or unpack weights, the result, our call, PyTorch's and the bytes to be moved."""
+    channels, outputs, _, kernel, _, groups = CONVOLUTIONS[layer]
+    length = kernel * kernel * channels // groups
+    codes = torch.randint(0, 16, (outputs, length), generator=torch.Generator().manual_seed(0)).to(
+        device, torch.uint8
+    )
+    bits = torch.full((outputs,), 4, dtype=torch.uint8, device=device)
+    offsets, total = ops.row_offsets(bits, length)
+    moved = codes.numel() + total
+    packed = ops.pack_codes(codes, bits)
+    if op == "pack_codes":
+        pack = partial(torch.ops.ptq4cuda.pack_codes, bits=bits, offsets=offsets, packed_bytes=total)  # unchecked
+        return codes, packed, lambda i: pack(i.x), lambda i: (i.x[:, ::2] | i.x[:, 1::2] << 4).flatten(), moved
+    unpack = partial(ops.unpack_codes, bits=bits, length=length, offsets=offsets)
+    return (
+        packed,
+        codes,
+        lambda i: unpack(i.x),
+        lambda i: torch.stack([i.x & 15, i.x >> 4], 1).view(-1, length),
+        moved,
+    )
+
+
 def _bytes_moved(op: str, x: Tensor) -> float:
     """Return the least bytes that the operator reads and writes."""
     size = x.numel() * x.element_size()
@@ -176,7 +269,7 @@ def _bytes_moved(op: str, x: Tensor) -> float:
     return x.numel() / 2 + size if op == "unpack_dequantize" else size + written.get(op, 0)
 
 
-def _times(calls: Sequence[Call], inputs: Sequence[_Input], repeats: int) -> list[float]:
+def _times(calls: Sequence[Call], inputs: Sequence[Any], repeats: int) -> list[float]:
     """Return the median seconds of each call. They take turns, so that all of them meet the same noise."""
     for call in calls:
         call(inputs[0])
@@ -185,8 +278,8 @@ def _times(calls: Sequence[Call], inputs: Sequence[_Input], repeats: int) -> lis
     return [median(column) for column in zip(*seconds, strict=True)]
 
 
-def _on_cpu(call: Call) -> Callable[[_Input], float]:
-    def once(i: _Input) -> float:
+def _on_cpu(call: Call) -> Callable[[Any], float]:
+    def once(i: Any) -> float:
         start = time.perf_counter()
         call(i)
         return time.perf_counter() - start
@@ -194,13 +287,13 @@ def _on_cpu(call: Call) -> Callable[[_Input], float]:
     return once
 
 
-def _on_gpu(call: Call, inputs: Sequence[_Input]) -> Callable[[_Input], float]:
+def _on_gpu(call: Call, inputs: Sequence[Any]) -> Callable[[Any], float]:
     calls = max(4, len(inputs))
     turn = itertools.cycle(inputs)
     replay = captured(lambda: call(next(turn)), calls)
     replay()
 
-    def once(_: _Input) -> float:
+    def once(_: Any) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         replay()
@@ -216,6 +309,8 @@ def measure(
     op: str, layer: str, dtype: str, layout: str, device: str, *, repeats: int = 15, compiled: bool = True
 ) -> Timing:
     """Time one operator on one input."""
+    if op in LAYER_OPS:
+        return _measure_on_layer(op, layer, device, repeats)
     inputs = _inputs(SHAPES[layer], DTYPES[dtype], LAYOUTS[layout], device)
     ours, peer, floor = _calls(op)
     seconds, least = _times([ours, floor], inputs, repeats)
@@ -248,6 +343,24 @@ def measure(
     )
 
 
+def _measure_on_layer(op: str, layer: str, device: str, repeats: int) -> Timing:
+    """Time a convolution, or the packing of its weights."""
+    convolution = op == "conv2d_integer"
+    x, values, ours, peer, moved = _convolution(layer, device) if convolution else _rows(op, layer, device)
+    half = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+    count = max(1, -(-_cache_bytes(device) // x.numel()))
+    inputs = [_LayerInput(x.clone(), values.clone(), half.clone(), half.clone()) for _ in range(count)]
+    seconds, least, theirs = _times([ours, lambda i: i.target.copy_(i.source), peer], inputs, repeats)
+    layout = "channels_last" if convolution else "contiguous"
+    figures = {
+        "ms": 1e3 * seconds,
+        "gbps": moved / seconds / 1e9,
+        "floor": seconds / least,
+        "eager": theirs / seconds,
+    }
+    return Timing(op, layer, tuple(x.shape), "uint8", layout, **figures, compiled=None, torch=None)
+
+
 def cases(quick: bool = False, only: str = "") -> Iterator[tuple[str, str, str, str]]:
     """Yield (op, layer, dtype, layout); of all cases those that have every word of `only` in them."""
     for layer in QUICK if quick else SHAPES:
@@ -256,6 +369,11 @@ def cases(quick: bool = False, only: str = "") -> Iterator[tuple[str, str, str, 
                 for op in OPS:
                     if {*only.split()} <= {op, *layer.split(), dtype, layout}:
                         yield op, layer, dtype, layout
+    for layer in CONVOLUTIONS:
+        for op in LAYER_OPS if layer.endswith("3x3") else LAYER_OPS[:1]:
+            wanted = not quick or layer.rpartition(" ")[0] in QUICK
+            if wanted and {*only.split()} <= {op, *layer.split()}:
+                yield op, layer, "uint8", ""
 
 
 def run(
@@ -273,7 +391,7 @@ def run(
 
     Args:
         device: "cpu" or "cuda".
-        quick: three shapes instead of ten.
+        quick: of three layers instead of all.
         only: words that a case must have, of operator, layer, dtype and layout.
         compiled: time the reference under torch.compile, too, which takes seconds a case to compile.
         json_file: receives machine and figures.
@@ -286,7 +404,7 @@ def run(
     """
     chosen = list(cases(quick, only))
     if not chosen:
-        raise ValueError(f"there is no case of {only!r}: the operators are {', '.join(OPS)}")
+        raise ValueError(f"there is no case of {only!r}: the operators are {', '.join(OPS + LAYER_OPS)}")
     timings = [
         measure(op, layer, dtype, layout, device, compiled=compiled)
         for op, layer, dtype, layout in tqdm(chosen, unit="case", disable=not progress)
@@ -319,10 +437,11 @@ def timings_table(timings: Sequence[Timing]) -> str:
     def times(value: float | str | None) -> str:
         return value if isinstance(value, str) else DASH if value is None else f"{value:.1f}"
 
-    header = ("op", "shape", "dtype", "layout", "ms", "GB/s", "x floor", "x eager", "x compiled", "x torch")
+    header = ("op", "layer", "shape", "dtype", "layout", "ms", "GB/s", "x floor", "x eager", "x compiled", "x torch")
     rows: list[tuple[Any, ...]] = [
         (
             t.op,
+            t.layer,
             "x".join(map(str, t.shape)),
             t.dtype,
             t.layout,

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from ptq4cuda.bench import architectures
 from ptq4cuda.bench.kernels import machine_line
 from ptq4cuda.config import QuantConfig
-from ptq4cuda.integer import IntegerConv2d, IntegerLinear
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.quantize import quantize
 from ptq4cuda.record import record_of
@@ -80,7 +79,7 @@ class LayerTiming:
         layer: name.
         inputs: shape of the input.
         outputs: shape of the output.
-        kernel: what computes it, see kernel_of.
+        kernel: what computes it, see IntegerConv2d.kernel.
         float_ms: milliseconds of the float layer: of its convolution, without BatchNorm, activation and sum.
         ms: milliseconds of ours, in which they are fused.
     """
@@ -323,32 +322,12 @@ def measure_layers(
                 # A float layer gives the shapes: codes come in other types, and two at a time go out.
                 tuple(inputs[unquantized][0].shape),
                 tuple(unquantized(*inputs[unquantized]).shape),
-                kernel_of(layer),
+                layer.engine.kernel if layer.engine is not None else "simulated",
                 float_ms=1e3 * seconds["float"],
                 ms=1e3 * seconds["ours"],
             )
         )
     return timings
-
-
-def kernel_of(layer: QuantModule) -> str:
-    """Describe what computes a layer: its kernel and stride, how far sums stay in 16 bits, what is fused."""
-    engine = layer.engine.convolution if isinstance(layer.engine, IntegerLinear) else layer.engine
-    if not isinstance(engine, IntegerConv2d):
-        return "simulated"
-    kind = f"{engine.kernel_size[0]}x{engine.kernel_size[1]}"
-    parts = [kind if max(engine.stride) == 1 else f"{kind}/{engine.stride[0]}"]
-    if engine.groups > 1:
-        parts.append("depthwise" if engine.channels == 1 else f"{engine.groups} groups")
-    elif engine.low_bytes:
-        parts.append("packed")
-    else:
-        parts.append("8-bit codes" if engine.span < 0 else f"span {engine.span}")
-    if engine.residual_scale is not None:
-        parts.append("residual")
-    if engine.also_scale is not None:
-        parts.append("2 outputs")
-    return ", ".join(parts)
 
 
 def layers_table(timings: Sequence[LayerTiming]) -> str:

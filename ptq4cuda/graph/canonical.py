@@ -1,8 +1,8 @@
 """Brings a traced graph into one form, so that folding and the walk need few cases.
 
 Weighted functions with constant weights become modules, a layer that is called at several places becomes one layer
-for each call, what does nothing in evaluation mode goes, and views become reshapes: layers in integers return
-channels_last, of which x.view(len(x), -1) is no view. The graph must be free of in-place operations.
+for each call, what does nothing in evaluation mode goes, and views become reshapes: of channels_last,
+x.view(len(x), -1) is no view. The graph must be free of in-place operations.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A quantized convolution, the residual sum behind it and the activation behind th
 returns the codes of its readers, where they reach it through max pooling and concatenation alone; these work on codes
 as they do on values. Readers may disagree on the quantizer: the next convolution reads 4 bits, the next residual sum
 8. A layer returns two outputs at most, of which one can be values; whoever wants anything else gets values, and a
-visible Quantize turns them into codes again.
+visible Quantize turns them into codes again. Values have the memory format that they have in the float network.
 
 On a GPU, codes that only convolutions read travel packed (ops.nibbles), where that saves a quarter of their bytes or
 more. Pooling and concatenation, residual sums, depthwise and grouped convolutions and linear layers read bytes.
@@ -36,7 +36,8 @@ _LEAST_SAVING = 0.25  # of the bytes of codes that are packed
 def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: bool | None = None) -> dict[str, str]:
     """Let the quantized layers of a network execute in integers, in place.
 
-    quantize() does this; it is for networks that are put together of QuantConv2d and QuantLinear by hand.
+    quantize() does this; it is for networks that are put together of QuantConv2d and QuantLinear by hand. A network
+    in integers has the state_dict of the simulated one, and can load it; in part it cannot.
 
     Args:
         network: as quantized, or a quantized layer alone.
@@ -46,7 +47,14 @@ def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: b
     Returns:
         For each quantized layer that stays simulated, why.
     """
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, QuantModule)}
+    reload = _Reload(network, dtype, pack)
+    network.register_load_state_dict_pre_hook(reload.before)
+    network.register_load_state_dict_post_hook(reload.after)
+    return _lower(network, dtype, pack)
+
+
+def _lower(network: nn.Module, dtype: torch.dtype, pack: bool | None) -> dict[str, str]:
+    layers = _quantized_layers(network)
     simulated = {name: layer for name, layer in layers.items() if layer.engine is None}
     reasons = {name: reason for name, layer in simulated.items() if (reason := _why_simulated(layer))}
     if not isinstance(network, fx.GraphModule):
@@ -58,6 +66,52 @@ def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: b
             pack = any(buffer.is_cuda for buffer in network.buffers())
         _Lowering(network, reasons, dtype, pack).run()
     return reasons
+
+
+def _quantized_layers(network: nn.Module) -> dict[str, QuantModule]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, QuantModule)}
+
+
+class _Reload:
+    """Lets a lowered network load a state_dict: it is simulated meanwhile, then lowered for what it has loaded."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, pack: bool | None) -> None:
+        self.dtype, self.pack = dtype, pack
+        # It shares the network's modules, and keeps those that the lowered graph does not call.
+        self.simulated = fx.GraphModule(network, network.graph) if isinstance(network, fx.GraphModule) else None
+        self.lowered: set[str] = set()
+        self.errors: list[str] = []
+
+    def before(self, network: nn.Module, *arguments: Any) -> None:
+        """Simulate the network; the last argument of a hook collects errors."""
+        self.errors = arguments[-1]
+        layers = _quantized_layers(network)
+        self.lowered = {name for name, layer in layers.items() if layer.engine is not None}
+        for engine in (module for module in network.modules() if isinstance(module, IntegerConv2d)):
+            self.dtype = engine.dtype
+        for layer in layers.values():
+            layer.simulate()
+        if self.simulated is None or not isinstance(network, fx.GraphModule):
+            return
+        for name, module in list(network.named_modules()):
+            if isinstance(module, Quantize):
+                network.delete_submodule(name)
+            elif isinstance(module, QuantTensor):
+                module.returns_codes = False
+        held = dict(network.named_modules(remove_duplicate=False))
+        for node in self.simulated.graph.nodes:
+            if node.op == "call_module" and node.target not in held:
+                network.add_submodule(node.target, self.simulated.get_submodule(node.target))
+        network.graph = self.simulated.graph
+
+    def after(self, network: nn.Module, _: object) -> None:
+        """Lower the network again; what did not load whole stays simulated."""
+        if not self.errors:
+            reasons = _lower(network, self.dtype, self.pack)
+            self.errors += [
+                f"{name or 'the layer'} cannot compute in integers any more: {reasons[name]}"
+                for name in self.lowered & reasons.keys()
+            ]
 
 
 def _engine(
@@ -267,10 +321,10 @@ class _Lowering:
             if params is not None and _key(params) not in map(_key, outputs):
                 return self._quantize(node, params)
             layer = self._integer_layer(chain, *outputs)
-            if len(outputs) == 1:
-                return layer
-            for i, output in enumerate(outputs):
-                self.made[node, _key(output)] = self.graph.call_function(operator.getitem, (layer, i))
+            parts = [layer]
+            if len(outputs) == 2:
+                parts = [self.graph.call_function(operator.getitem, (layer, i)) for i in range(2)]
+            self.made |= {(node, _key(output)): part for output, part in zip(outputs, parts, strict=True)}
             return self._codes(node, params)
         if params is None:
             return self.graph.node_copy(node, lambda n: self.made[n, None])
@@ -321,7 +375,15 @@ class _Lowering:
             marked.returns_codes = True
             codes = self._codes(_source(chain.residual), residual)
             arguments.append(self.graph.call_module(str(chain.residual.target), (codes,)))
-        return self.graph.create_node("call_module", chain.node.target, tuple(arguments), name=chain.node.name)
+        values = out is None and isinstance(chain.layer, QuantConv2d)
+        like: dict[str, Any] = {"like": self._origin(_source(chain.node))} if values else {}
+        return self.graph.create_node("call_module", chain.node.target, tuple(arguments), like, name=chain.node.name)
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        """Return the values that a node's codes were once made of."""
+        while (node, None) not in self.made:
+            node = _source(self.chains[node].node) if node in self.chains else node.all_input_nodes[0]
+        return self.made[node, None]
 
     def _quantize(self, node: fx.Node, params: QuantParams) -> fx.Node:
         """Make codes of a node's values."""

@@ -14,6 +14,12 @@ from ptq4cuda.quantizer import QuantParams
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Return the memory format that the convolution of x has in PyTorch: of a contiguous kernel, x's own."""
+    channels_last = x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]  # where C, H or W is one, too
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 class QuantConv2d(QuantModule):
     """A 2-d convolution, drop-in for torch.nn.Conv2d: stride, padding of every mode, dilation, groups, bias.
 
@@ -104,24 +110,33 @@ class QuantConv2d(QuantModule):
         layer._quantize_from(conv, activation, weight_bits, bias_correction)
         return layer
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Outputs:
+    def forward(self, input: Tensor, residual: Tensor | None = None, like: Tensor | None = None) -> Outputs:
         """Return the convolution of the quantized input with the quantized weights.
 
         Args:
             input: values; in a lowered network their codes.
             residual: codes to add, of a lowered network.
+            like: where the input is codes and the output values: what has the memory format that these get.
         """
         if self.engine is None:
             return self._simulate(input, self._convolve)
-        if input.dim() == 4:
-            return self._integer_forward(input, residual)
-        y = self._integer_forward(input.unsqueeze(0), None)
-        assert isinstance(y, Tensor)
-        return y.squeeze(0)
+        if input.dim() == 3:
+            y = self.forward(input.unsqueeze(0), like=like)
+            assert isinstance(y, Tensor)
+            return y.squeeze(0)
+        y = self._integer_forward(input, residual)
+        like = like if self.reads_codes else input
+        if like is None:
+            return y
+        memory_format = memory_format_of(like)
+        if isinstance(y, Tensor):
+            return y.contiguous(memory_format=memory_format)
+        return y[0].contiguous(memory_format=memory_format), y[1]
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-            weight = weight.contiguous()  # weights in channels_last order would turn the output to channels_last
+        if memory_format_of(x) == torch.contiguous_format:
+            # Weights in channels_last order would turn the output to it, and contiguous() may leave them in it.
+            weight = weight.clone(memory_format=torch.contiguous_format)
         return nn.Conv2d._conv_forward(self, x, weight, bias)  # type: ignore[arg-type, no-any-return]
 
     def extra_repr(self) -> str:

@@ -39,6 +39,10 @@ class IntegerEngine(Protocol):
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the weights as codes uint8 [O, *kernel, C / groups]."""
 
+    @property
+    def kernel(self) -> str:
+        """The kernel that computes the layer, for reports."""
+
 
 def input_scale_of_weights(scale: Tensor, weight_shape: torch.Size, groups: int) -> Tensor:
     """View the scale of each input channel ([C] or [1]) so that it broadcasts over weights [O, C / groups, ...]."""
@@ -203,6 +207,15 @@ class QuantModule(QuantizerState):
         self.engine, self.reads_codes = engine, reads_codes
         self.register_buffer("weight_packed", self.weight_packed[:0].clone(), persistent=False)
 
+    def simulate(self) -> None:
+        """Hold the weights again and compute in floating point, what a layer did before execute_in_integers."""
+        if self.engine is not None:
+            self.register_buffer("weight_packed", self._packed())
+            self.engine, self.reads_codes = None, False
+
+    def _packed(self) -> Tensor:
+        return ops.pack_codes(self.quantized_weight().codes.flatten(1), self.weight_bits)
+
     def _integer_forward(self, x: Tensor, residual: Tensor | None) -> Outputs:
         """Compute from codes, or from values, which are quantized first."""
         assert self.engine is not None
@@ -220,8 +233,7 @@ class QuantModule(QuantizerState):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.engine is not None:
-            codes = self.quantized_weight().codes.flatten(1)
-            destination[prefix + "weight_packed"] = ops.pack_codes(codes, self.weight_bits)
+            destination[prefix + "weight_packed"] = self._packed()
 
     # --- in use -------------------------------------------------------------------------------------------
 
@@ -315,7 +327,7 @@ class QuantModule(QuantizerState):
         """Accept buffers of other lengths: they depend on the bits that were allocated."""
         errors: list[str] = args[-1]
         if self.engine is not None:
-            errors.append(f"{prefix.rstrip('.')} executes in integers; load files with ptq4cuda.load")
+            errors.append(f"{prefix.rstrip('.')} computes in integers: load a state_dict into the whole network")
             return
         before = len(errors)
         self._make_room(state_dict, prefix, errors, ("weight_packed", *_ACTIVATION), fixed=_ROWS)

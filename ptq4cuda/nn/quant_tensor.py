@@ -24,7 +24,9 @@ class QuantizerState(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        for child in self.children() if recurse else ():  # which may have to know what fn is
+            child._apply(fn)
+        super()._apply(move, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
     def _make_room(

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SHAPES", {"a": (2, 6, 5, 5), "b": (1, 3, 4, 4)})
     monkeypatch.setattr(kernels, "QUICK", ("a",))
+    convolutions = {"a 3x3": (8, 6, 5, 3, 1, 1), "a depthwise": (8, 8, 5, 3, 2, 8), "b 1x1": (8, 6, 5, 1, 1, 1)}
+    monkeypatch.setattr(kernels, "CONVOLUTIONS", convolutions)
     monkeypatch.setattr(kernels, "_ROTATE_CPU", 2000)
 
 
@@ -36,7 +38,7 @@ def test_every_case_once(small: None, tmp_path: Path) -> None:
         echo=texts.append,
         progress=False,
     )
-    assert len(timings) == len(kernels.OPS) * len(kernels.DTYPES) * len(kernels.LAYOUTS)
+    assert len(timings) == len(kernels.OPS) * len(kernels.DTYPES) * len(kernels.LAYOUTS) + 4
     assert all(t.ms > 0 and t.floor > 0 and t.eager > 0 and t.compiled is None for t in timings)
     assert all((t.torch is not None) == (t.op == "fake_quantize" and t.dtype == "float32") for t in timings)
     stored = json.loads((tmp_path / "t.json").read_text())
@@ -49,6 +51,33 @@ def test_only_some_cases(small: None) -> None:
     assert set(kernels.cases(only="float16 quantize")) == {
         ("quantize", layer, "float16", layout) for layer in kernels.SHAPES for layout in kernels.LAYOUTS
     }
+
+
+def test_layers_that_are_timed() -> None:
+    found = [(op, layer) for op, layer, *_ in kernels.cases(only="conv2d_integer")]
+    assert found == [("conv2d_integer", layer) for layer in kernels.CONVOLUTIONS]
+    quick = {layer for op, layer, *_ in kernels.cases(quick=True) if op in kernels.LAYER_OPS}
+    assert quick == {layer for layer in kernels.CONVOLUTIONS if layer.rpartition(" ")[0] in kernels.QUICK}
+    assert {layer.rpartition(" ")[0] for layer in kernels.CONVOLUTIONS} <= set(kernels.SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("op", "layer"), [(op, "a 3x3") for op in kernels.LAYER_OPS] + [("conv2d_integer", "a depthwise")]
+)
+def test_layers_compute_what_their_peers_do(small: None, op: str, layer: str) -> None:
+    if op == "conv2d_integer":
+        x, values, ours, peer, moved = kernels._convolution(layer, "cpu")
+        channels, outputs, _, kernel, _, groups = kernels.CONVOLUTIONS[layer]
+        products = kernel * kernel * channels // groups
+        weights = products * outputs
+    else:
+        x, values, ours, peer, moved = kernels._rows(op, layer, "cpu")
+        products = weights = 0
+    result, expected = (call(kernels._LayerInput(x, values, x, x)) for call in (ours, peer))
+    assert isinstance(result, Tensor) and isinstance(expected, Tensor)
+    assert torch.equal(result, ops.quantize(expected, float(products), 0, 4) if products else expected)
+    assert result.unique().numel() > 2
+    assert moved == x.numel() + result.numel() + weights
 
 
 def test_a_peer_that_does_not_compile_is_named(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

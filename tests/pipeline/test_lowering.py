@@ -53,6 +53,15 @@ def test_integer_is_simulate(model: nn.Module, images: Tensor, config: QuantConf
     assert torch.equal(simulated(images.half().float()), integer(images.half().float()))
 
 
+class Untraceable(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x if x.sum() > -1e9 else x * 0)  # type: ignore[no-any-return]
+
+
 class Block(nn.Module):
     """A tensor with three readers: two convolutions of other bits and a sum; a pooled one; a concatenation."""
 
@@ -430,15 +439,7 @@ def test_padding_of_other_modes_stays_simulated(images: Tensor) -> None:
 
 
 def test_walked_by_modules(model: nn.Module, images: Tensor) -> None:
-    class Untraceable(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x if x.sum() > -1e9 else x * 0)
-
-    simulated, integer = both(Untraceable().eval(), images)
+    simulated, integer = both(Untraceable(model).eval(), images)
     assert record_of(integer).walked_by == "modules"
     assert executions(integer) == {"integer", "float"}  # the BatchNorms, which are not folded then
     assert torch.equal(simulated(images), integer(images))
@@ -454,8 +455,7 @@ def test_layers_by_hand() -> None:
     expected = executable(x)
     assert ptq4cuda.lower_layers(executable) == {}
     assert torch.equal(executable(x), expected)
-    assert executable(x).is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(executable(x[0]), expected[0])
+    assert torch.equal(executable(x[0]), expected[0]) and executable(x[0]).is_contiguous()
     assert executable(x.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(TypeError, match=r"must be a float32, float16 or bfloat16 tensor, got torch\.uint8"):
         executable((255 * x).to(torch.uint8))  # an image, which is not to be taken for codes
@@ -494,8 +494,65 @@ def test_files_copies_and_state(model: nn.Module, images: Tensor, tmp_path: Path
     assert state.keys() == other.keys()
     assert all(torch.equal(state[name], other[name]) for name in state)
     assert torch.equal(loaded.to(torch.float16).float()(images), expected)  # quantizers and weights keep their dtypes
-    with pytest.raises(RuntimeError, match=r"executes in integers; load files with ptq4cuda\.load"):
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, Untraceable], ids=["graph", "modules"])
+@pytest.mark.parametrize("make", [Bottlenecks, Block, Edges])
+def test_state_dicts_load_into_either_execution(
+    images: Tensor, make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    torch.manual_seed(3)
+    simulated, integer = both(wrap(make()).eval(), images)
+    others = both(wrap(make()).eval(), images)
+    compiled = torch.compile(integer, dynamic=True, backend="aot_eager")
+    before = compiled(images)
+    modules = [name for name, _ in integer.named_modules()]
+    for other in others:
+        expected, state = other(images), other.state_dict()
+        assert not torch.equal(before, expected)
+        for network in (copy.deepcopy(simulated), copy.deepcopy(integer), nn.Sequential(copy.deepcopy(integer))):
+            prefixed = {f"0.{name}": t for name, t in state.items()} if isinstance(network, nn.Sequential) else state
+            assert network.load_state_dict(prefixed) == network.load_state_dict(network.state_dict())
+            assert torch.equal(network(images), expected)
+        integer.load_state_dict(copy.deepcopy(integer).state_dict())
         integer.load_state_dict(state)
+        assert torch.equal(integer(images), expected) and torch.equal(compiled(images), expected)
+        assert all(layer.engine is not None for layer in integer.modules() if isinstance(layer, QuantModule))
+        assert [name for name, _ in integer.named_modules()] == modules
+
+
+def test_packed_codes_after_loading(images: Tensor) -> None:
+    torch.manual_seed(3)
+    config = replace(FAST, execution="simulate", activation_granularity="per_tensor")
+    simulated, other = (quantize(Edges().eval(), [images], config, progress=False) for _ in range(2))
+    packed = lowered(simulated, True)
+    layers = packed_inputs(packed)
+    packed.load_state_dict(other.state_dict())
+    assert packed_inputs(packed) == layers
+    assert torch.equal(packed(images), other(images))
+
+
+def test_state_dicts_that_do_not_load(model: nn.Module, images: Tensor) -> None:
+    _, integer = both(model, images)
+    expected, state = integer(images), copy.deepcopy(integer.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "stem.weight_packed"'):
+        integer.load_state_dict({name: t for name, t in state.items() if name != "stem.weight_packed"})
+    assert torch.equal(integer(images), expected)
+    found = integer.load_state_dict({"fc.bias": state["fc.bias"] + 1.0, "more": expected}, strict=False)
+    assert found.unexpected_keys == ["more"] and "stem.weight_packed" in found.missing_keys
+    torch.testing.assert_close(integer(images), expected + 1.0)
+    with pytest.raises(RuntimeError, match=r"size mismatch for fc.bias"):
+        integer.load_state_dict({**state, "fc.bias": expected[0, :2]})
+    integer.load_state_dict(state)  # after which it computes in integers again
+    assert torch.equal(integer(images), expected)
+    assert integer.get_submodule("stem").engine is not None
+    corrected = {**state, "stem.weight_offset": state["stem.weight_offset"] + 0.3}
+    with pytest.raises(RuntimeError, match=r"stem cannot compute in integers any more: .*are no signed bytes"):
+        integer.load_state_dict(corrected)
+    integer.load_state_dict(state)
+    stem = integer.get_submodule("stem")
+    with pytest.raises(RuntimeError, match=r"computes in integers: load a state_dict into the whole network"):
+        stem.load_state_dict(stem.state_dict())
 
 
 def test_a_file_is_the_same_in_both_executions_but_for_the_record(
@@ -522,6 +579,81 @@ def test_compiles_to_one_graph(model: nn.Module, images: Tensor) -> None:
     compiled = torch.compile(integer, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (images, images[:7]):
         assert torch.equal(compiled(batch), integer(batch))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "every other row": lambda x: x.contiguous(memory_format=torch.channels_last)[:, :, ::2],
+    "transposed": lambda x: x.transpose(2, 3),
+}
+
+
+class Outputs(nn.Module):
+    """Values that come from convolutions in different ways, of grey images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = F.max_pool2d(F.relu(self.a(x)), 2)
+        y = F.relu(self.b(x) + x)
+        z = self.c(y)
+        return y, z.permute(0, 2, 3, 1), F.interpolate(z, scale_factor=2.0), z.flatten(1)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, Untraceable], ids=["graph", "modules"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_outputs_lie_in_memory_as_in_float(
+    images: Tensor, layout: Callable[[Tensor], Tensor], wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    torch.manual_seed(3)
+    model = wrap(Outputs()).eval()
+    grey = images[:, :1].contiguous()
+    simulated, integer = both(model, grey)
+    assert executions(integer) == {"integer"}
+    x = layout(grey)
+    compiled = torch.compile(integer, dynamic=True, fullgraph=not isinstance(model, Untraceable), backend="aot_eager")
+    for network in (simulated, integer, compiled):
+        for expected, found, exact in zip(model(x), network(x), simulated(x), strict=True):
+            assert found.stride() == expected.stride()
+            assert torch.equal(found, exact)
+
+
+def test_a_view_of_a_layer_walked_by_modules(images: Tensor) -> None:
+    class View(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(800, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(self.conv(x)).view(len(x), -1))  # type: ignore[no-any-return]
+
+    _, integer = both(Untraceable(View()).eval(), images)
+    assert executions(integer) == {"integer"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wrap", [lambda net: net, Untraceable], ids=["graph", "modules"])
+def test_the_dtype_of_a_network_in_integers(
+    images: Tensor, dtype: torch.dtype, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    torch.manual_seed(3)
+    config = replace(FAST, overrides={"*fc": "float"})
+    simulated, integer = both(wrap(Bottlenecks()).eval(), images, config)
+    expected = integer(images)
+    simulated, integer = simulated.to(dtype), integer.to(dtype)
+    assert integer(images.to(dtype)).dtype == dtype
+    halved = integer(images.to(dtype))
+    assert sqnr(simulated(images.to(dtype)), halved) > 30.0  # simulation rounds to it before sums and pooling, too
+    integer.load_state_dict(integer.state_dict())
+    assert torch.equal(integer(images.to(dtype)), halved)
+    with pytest.raises(TypeError, match=r"returns float32, float16 or bfloat16, not torch\.float64"):
+        integer.double()
+    assert integer.float()(images).dtype == torch.float32
+    assert sqnr(expected, integer(images)) > 30.0  # the head was rounded to half precision
 
 
 def test_half_precision_model(model: nn.Module, images: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, QuantConv2d, QuantLinear, quantize, walk
+from ptq4cuda.execution import sentence_of
 from ptq4cuda.record import LayerRecord, record_of
 
 PRESETS = {
@@ -237,6 +239,35 @@ def test_untraceable_model_is_walked_by_its_modules(images: Tensor) -> None:
     assert not any(m._forward_hooks for m in network.modules())
 
 
+class Branches(nn.Module):
+    """A model that torch.fx cannot trace, with a step between its layers."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.step = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.step(self.first(x if x.sum() > -1e9 else -x)))
+
+
+@pytest.mark.parametrize(
+    ("step", "mixes"),
+    [(lambda x: x * 2, False), (lambda x: x.flip(0), True), (lambda x: x - x.mean(0), True)],
+)
+def test_samples_that_depend_on_each_other(images: Tensor, step: Callable[[Tensor], Tensor], mixes: bool) -> None:
+    torch.manual_seed(0)
+    network = quantize(Branches(step).eval(), list(images.split(16)), QuantConfig.fast(), progress=False)
+    remark = "outputs for a sample depend on the other samples of a batch" in record_of(network).reason
+    assert remark == mixes
+
+
+def test_errors_of_native_checks_are_one_sentence() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.ptq4cuda.unpack_codes(torch.zeros(3), torch.zeros(1, dtype=torch.uint8), torch.zeros(1).long(), 3)
+    assert ".h:" in str(caught.value)
+    assert sentence_of(caught.value).startswith("unpack_codes: packed must be uint8 [bytes], got [3]")
+
+
 def test_modules_and_graph_agree(images: Tensor) -> None:
     """Without BatchNorm both walks see the same statistics and make the same network."""
     torch.manual_seed(0)
@@ -373,6 +404,11 @@ BAD = {
     "a script": (lambda m, x: (torch.jit.ScriptModule(), [x]), TypeError, r"is a torch\.jit\.ScriptModule"),
     "batch without values": (lambda m, x: (m, [x.to("meta")]), ValueError, "batch 0 is on the meta device"),
     "one image": (lambda m, x: (nn.Conv2d(3, 4, 1).eval(), [x[0]]), ValueError, "a single image.*and no batch"),
+    "one image, not traced": (
+        lambda m, x: (Branches(lambda x: x).eval(), [x[0]]),
+        ValueError,
+        r"layer 'first' returns a single image, \[4, 12, 12\], and no batch",
+    ),
     "no batches": (lambda m, x: (m, []), ValueError, "batches is empty"),
     "one tensor": (lambda m, x: (m, x), TypeError, "got one Tensor: put it in a list"),
     "one dict": (lambda m, x: (m, {"x": x}), TypeError, "got one dict"),

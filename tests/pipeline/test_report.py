@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import ptq4cuda
-from ptq4cuda import QuantConfig, quantize
+from ptq4cuda import QuantConfig, _native, quantize
+from ptq4cuda.integer import IntegerConv2d
 from ptq4cuda.record import Trial, record_of, tensor_bytes
 from ptq4cuda.report import table
 
@@ -38,6 +41,25 @@ def test_report_lists_every_layer_and_the_total(model: nn.Module, images: Tensor
     assert int(numbers[2].replace(",", "")) == tensor_bytes(network)
     assert "48 calibration samples" in total
     assert any(line.startswith("BatchNorm: 2 folded. Tensors between layers held at a time: ") for line in lines)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_kernels_are_named(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, narrow: bool) -> None:
+    monkeypatch.setattr(_native, "narrow_sums", narrow)
+    config = replace(QuantConfig.fast(), execution="integer")
+    network = quantize(model, [images], config, progress=False)
+    lines = ptq4cuda.report(network).split("\n")
+    assert re.search(r"runs as +kernel$", lines[0])
+    kernels = {line.split()[0]: re.split("  +", line)[-1] for line in lines[2:7]}
+    stem = network.get_submodule("stem").engine
+    assert isinstance(stem, IntegerConv2d) and stem.span < 0
+    assert kernels["depthwise"] == "3x3, depthwise"
+    assert kernels["stem"] == (f"3x3, {'8-bit codes' if narrow else '32-bit sums'}, 2 outputs")
+    sums = r"span \d+" if narrow else "32-bit sums"
+    assert re.fullmatch(f"1x1, {sums}, residual", kernels["pointwise"])
+    assert re.fullmatch(f"3x3/2, 2 groups, {sums}", kernels["grouped"])
+    simulated = quantize(model, [images], replace(config, execution="simulate"), progress=False)
+    assert "kernel" not in ptq4cuda.report(simulated).split("\n")[0]
 
 
 def test_speed_is_told(model: nn.Module, images: Tensor) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +111,42 @@ def test_damaged_header(model: nn.Module, file: Path, old: str, new: str) -> Non
     save_file(load_file(file), file, metadata={"ptq4cuda": header.replace(old, new)})
     with pytest.raises(ValueError, match=r"net\.ptq4' has a damaged header"):
         ptq4cuda.load(file, model)
+
+
+def rewritten(file: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Path:
+    """Write a file again, whose header or tensors were changed."""
+    with safe_open(file, framework="pt") as opened:
+        header = json.loads(opened.metadata()["ptq4cuda"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    change(header, tensors)
+    changed = file.with_name("changed.ptq4")
+    save_file(tensors, changed, metadata={"ptq4cuda": json.dumps(header)})
+    return changed
+
+
+@pytest.mark.parametrize("name", ["stem.weight_packed", "fc.bias", "stem.activation_scale"])
+def test_damaged_tensors(model: nn.Module, file: Path, name: str) -> None:
+    content = bytearray(file.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    start, _ = json.loads(content[8 : 8 + size])[name]["data_offsets"]
+    content[8 + size + start] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: its tensors do not have the checksum in its header"):
+        ptq4cuda.load(file, model)
+
+
+def test_exchanged_tensors(model: nn.Module, file: Path) -> None:
+    def exchange(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        a, b = "depthwise.weight_scale", "pointwise.weight_scale"
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    with pytest.raises(ValueError, match="do not have the checksum"):
+        ptq4cuda.load(rewritten(file, exchange), model)
+
+
+def test_files_without_a_checksum(model: nn.Module, network: nn.Module, file: Path, images: Tensor) -> None:
+    old = rewritten(file, lambda header, tensors: header.pop("sha256"))
+    assert torch.equal(ptq4cuda.load(old, model)(images), network(images))
 
 
 def test_newer_format(model: nn.Module, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
