@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kPixels = 256;      // neighbouring pixels handled together,
 constexpr int64_t kWords = 8;         // and 32-bit words of each,
 constexpr int kWord = 8;              // and codes of each word
+constexpr int64_t kAhead = 8;         // rows of a channel each, far apart, that are asked for before they are written
 constexpr int64_t kBuffer = 1 << 13;  // codes held in the first-level cache between two steps
 
 // Pairs of bytes are handled as 16-bit words, low code in the low byte (x86 and Arm are little-endian).
@@ -23,7 +24,7 @@ struct PackNibbles {  // n code pairs
         for (int64_t i = 0; i < n; ++i) {
             uint16_t pair;
             std::memcpy(&pair, codes + 2 * i, sizeof pair);
-            packed[i] = static_cast<uint8_t>(pair | pair >> 4);
+            packed[i] = static_cast<uint8_t>((pair & 0x0f) | (pair >> 4 & 0xf0));
         }
     }
 };
@@ -217,6 +218,10 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
             for (int64_t c = tile.channel; c < end; ++c) {
                 const int64_t place = c - tile.channel;
                 T* row = x + (tile.n * channels + c) * spatial + tile.pixel;
+                if (c + kAhead < end) {
+                    const char* later = reinterpret_cast<const char*>(row + kAhead * spatial);
+                    simd::prefetch(later, later + tile.pixels * sizeof(T), tile.pixels * sizeof(T));
+                }
                 simd::run<TakeFromWords<typename simd::Block<T, kPixels>::Value>>(
                     static_cast<const uint32_t*>(words + place / kWord * kPixels), values.begin(row), tile.pixels,
                     table[axis == 0 ? tile.n : c], static_cast<int>(4 * (place % kWord)));
@@ -231,6 +236,11 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
 void pack_row(const uint8_t* codes, uint8_t* packed, int64_t length, int bits) {
     if (bits == 8) {
         std::memcpy(packed, codes, length);
+        return;
+    }
+    if (bits == 4) {
+        simd::run<PackNibbles>(codes, packed, length / 2);
+        if (length % 2) packed[length / 2] = low_nibble(codes[length - 1]);
         return;
     }
     uint32_t pending = 0;  // bits not yet written, lowest first
