@@ -337,6 +337,9 @@ def conv2d_integer(
     Returns:
         The output [N, O, H', W'], channels_last: values, or uint8 codes where out_scale is given. Where also_scale
         is given, a second one follows, uint8 codes of the same shape. Packed codes are [N, bytes, H', W'].
+
+    There is no out=: the outputs are one or two, of forms that follow from all these arguments, and memory that a
+    layer returns is what the allocator of torch hands to the next but one.
     """
     if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
         raise TypeError(f"x must be a uint8 tensor [N, C, H, W], got {_describe(x)}")
