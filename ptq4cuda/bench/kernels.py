@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ptq4cuda import ops
+from ptq4cuda import _native, ops
 from ptq4cuda.integer import IntegerConv2d
 from ptq4cuda.ops import reference
 from ptq4cuda.ops.nibbles import Nibbles
@@ -427,7 +427,8 @@ def machine_line(device: str) -> str:
     """Name what the figures were measured on."""
     if device == "cpu":
         processor = platform.processor() or platform.machine()
-        return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        level = _native.build_info.get("simd_level", "no native library")
+        return f"{processor} ({level}), {torch.get_num_threads()} threads, torch {torch.__version__}"
     return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
 
 
