@@ -185,7 +185,7 @@ def run_methods(subject: networks.Subject, methods: list[Method]) -> list[dict[s
 
 # What keeps a network under two minutes on one core.
 CALIBRATION, PIXELS = 128, 64
-WIDTH = {"vgg16_bn": 0.125}  # others: a quarter
+WIDTH = {"vgg16_bn": 0.125, "mobilenet_v2": 1.0}  # others: a quarter
 
 
 def run_architectures(names: list[str]) -> list[dict[str, Any]]:

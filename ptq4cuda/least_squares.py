@@ -1,13 +1,18 @@
 """Weights that reproduce a float layer's output from the quantized input.
 
-Ridge regression towards the float weights W: with the moments H = cov(u, u) and B = cov(t, u),
+Ridge regression towards weights V: with the moments H = cov(u, u) and B = cov(t, u),
 
-    W* = (B + λ W D) (H + λ D)⁻¹     minimises     E|t - W* u|² + λ tr((W* - W) D (W* - W)ᵀ)
+    W* = (B + λ V D) (H + λ D)⁻¹     minimises     E|t - W* u|² + λ tr((W* - V) D (W* - V)ᵀ)
 
 with D = diag(H): the result does not depend on the units of the inputs, which folded scales make very different.
 
+V are the float weights W times a gain g for each input: a noisy input deserves less trust than the float one, and a
+gain is known from few samples, as all outputs have a say in it. It minimises
+
+    E|t - W diag(g) u|² + Σ_j (g_j - 1)² D_j |W_j|²:     (WᵀW ∘ (H + D)) (g - 1) = diag(Wᵀ (B - W H)).
+
 A few hundred images tell less about a wide layer than about a narrow one. λ is therefore not a constant: two halves
-of the samples choose it, each judging what was fitted on the other.
+of the samples choose it, each judging what was fitted on the other, and whether there are gains at all.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from torch import Tensor
 from ptq4cuda.moments import Moments
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # λ, a share of the variance of each input
+_GAIN_RIDGE = 1.0
 _ROUNDING_RIDGE = 0.1
 
 
@@ -44,16 +50,19 @@ def fit_weights(weight: Tensor, halves: tuple[Moments, Moments]) -> Target:
         weight: the float weights, [G, R, d].
         halves: moments of two disjoint sets of samples.
     """
-    weight = weight.double()
+    near_a = near_b = near = weight.double()
     a, b = halves
+    total = a + b
     ridge = RIDGES[-1]
     if a is not b:
-        errors = [_error(b, _solve(a, weight, r)) + _error(a, _solve(b, weight, r)) for r in RIDGES]
+        with_a, with_b = _with_gains(a, near), _with_gains(b, near)
+        if _error(b, with_a) + _error(a, with_b) < _error(b, near) + _error(a, near):
+            near_a, near_b, near = with_a, with_b, _with_gains(total, near)
+        errors = [_error(b, _solve(a, near_a, r)) + _error(a, _solve(b, near_b, r)) for r in RIDGES]
         ridge = min(zip(errors, RIDGES, strict=True))[1]
-    total = a + b
     covariance = total.covariance
     metric = covariance + torch.diag_embed(_ROUNDING_RIDGE * ridge * _variances(covariance))
-    return Target(_solve(total, weight, ridge), metric)
+    return Target(_solve(total, near, ridge), metric)
 
 
 def _variances(covariance: Tensor) -> Tensor:
@@ -62,12 +71,28 @@ def _variances(covariance: Tensor) -> Tensor:
     return variances + 1e-3 * variances.mean(1, keepdim=True)
 
 
-def _solve(moments: Moments, weight: Tensor, ridge: float) -> Tensor:
-    covariance = moments.covariance
-    # Where all inputs are constant any weights do; a ridge above the rounding of the sums returns the float ones.
+def _damping(moments: Moments, covariance: Tensor, ridge: float) -> Tensor:
+    # Where all inputs are constant any weights do; a ridge above the rounding of the sums returns those given.
     floor = 1e-9 * (moments.uu.diagonal(dim1=1, dim2=2) / moments.count).mean(1, keepdim=True)
-    damping = torch.maximum(ridge * _variances(covariance), floor).clamp_min(torch.finfo(torch.float32).tiny)
-    right = moments.cross + damping[:, None, :] * weight
+    return torch.maximum(ridge * _variances(covariance), floor).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _with_gains(moments: Moments, weight: Tensor) -> Tensor:
+    """Return the float weights times the gain of each input."""
+    covariance = moments.covariance
+    products = weight.mT @ weight
+    energy = products.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
+    damping = _damping(moments, covariance, _GAIN_RIDGE) * energy
+    lower = torch.linalg.cholesky(products * covariance + torch.diag_embed(damping))
+    missing = ((moments.cross - weight @ covariance) * weight).sum(1)
+    return weight * (1.0 + torch.cholesky_solve(missing[:, :, None], lower).mT)
+
+
+def _solve(moments: Moments, near: Tensor, ridge: float) -> Tensor:
+    """Return the weights of ridge regression towards those that are given."""
+    covariance = moments.covariance
+    damping = _damping(moments, covariance, ridge)
+    right = moments.cross + damping[:, None, :] * near
     return torch.cholesky_solve(right.mT, torch.linalg.cholesky(covariance + torch.diag_embed(damping))).mT
 
 

@@ -10,8 +10,9 @@ Weights are random but behave like trained ones where quantization looks:
 - BatchNorm weights are log-normal: the ranges of channels differ by an order of magnitude. Biases lie around +0.4 of
   the weight, so that a ReLU cuts a third of the values, and nearly all of some channels. Running statistics are those
   of images.
-- The last BatchNorm of a residual branch is damped. Without that, and with no bias, a random network of this depth is
-  chaotic: it turns noise of -60 dB at its input into -20 dB at its output, where a trained one averages it away.
+- The last BatchNorm of a residual branch is damped, against what it is added to. Without that, and with no bias, a
+  random network of this depth is chaotic: it turns noise of -60 dB at its input into -20 dB at its output, where a
+  trained one averages it away.
 - The weights of the plain network follow Student's t distribution with 3 degrees of freedom: heavy tails, as in
   networks trained without BatchNorm.
 
@@ -74,7 +75,7 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
             module.bias.copy_(module.weight * (0.4 + 0.6 * normal(module.bias)))
     for module in net.modules():
         branch = getattr(module, "branch", None)
-        if isinstance(branch, nn.Module):
+        if isinstance(branch, nn.Module) and getattr(module, "residual", True):
             last = [norm for norm in branch.modules() if isinstance(norm, nn.BatchNorm2d)][-1]
             last.weight.mul_(0.3)
             last.bias.mul_(0.3)

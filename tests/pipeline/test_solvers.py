@@ -155,7 +155,7 @@ def test_exact_input_gives_the_weights_back() -> None:
 
 
 def test_fit_is_the_ridge_regression() -> None:
-    """Solved as an ordinary least-squares problem on stacked data, for the ridge that was chosen."""
+    """Gains and weights, solved as ordinary least-squares problems on stacked data, for the ridge that was chosen."""
     d, n = 6, 3000
     x = correlated(n, d)
     weight = torch.randn(1, 2, d, generator=torch.Generator().manual_seed(1)).double()
@@ -163,11 +163,16 @@ def test_fit_is_the_ridge_regression() -> None:
     t = x @ weight[0].T.float()
     fit = fit_weights(weight, halves_of(u, t))
     uc, tc = u.double() - u.double().mean(0), t.double() - t.double().mean(0)
+    variances = uc.square().mean(0) + 1e-3 * uc.square().mean()
+    w = weight[0]
+    rows = torch.cat([(uc[:, None, :] * w).flatten(0, 1), torch.diag((n * variances).sqrt() * w.norm(dim=0))])
+    right = torch.cat([(tc - uc @ w.T).flatten(), torch.zeros(d).double()])
+    near = w * (1.0 + torch.linalg.lstsq(rows, right[:, None]).solution[:, 0])
     solutions = []
     for ridge in RIDGES:
-        root = (ridge * n * (uc.square().mean(0) + 1e-3 * uc.square().mean())).sqrt()
+        root = (ridge * n * variances).sqrt()
         rows = torch.cat([uc, torch.diag(root)])
-        right = torch.cat([tc, root[:, None] * weight[0].T])
+        right = torch.cat([tc, root[:, None] * near.T])
         solutions.append(torch.linalg.lstsq(rows, right).solution.T)
     distances = [float((s - fit.weight[0]).abs().max()) for s in solutions]
     assert min(distances) < 1e-4
@@ -176,6 +181,29 @@ def test_fit_is_the_ridge_regression() -> None:
         return float((tc - uc @ w.T).square().mean())
 
     assert error(fit.weight[0]) < 0.9 * error(weight[0])  # better than the float weights
+
+
+def test_few_samples_find_the_noisy_inputs() -> None:
+    """Half of the inputs are mostly noise. Samples too few for a regression tell that these deserve small weights."""
+    d, n = 64, 60
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 100, d, generator=generator).double()
+    noise = torch.cat([torch.full((d // 2,), 3.0), torch.zeros(d // 2)])
+
+    def data(count: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(count, d, generator=generator)
+        return x + noise * torch.randn(count, d, generator=generator), x @ weight[0].T.float()
+
+    u, t = data(n)
+    fit = fit_weights(weight, halves_of(u, t)).weight[0]
+    test_u, test_t = (v.double() for v in data(4000))
+
+    def error(w: Tensor) -> float:
+        return float((test_t - test_u @ w.T).square().mean())
+
+    float_error = error(weight[0])
+    best = torch.linalg.lstsq(test_u, test_t).solution.T
+    assert error(fit) < error(best) + 0.3 * (float_error - error(best))
 
 
 def test_units_of_the_inputs_do_not_matter() -> None:
