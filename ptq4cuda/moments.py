@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from ptq4cuda.nn import QuantModule
 
-MAX_SAMPLES = 32768  # positions of output maps that are looked at; neighbours tell much the same
-MIN_SAMPLES = 8192
-SAMPLES_PER_INPUT = 64
+MAX_SAMPLES = 65536  # positions of output maps that are looked at; neighbours tell much the same
+MIN_SAMPLES = 32768
+SAMPLES_PER_INPUT = 256
 _CHUNK = 8192  # rows of a float32 product before it is added in float64
 
 
