@@ -26,7 +26,7 @@ ROUNDINGS = get_args(Rounding)
 _BLOCK = 64  # inputs that are rounded before the rest of the row is brought up to date
 _SHRINKS = [i / 40 for i in range(12, 41)]  # of a row's range, tried for the scale to start from
 _QUIET = 0.01  # of the mean variance: inputs of less may have weights beyond a row's range
-_STARTS = (0.85, 1.0, 1.2)  # times that scale
+_STARTS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)  # times that scale
 _SWEEPS = 4
 _DAMPING = 0.01  # of the mean diagonal, for the inverse in compensated rounding
 
