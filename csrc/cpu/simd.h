@@ -178,8 +178,15 @@ PTQ_TARGET_AVX2 inline void narrow_f16c(const float* x, Half* y, int64_t n) {
                          _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
     for (; i < n; ++i) store(x[i], y[i]);
 }
+PTQ_TARGET_AVX512 inline void widen_avx512(const Half* x, float* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(y + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
+    for (; i < n; ++i) y[i] = to_float(x[i]);
+}
 template <>
 inline void widen(const Half* x, float* y, int64_t n) {
+    if (level() >= Level::avx512) return widen_avx512(x, y, n);
     level() == Level::baseline ? run<Widen<Half>>(x, y, n) : widen_f16c(x, y, n);
 }
 template <>
