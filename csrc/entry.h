@@ -138,28 +138,53 @@ private:
 template <class Backend>
 struct RowOps {
     static Tensor pack_codes(const Tensor& codes, const Tensor& bits, const Tensor& offsets, int64_t packed_bytes) {
-        const char* op = "pack_codes";
-        STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2, op,
-                        ": codes must be uint8 [rows, length], got ", shape_of(codes));
-        STD_TORCH_CHECK(packed_bytes >= 0, op, ": packed_bytes is ", packed_bytes);
-        const RowArguments arguments(op, codes, bits, offsets, codes.size(0));
-        const Tensor source = torch::stable::contiguous(codes);
+        STD_TORCH_CHECK(packed_bytes >= 0, "pack_codes: packed_bytes is ", packed_bytes);
         Tensor packed = empty_vector(packed_bytes, ScalarType::Byte, codes);
-        Backend::pack_rows(source, packed, arguments.table(codes.size(1), packed_bytes));
+        fill_packed(codes, bits, offsets, packed);
         return packed;
     }
 
+    static void pack_codes_out(const Tensor& codes, const Tensor& bits, const Tensor& offsets, const Tensor& out) {
+        const char* op = "pack_codes";
+        STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.dim() == 1 && out.is_contiguous(), op,
+                        ": out must be contiguous uint8 [bytes], got ", shape_of(out));
+        check_same_device(op, "out", out, codes);
+        fill_packed(codes, bits, offsets, out);
+    }
+
     static Tensor unpack_codes(const Tensor& packed, const Tensor& bits, const Tensor& offsets, int64_t length) {
-        const char* op = "unpack_codes";
-        STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && length >= 0, op,
-                        ": packed must be uint8 [bytes], got ", shape_of(packed), ", and length at least 0, got ",
-                        length);
-        const RowArguments arguments(op, packed, bits, offsets, bits.numel());
-        const Tensor source = torch::stable::contiguous(packed);
+        STD_TORCH_CHECK(length >= 0, "unpack_codes: length is ", length);
         const std::vector<int64_t> sizes = {bits.numel(), length};
         Tensor codes = empty_strided(sizes, contiguous_strides(sizes), ScalarType::Byte, packed);
-        Backend::unpack_rows(source, codes, arguments.table(length, packed.size(0)));
+        fill_codes(packed, bits, offsets, codes);
         return codes;
+    }
+
+    static void unpack_codes_out(const Tensor& packed, const Tensor& bits, const Tensor& offsets, const Tensor& out) {
+        const char* op = "unpack_codes";
+        STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.dim() == 2 && out.is_contiguous() &&
+                            out.size(0) == bits.numel(),
+                        op, ": out must be contiguous uint8 [", bits.numel(), ", length], got ", shape_of(out));
+        check_same_device(op, "out", out, packed);
+        fill_codes(packed, bits, offsets, out);
+    }
+
+private:
+    static void fill_packed(const Tensor& codes, const Tensor& bits, const Tensor& offsets, const Tensor& packed) {
+        const char* op = "pack_codes";
+        STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2, op,
+                        ": codes must be uint8 [rows, length], got ", shape_of(codes));
+        const RowArguments arguments(op, codes, bits, offsets, codes.size(0));
+        Backend::pack_rows(torch::stable::contiguous(codes), packed, arguments.table(codes.size(1), packed.size(0)));
+    }
+
+    static void fill_codes(const Tensor& packed, const Tensor& bits, const Tensor& offsets, const Tensor& codes) {
+        const char* op = "unpack_codes";
+        STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1, op,
+                        ": packed must be uint8 [bytes], got ", shape_of(packed));
+        const RowArguments arguments(op, packed, bits, offsets, bits.numel());
+        Backend::unpack_rows(torch::stable::contiguous(packed), codes,
+                             arguments.table(codes.size(1), packed.size(0)));
     }
 };
 

@@ -339,7 +339,9 @@ STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) {
     m.impl("unpack_dequantize", TORCH_BOX(&PackOps<Cpu>::unpack_dequantize));
     m.impl("unpack_dequantize.out", TORCH_BOX(&PackOps<Cpu>::unpack_dequantize_out));
     m.impl("pack_codes", TORCH_BOX(&RowOps<Cpu>::pack_codes));
+    m.impl("pack_codes.out", TORCH_BOX(&RowOps<Cpu>::pack_codes_out));
     m.impl("unpack_codes", TORCH_BOX(&RowOps<Cpu>::unpack_codes));
+    m.impl("unpack_codes.out", TORCH_BOX(&RowOps<Cpu>::unpack_codes_out));
 }
 
 }  // namespace ptq4cuda

@@ -335,7 +335,9 @@ PTQ4CUDA_LIBRARY_IMPL(m) {
     m.impl("unpack_dequantize", TORCH_BOX(&PackOps<Cuda>::unpack_dequantize));
     m.impl("unpack_dequantize.out", TORCH_BOX(&PackOps<Cuda>::unpack_dequantize_out));
     m.impl("pack_codes", TORCH_BOX(&RowOps<Cuda>::pack_codes));
+    m.impl("pack_codes.out", TORCH_BOX(&RowOps<Cuda>::pack_codes_out));
     m.impl("unpack_codes", TORCH_BOX(&RowOps<Cuda>::unpack_codes));
+    m.impl("unpack_codes.out", TORCH_BOX(&RowOps<Cuda>::unpack_codes_out));
 }
 
 }  // namespace ptq4cuda

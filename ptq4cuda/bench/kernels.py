@@ -250,9 +250,13 @@ def _rows(op: str, layer: str, device: str) -> tuple[Tensor, Tensor, Call, Call,
     moved = codes.numel() + total
     packed = ops.pack_codes(codes, bits)
     if op == "pack_codes":
-        pack = partial(torch.ops.ptq4cuda.pack_codes, bits=bits, offsets=offsets, packed_bytes=total)  # unchecked
-        return codes, packed, lambda i: pack(i.x), lambda i: (i.x[:, ::2] | i.x[:, 1::2] << 4).flatten(), moved
-    unpack = partial(ops.unpack_codes, bits=bits, length=length, offsets=offsets)
+
+        def pack(i: _LayerInput) -> Tensor:
+            torch.ops.ptq4cuda.pack_codes.out(i.x, bits, offsets, out=packed)  # codes are not looked through first
+            return packed
+
+        return codes, packed, pack, lambda i: (i.x[:, ::2] | i.x[:, 1::2] << 4).flatten(), moved
+    unpack = partial(ops.unpack_codes, bits=bits, length=length, offsets=offsets, out=codes)
     return (
         packed,
         codes,

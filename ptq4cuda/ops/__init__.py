@@ -152,9 +152,7 @@ def quantize_pack(
     scale, zero_point, _ = _quantizer(x, scale, zero_point, 4, axis)
     if out is None:
         return _ops.quantize_pack(x, scale, zero_point, axis)  # type: ignore[no-any-return]
-    expected = (x.shape[0], *x.shape[2:], (x.shape[1] + 1) // 2)
-    if out.dtype != torch.uint8 or tuple(out.shape) != expected or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous uint8 {list(expected)}, got {out.dtype} {list(out.shape)}")
+    _check_contiguous_out(out, (x.shape[0], *x.shape[2:], (x.shape[1] + 1) // 2), x)
     _ops.quantize_pack.out(x, scale, zero_point, axis, out=out)
     return out
 
@@ -219,12 +217,13 @@ def row_offsets(bits: Tensor, length: int) -> tuple[Tensor, int]:
     return ends - sizes, int(ends[-1]) if len(ends) else 0
 
 
-def pack_codes(codes: Tensor, bits: Tensor) -> Tensor:
+def pack_codes(codes: Tensor, bits: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Pack rows of codes, each with its own bit-width, lowest bit first, every row from a whole byte on.
 
     Args:
         codes: uint8 [rows, length]; codes of row r are below 2^bits[r].
         bits: uint8 [rows], 0 to 8.
+        out: receives the result, if given.
 
     Returns:
         uint8 [bytes]; row_offsets(bits, length) tells where the rows begin.
@@ -239,10 +238,16 @@ def pack_codes(codes: Tensor, bits: Tensor) -> Tensor:
             row = wide[0]
             raise ValueError(f"codes has {int(codes[row].amax())} in row {row}, which has {int(bits[row])} bits")
     offsets, total = row_offsets(bits, codes.shape[1])
-    return _ops.pack_codes(codes, bits, offsets, total)  # type: ignore[no-any-return]
+    if out is None:
+        return _ops.pack_codes(codes, bits, offsets, total)  # type: ignore[no-any-return]
+    _check_contiguous_out(out, (total,), codes)
+    _ops.pack_codes.out(codes, bits, offsets, out=out)
+    return out
 
 
-def unpack_codes(packed: Tensor, bits: Tensor, length: int, offsets: Tensor | None = None) -> Tensor:
+def unpack_codes(
+    packed: Tensor, bits: Tensor, length: int, offsets: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Return the uint8 codes [rows, length] that pack_codes packed.
 
     Args:
@@ -250,6 +255,7 @@ def unpack_codes(packed: Tensor, bits: Tensor, length: int, offsets: Tensor | No
         bits: uint8 [rows], 0 to 8.
         length: codes in a row.
         offsets: row_offsets(bits, length)[0], for callers that keep it.
+        out: uint8 [rows, length]; receives the result, if given.
     """
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
         raise TypeError(f"packed must be a uint8 tensor [bytes], got {_describe(packed)}")
@@ -259,7 +265,11 @@ def unpack_codes(packed: Tensor, bits: Tensor, length: int, offsets: Tensor | No
         offsets, total = row_offsets(bits, length)
         if total != packed.numel():
             raise ValueError(f"packed has {packed.numel()} bytes; {len(bits)} rows of {length} codes take {total}")
-    return _ops.unpack_codes(packed, bits, offsets, length)  # type: ignore[no-any-return]
+    if out is None:
+        return _ops.unpack_codes(packed, bits, offsets, length)  # type: ignore[no-any-return]
+    _check_contiguous_out(out, (bits.shape[0], length), packed)
+    _ops.unpack_codes.out(packed, bits, offsets, out=out)
+    return out
 
 
 def conv2d_integer(
@@ -532,6 +542,14 @@ def _parameters(
         check_zero_point(zero_point)
         check_bits(bits)
     return scale, zero_point, bits
+
+
+def _check_contiguous_out(out: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if out.dtype != torch.uint8 or tuple(out.shape) != shape or not out.is_contiguous() or out.device != x.device:
+        raise ValueError(
+            f"out must be contiguous uint8 {list(shape)} on {x.device}, got {_describe(out)} on {out.device}, "
+            f"its strides are {list(out.stride())}"
+        )
 
 
 def _check_out(out: Tensor, x: Tensor, dtype: torch.dtype) -> None:

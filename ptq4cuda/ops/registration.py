@@ -29,7 +29,9 @@ SCHEMAS = (
     f"unpack_dequantize(Tensor packed, {_QUANTIZER}, int axis, int channels, ScalarType dtype) -> Tensor",
     f"unpack_dequantize.out(Tensor packed, {_QUANTIZER}, int axis, *, Tensor(a!) out) -> ()",
     "pack_codes(Tensor codes, Tensor bits, Tensor offsets, int packed_bytes) -> Tensor",
+    "pack_codes.out(Tensor codes, Tensor bits, Tensor offsets, *, Tensor(a!) out) -> ()",
     "unpack_codes(Tensor packed, Tensor bits, Tensor offsets, int length) -> Tensor",
+    "unpack_codes.out(Tensor packed, Tensor bits, Tensor offsets, *, Tensor(a!) out) -> ()",
     "conv2d_integer(Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int span, "
     "float negative_slope, float upper, "
@@ -148,6 +150,22 @@ def _unpack_dequantize_out(packed: Tensor, scale: Tensor, zero_point: Tensor, ax
     out.copy_(reference.unpack_dequantize(packed, scale, zero_point, axis, out.shape[1], out.dtype))
 
 
+def _pack_codes_out(codes: Tensor, bits: Tensor, offsets: Tensor, *, out: Tensor) -> None:
+    out.copy_(reference.pack_codes(codes, bits, offsets, out.shape[0]))
+
+
+def _unpack_codes_out(packed: Tensor, bits: Tensor, offsets: Tensor, *, out: Tensor) -> None:
+    out.copy_(reference.unpack_codes(packed, bits, offsets, out.shape[1]))
+
+
+_OUT: dict[str, Callable[..., None]] = {
+    "fake_quantize": _out_of(reference.fake_quantize),
+    "quantize": _out_of(reference.quantize),
+    "quantize_pack": _out_of(reference.quantize_pack),
+    "unpack_dequantize": _unpack_dequantize_out,
+    "pack_codes": _pack_codes_out,
+    "unpack_codes": _unpack_codes_out,
+}
 _FAKES: dict[str, Callable[..., Tensor | list[Tensor]]] = {
     "channel_statistics": _fake_channel_statistics,
     "channel_histogram": _fake_channel_histogram,
@@ -166,9 +184,8 @@ def implement(library: torch.library.Library, namespace: str) -> None:
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-    for name in ("fake_quantize", "quantize", "quantize_pack", "unpack_dequantize"):
+    for name, kernel in _OUT.items():
         torch.library.register_fake(f"{namespace}::{name}.out", _fake_out, lib=library)
-        kernel = _unpack_dequantize_out if name == "unpack_dequantize" else _out_of(getattr(reference, name))
         library.impl(f"{name}.out", kernel, "CompositeExplicitAutograd")
     torch.library.register_autograd(
         f"{namespace}::fake_quantize", _straight_through, setup_context=_save_for_backward, lib=library

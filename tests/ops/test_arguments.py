@@ -58,7 +58,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("out shape", lambda: ops.fake_quantize(X, SCALE, ZERO, BITS, out=X[:1]), ValueError, r"out must be .* \[2, 5, 3, 4\] .*\[1, 5, 3, 4\]"),
     ("pack dims", lambda: ops.quantize_pack(X[0, 0, 0], 1.0, 0, 0), ValueError, r"x must have the shape \[N, C, .*\], got \[4\]"),
     ("pack axis", lambda: ops.quantize_pack(X, 1.0, 0, 2), ValueError, "axis must be 0 or 1, got 2"),
-    ("pack out", lambda: ops.quantize_pack(X, SCALE, ZERO, out=PACKED[:1]), ValueError, r"out must be .*\[2, 3, 4, 3\], got torch.uint8 \[1, 3, 4, 3\]"),
+    ("pack out", lambda: ops.quantize_pack(X, SCALE, ZERO, out=PACKED[:1]), ValueError, r"out must be .*\[2, 3, 4, 3\] on cpu, got torch.uint8 \[1, 3, 4, 3\]"),
     ("unpack dtype", lambda: ops.unpack_dequantize(PACKED.int(), SCALE, ZERO, 5), TypeError, "packed must be .* got torch.int32"),
     ("unpack channels", lambda: ops.unpack_dequantize(PACKED, 1.0, 0, 7), ValueError, r"channels is 7, .*\[2, 3, 4, 3\]"),
     ("unpack to", lambda: ops.unpack_dequantize(PACKED, SCALE, ZERO, 5, dtype=torch.int8), TypeError, "dtype must be .* got torch.int8"),
@@ -84,6 +84,8 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("codes too wide", lambda: ops.pack_codes(CODES + 7, WIDTH), ValueError, "codes has 7 in row 0, which has 2 bits"),
     ("codes bits", lambda: ops.pack_codes(CODES, WIDTH + 1), ValueError, "bits must be 0 to 8, got 9"),
     ("codes rows", lambda: ops.pack_codes(CODES, WIDTH[:2]), ValueError, r"bits must have the shape \[3\], got \[2\]"),
+    ("codes out", lambda: ops.pack_codes(CODES, WIDTH, out=CODES[0]), ValueError, r"out must be contiguous uint8 \[18\] on cpu, got torch.uint8 \[9\]"),
+    ("bytes out", lambda: ops.unpack_codes(torch.zeros(18, dtype=torch.uint8), WIDTH, 9, out=CODES[:, ::2]), ValueError, r"out must be contiguous uint8 \[3, 9\]"),
     ("bytes kind", lambda: ops.unpack_codes(CODES, WIDTH, 9), TypeError, r"packed must be .* got torch.uint8 \[3, 9\]"),
     ("bytes length", lambda: ops.unpack_codes(CODES[0], WIDTH, 9), ValueError, "packed has 9 bytes; 3 rows of 9 codes take 18"),
 ]  # fmt: skip
@@ -128,6 +130,11 @@ DIRECT: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("pack_codes", (CODES, WIDTH, torch.zeros(3, dtype=torch.int64), -1), {}),
     ("unpack_codes", (CODES, WIDTH, torch.zeros(3, dtype=torch.int64), 9), {}),
     ("unpack_codes", (CODES[0], WIDTH, torch.zeros(3, dtype=torch.int64), -1), {}),
+    ("pack_codes", (CODES, WIDTH, torch.zeros(3, dtype=torch.int64)), {"out": CODES}),
+    ("pack_codes", (CODES, WIDTH, torch.zeros(3, dtype=torch.int64)), {"out": CODES[:, 0]}),
+    ("unpack_codes", (CODES[0], WIDTH, torch.zeros(3, dtype=torch.int64)), {"out": CODES[:2]}),
+    ("unpack_codes", (CODES[0], WIDTH, torch.zeros(3, dtype=torch.int64)), {"out": CODES[:, ::2]}),
+    ("unpack_codes", (CODES[0], WIDTH, torch.zeros(3, dtype=torch.int64)), {"out": CODES.int()}),
 ]
 
 

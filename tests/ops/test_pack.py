@@ -123,6 +123,13 @@ def test_rows_of_codes(backend: Backend, length: int) -> None:
     packed = backend.pack_codes(codes, bits, offsets, total)
     assert bytes(packed.tolist()) == oracle.pack_rows(codes, bits)
     assert torch.equal(backend.unpack_codes(packed, bits, offsets, length), codes)
+    for offset in (16, 19):
+        out, raw = oracle.guarded((total,), torch.uint8, (1,), offset)
+        assert torch.equal(backend.pack_codes(codes, bits, offsets, out=out), packed)
+        assert bool((oracle.surroundings(out, raw) == 0x5A).all())
+        out, raw = oracle.guarded(tuple(codes.shape), torch.uint8, codes.stride(), offset)
+        assert torch.equal(backend.unpack_codes(packed, bits, offsets, out=out), codes)
+        assert bool((oracle.surroundings(out, raw) == 0x5A).all())
 
 
 def test_rows_may_lie_apart_and_in_any_order(backend: Backend) -> None:

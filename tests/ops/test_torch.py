@@ -39,6 +39,8 @@ def samples(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 3, 
         "unpack_dequantize": (packed, scale, zero_point, 1, shape[1], dtype),
         "unpack_dequantize.out": (packed, scale, zero_point, 1, {"out": torch.empty(shape, dtype=dtype)}),
         "pack_codes": (codes, width, offsets, total),
+        "pack_codes.out": (codes, width, offsets, {"out": torch.empty(total, dtype=torch.uint8)}),
+        "unpack_codes.out": (torch.randint(0, 256, (total,), dtype=torch.uint8), width, offsets, {"out": codes}),
         "unpack_codes": (torch.randint(0, 256, (total,), dtype=torch.uint8), width, offsets, 9),
         "conv2d_integer": convolution(x, layout, dtype),
     }
