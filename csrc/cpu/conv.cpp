@@ -206,8 +206,8 @@ private:
                     }
     }
 
-    std::vector<float> parameters(const QuantizerTable& quantizer) const {
-        std::vector<float> laid_out(panels_.size() * kPanelParameters);
+    simd::Vector<float> parameters(const QuantizerTable& quantizer) const {
+        simd::Vector<float> laid_out(panels_.size() * kPanelParameters);
         for (size_t i = 0; i < panels_.size(); ++i)
             for (int64_t j = 0; j < panels_[i].outputs; ++j) {
                 const auto values = parameters_of(problem_, quantizer, panels_[i].output + j);
@@ -237,7 +237,7 @@ private:
         int64_t first = 0;                   // output pixel; the others follow
         std::vector<const uint8_t*> pixels;  // where each of them reads its first tap
         std::vector<Window> windows;         // of each of them, if zero points have a share that padding changes
-        std::vector<uint8_t> band;
+        simd::Vector<uint8_t> band;
         int64_t plane = 0;  // bytes from the high nibbles to the low ones
     };
 
@@ -472,11 +472,11 @@ private:
     std::vector<int64_t> grouped_;  // taps of depthwise layers, group by group; -1: none
     TapGroups tap_groups_{};
     std::vector<Panel> panels_;
-    std::vector<int32_t> zeros_;                        // [panels][taps][16], where padding makes taps differ
+    simd::Vector<int32_t> zeros_;                       // [panels][taps][16], where padding makes taps differ
     std::vector<std::pair<int64_t, int64_t>> columns_;  // taps inside of the image, of each column of the output
     Panels weights_{};                                  // of all blocks
-    std::vector<int8_t> own_weights_;                   // laid out here
-    std::vector<float> parameters_, also_parameters_;   // [panels][fields][16]
+    simd::Vector<int8_t> own_weights_;                  // laid out here
+    simd::Vector<float> parameters_, also_parameters_;  // [panels][fields][16]
     T* y_;
     Finisher<T> finish_;
 };

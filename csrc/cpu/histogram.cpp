@@ -60,7 +60,7 @@ public:
 
 private:
     int64_t bins_;
-    std::vector<uint32_t> counts_;
+    simd::Vector<uint32_t> counts_;
 };
 
 // [pieces, channels, bins]; the first piece is the result itself.
@@ -135,15 +135,15 @@ void count_columns(const T* x, const ChannelLayout& layout, const BinTable& tabl
     const int64_t step = std::min(std::max(ceil_div(layout.channels, ceil_div(tasks, pieces)), line),
                                   INT32_MAX / stride);  // channels of a range
     const int64_t ranges = ceil_div(layout.channels, step);
-    std::vector<uint32_t> counts(pieces * layout.channels * stride);
+    simd::Vector<uint32_t> counts(pieces * layout.channels * stride);
     torch::stable::parallel_for(0, pieces * ranges, 1, [&](int64_t task, int64_t last_task) {
         for (; task < last_task; ++task) {
             const int64_t piece = task / ranges, channel = task % ranges * step;
             const int64_t columns = (std::min(channel + step, layout.channels) - channel) * layout.inner;
             // Where a range is all channels, rows are neighbours in memory and several make a batch.
             const int64_t rows = columns == width ? std::max<int64_t>(1, kBatch / width) : 1;
-            std::vector<float> low, factor;
-            std::vector<int32_t> first;
+            simd::Vector<float> low, factor;
+            simd::Vector<int32_t> first;
             for (int64_t i = 0; i < rows * columns; ++i) {
                 const int64_t c = i % columns / layout.inner;
                 const Binning binning = table[channel + c];

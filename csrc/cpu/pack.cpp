@@ -142,7 +142,7 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
         const int64_t step = std::max<int64_t>(1, kBuffer / channels);
         torch::stable::parallel_for(
             0, batch * spatial, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
-                std::vector<uint8_t> codes(step * channels), pad(step);
+                simd::Vector<uint8_t> codes(step * channels), pad(step);
                 for (int64_t row = begin; row < end; row += step) {
                     const int64_t count = std::min(step, end - row);
                     rows(x + row * channels, codes.data(), row * channels, (row + count) * channels);
@@ -199,7 +199,7 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
         const int64_t step = std::max<int64_t>(1, kBuffer / channels);
         torch::stable::parallel_for(
             0, batch * spatial, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
-                std::vector<uint8_t> codes(step * channels);
+                simd::Vector<uint8_t> codes(step * channels);
                 for (int64_t row = begin; row < end; row += step) {
                     const int64_t count = std::min(step, end - row);
                     unpack_rows(packed + row * bytes, codes.data(), count, channels);

@@ -81,8 +81,8 @@ private:
 
     ChannelLayout layout_;
     QuantizerTable table_;
-    int64_t period_ = 0;                        // 0: long rows
-    std::array<std::vector<float>, 4> fields_;  // inv_scale, scale, zero_point, qmax of one period
+    int64_t period_ = 0;                         // 0: long rows
+    std::array<simd::Vector<float>, 4> fields_;  // inv_scale, scale, zero_point, qmax of one period
 };
 
 }  // namespace ptq4cuda

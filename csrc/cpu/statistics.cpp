@@ -40,7 +40,7 @@ struct Sums {
 // Room for the lanes of a unit, and for a tile.
 struct Workspace {
     Lanes lanes;
-    std::vector<float> tile;
+    simd::Vector<float> tile;
 };
 
 // How a tensor is cut. Groups share no channel; all units of a group are needed to finish its channels. The values of
@@ -66,7 +66,7 @@ public:
     int64_t groups, units;  // groups; units of a group
     int64_t channels = 1;   // of a group
 
-    Workspace workspace() const { return {Lanes(width_), std::vector<float>(tile_)}; }
+    Workspace workspace() const { return {Lanes(width_), simd::Vector<float>(tile_)}; }
 
     // For each channel of the group.
     void first_pass(int64_t group, int64_t unit, Workspace& w, Ahead& ahead, Sums* result) const {

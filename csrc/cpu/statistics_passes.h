@@ -34,9 +34,9 @@ struct Ahead {
 };
 
 struct Lanes {
-    std::vector<double> sum, mean, centre, squares, deviations;
-    std::vector<float> min, max;
-    std::vector<int32_t> positive;
+    simd::Vector<double> sum, mean, centre, squares, deviations;
+    simd::Vector<float> min, max;
+    simd::Vector<int32_t> positive;
 
     explicit Lanes(int64_t width) {
         for (auto* lanes : {&sum, &mean, &centre, &squares, &deviations}) lanes->resize(width);
