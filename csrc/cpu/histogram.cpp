@@ -107,7 +107,7 @@ void count_rows(const T* x, const ChannelLayout& layout, const BinTable& table, 
                 const int64_t offset = i % layout.inner;
                 const int64_t n = std::min({end - i, layout.inner - offset, kBatch});
                 const T* row = x + (i / layout.inner * layout.channels + channel) * layout.inner + offset;
-                simd::run<RowBins<typename simd::Block<T>::Value>>(values.read(row, n), n, binning, bins);
+                simd::run<RowBins<typename simd::Block<T>::Value>>(values.read(row, n, n), n, binning, bins);
                 if (small) {
                     for (int64_t k = 0; k < n; ++k)
                         if (bins[k] >= 0) ++to[bins[k]];
@@ -160,9 +160,9 @@ void count_columns(const T* x, const ChannelLayout& layout, const BinTable& tabl
                 const int64_t count = std::min(rows, end - row) * columns;
                 for (int64_t i = 0; i < count; i += kBatch) {
                     const int64_t n = std::min(count - i, kBatch);
-                    simd::run<ColumnBins<typename simd::Block<T>::Value>>(values.read(from + i, n), n, low.data() + i,
-                                                                          factor.data() + i, first.data() + i,
-                                                                          static_cast<int32_t>(table.bins), places);
+                    simd::run<ColumnBins<typename simd::Block<T>::Value>>(
+                        values.read(from + i, n, n), n, low.data() + i, factor.data() + i, first.data() + i,
+                        static_cast<int32_t>(table.bins), places);
                     for (int64_t k = 0; k < n; ++k) ++to[places[k]];
                 }
             }

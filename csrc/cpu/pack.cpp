@@ -43,11 +43,21 @@ template <class Value>
 struct WordRows {
     const Value* row[kWord];
     Quantizer quantizer[kWord];
+    int64_t ahead;  // from a row to the one that is read next
 };
 template <class Value>
 struct MakeWords {
-    static PTQ_INLINE void run(WordRows<Value> x, uint32_t* __restrict words, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) {
+    static PTQ_INLINE void run(const WordRows<Value>* x, uint32_t* __restrict words, int64_t n) {
+        constexpr int64_t kLine = 64 / sizeof(Value);
+        int64_t i = 0;
+        for (; i + kLine <= n; i += kLine) {
+            for (int k = 0; k < kWord; ++k) __builtin_prefetch(x->row[k] + i + x->ahead);
+            make(*x, words, i, kLine);
+        }
+        make(*x, words, i, n - i);
+    }
+    static PTQ_INLINE void make(const WordRows<Value>& x, uint32_t* __restrict words, int64_t begin, int64_t n) {
+        for (int64_t i = begin; i < begin + n; ++i) {
             uint32_t word = 0;
             for (int k = 0; k < kWord; ++k)
                 word |= static_cast<uint32_t>(int_code(simd::to_float(x.row[k][i]), x.quantizer[k])) << 4 * k;
@@ -78,10 +88,13 @@ struct Deinterleave {
     }
 };
 
-// The words of a pixel, or as many bytes of them as there are.
-inline void copy_words(const void* from, void* to, int64_t bytes) {
+// The words of n pixels, or as many bytes of them as there are, from rows to rows that are so many bytes apart.
+inline void copy_words(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t bytes, int64_t n) {
     constexpr int64_t kBytes = kWords * sizeof(uint32_t);
-    bytes < kBytes ? std::memcpy(to, from, bytes) : std::memcpy(to, from, kBytes);
+    const auto* source = static_cast<const uint8_t*>(from);
+    auto* target = static_cast<uint8_t*>(to);
+    for (int64_t p = 0; p < n; ++p, source += from_stride, target += to_stride)
+        bytes < kBytes ? std::memcpy(target, source, bytes) : std::memcpy(target, source, kBytes);
 }
 
 // Rows of `channels` codes to rows of ceil(channels / 2) bytes; an odd row ends with the code pad.
@@ -125,6 +138,7 @@ void for_each_tile(const PackLayout& layout, const F& f) {
     const int64_t grain = kGrain / (layout.channels * std::min(layout.spatial, kPixels)) + 1;
     torch::stable::parallel_for(0, layout.batch * stretches, grain, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin * across; t < end * across; ++t) f(tile(t), tile(std::min(t + 1, end * across - 1)));
+        simd::end_stream();
     });
 }
 
@@ -157,34 +171,30 @@ void quantize_pack_all(const T* x, uint8_t* packed, const PackLayout& layout, co
             return x + (tile.n * channels + channel) * spatial + tile.pixel;
         };
         for_each_tile(layout, [&](const WordTile& tile, const WordTile& next) {
-            // Eight rows at a time are more streams than the processor follows by itself.
-            const auto fetch = [&](const WordTile& from, int64_t channel) {
-                for (int64_t c = channel; c < std::min(channel + kWord, channels); ++c) {
-                    const char* row = reinterpret_cast<const char*>(row_of(from, c));
-                    simd::prefetch(row, row + from.pixels * sizeof(T), kPixels * sizeof(T));
-                }
-            };
-            uint32_t words[kWords * kPixels] = {};
+            alignas(64) uint32_t words[kWords * kPixels];  // only what is copied is made
             simd::Block<T, kPixels> values[kWord];
             for (int64_t w = 0; w < tile.words; ++w) {
                 const int64_t channel = tile.channel + w * kWord;
                 const int64_t count = std::min<int64_t>(kWord, channels - channel);
+                const bool more = w + 1 < tile.words;
+                const int64_t ahead =
+                    row_of(more ? tile : next, more ? channel + kWord : next.channel) - row_of(tile, channel);
                 WordRows<Value> rows;
+                rows.ahead = std::is_same_v<T, Value> ? ahead : 0;
                 for (int64_t k = 0; k < kWord; ++k) {
-                    rows.row[k] = k < count ? values[k].read(row_of(tile, channel + k), tile.pixels) : rows.row[0];
+                    rows.row[k] =
+                        k < count ? values[k].read(row_of(tile, channel + k), tile.pixels, ahead) : rows.row[0];
                     rows.quantizer[k] = table[axis == 0 ? tile.n : channel + std::min(k, count - 1)];
                     // The codes of missing channels do not depend on what is read in their place.
                     if (k >= count) rows.quantizer[k].inv_scale = 0.0f;
                 }
-                // Not before halves are converted, which would wait behind it.
-                w + 1 < tile.words ? fetch(tile, channel + kWord) : fetch(next, next.channel);
-                simd::run<MakeWords<Value>>(rows, words + w * kPixels, tile.pixels);
+                simd::run<MakeWords<Value>>(static_cast<const WordRows<Value>*>(&rows), words + w * kPixels,
+                                            tile.pixels);
             }
-            uint32_t pixels[kPixels * kWords];
+            alignas(64) uint32_t pixels[kPixels * kWords];
             simd::run<Interleave>(static_cast<const uint32_t*>(words), static_cast<uint32_t*>(pixels), tile.pixels);
             uint8_t* to = packed + (tile.n * spatial + tile.pixel) * bytes + tile.channel / 2;
-            for (int64_t p = 0; p < tile.pixels; ++p)
-                copy_words(&pixels[p * kWords], to + p * bytes, bytes - tile.channel / 2);
+            copy_words(pixels, kWords * sizeof(uint32_t), to, bytes, bytes - tile.channel / 2, tile.pixels);
         });
     }
 }
@@ -207,25 +217,28 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
                 }
             });
     } else {
+        using Value = typename simd::Block<T, kPixels>::Value;
+        // Where values are made faster than they are written: 16-bit values are not.
+        const bool streams = std::is_same_v<T, float> && simd::streams(batch * channels * spatial * sizeof(T));
         for_each_tile(layout, [&](const WordTile& tile, const WordTile&) {
-            uint32_t words[kWords * kPixels], pixels[kPixels * kWords] = {};
+            alignas(64) uint32_t words[kWords * kPixels], pixels[kPixels * kWords];  // only what is copied is used
             const uint8_t* from = packed + (tile.n * spatial + tile.pixel) * bytes + tile.channel / 2;
-            for (int64_t p = 0; p < tile.pixels; ++p)
-                copy_words(from + p * bytes, &pixels[p * kWords], bytes - tile.channel / 2);
+            copy_words(from, bytes, pixels, kWords * sizeof(uint32_t), bytes - tile.channel / 2, tile.pixels);
             simd::run<Deinterleave>(static_cast<const uint32_t*>(pixels), static_cast<uint32_t*>(words), tile.pixels);
             const int64_t end = std::min(tile.channel + tile.words * kWord, channels);
             simd::Block<T, kPixels> values;
+            alignas(64) Value streamed[kPixels];
             for (int64_t c = tile.channel; c < end; ++c) {
                 const int64_t place = c - tile.channel;
                 T* row = x + (tile.n * channels + c) * spatial + tile.pixel;
-                if (c + kAhead < end) {
-                    const char* later = reinterpret_cast<const char*>(row + kAhead * spatial);
-                    simd::prefetch(later, later + tile.pixels * sizeof(T), tile.pixels * sizeof(T));
+                if (!streams && c + kAhead < end) {
+                    for (int64_t i = 0; i < tile.pixels; i += 64 / sizeof(T))
+                        __builtin_prefetch(row + kAhead * spatial + i, 1);
                 }
-                simd::run<TakeFromWords<typename simd::Block<T, kPixels>::Value>>(
-                    static_cast<const uint32_t*>(words + place / kWord * kPixels), values.begin(row), tile.pixels,
-                    table[axis == 0 ? tile.n : c], static_cast<int>(4 * (place % kWord)));
-                values.finish(row, tile.pixels);
+                simd::run<TakeFromWords<Value>>(static_cast<const uint32_t*>(words + place / kWord * kPixels),
+                                                streams ? streamed : values.begin(row), tile.pixels,
+                                                table[axis == 0 ? tile.n : c], static_cast<int>(4 * (place % kWord)));
+                streams ? simd::stream(streamed, row, tile.pixels * sizeof(T)) : values.finish(row, tile.pixels);
             }
         });
     }

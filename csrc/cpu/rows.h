@@ -39,7 +39,7 @@ public:
         while (begin < end) {
             const int64_t p = begin % length;
             const int64_t count = std::min({end - begin, length - p, in.kMaximum, out.kMaximum});
-            const Source* from = in.read(x, count);
+            const Source* from = in.read(x, count, count);
             Target* to = out.begin(y);
             if (period_) {
                 simd::run<PeriodicRow>(from, to, count, fields_[0].data() + p, fields_[1].data() + p,

@@ -157,8 +157,9 @@ struct Narrow {
     }
 };
 
+// What is read next is `ahead` values away, on the machines where it makes a difference to know.
 template <class T>
-void widen(const T* x, float* y, int64_t n) {
+void widen(const T* x, float* y, int64_t n, int64_t /*ahead*/) {
     run<Widen<T>>(x, y, n);
 }
 template <class T>
@@ -180,10 +181,10 @@ PTQ_TARGET_AVX2 inline void narrow_f16c(const float* x, Half* y, int64_t n) {
                          _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
     for (; i < n; ++i) store(x[i], y[i]);
 }
-PTQ_TARGET_AVX512 inline void widen_avx512(const Half* x, float* y, int64_t n) {
+PTQ_TARGET_AVX512 inline void widen_avx512(const Half* x, float* y, int64_t n, int64_t ahead) {
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
-        __builtin_prefetch(x + i + n);
+        __builtin_prefetch(x + i + ahead);
         _mm512_storeu_ps(y + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
         _mm512_storeu_ps(y + i + 16,
                          _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + 16))));
@@ -202,8 +203,8 @@ PTQ_TARGET_AVX512 inline void narrow_avx512(const float* x, Half* y, int64_t n) 
     for (; i < n; ++i) store(x[i], y[i]);
 }
 template <>
-inline void widen(const Half* x, float* y, int64_t n) {
-    if (level() >= Level::avx512) return widen_avx512(x, y, n);
+inline void widen(const Half* x, float* y, int64_t n, int64_t ahead) {
+    if (level() >= Level::avx512) return widen_avx512(x, y, n, ahead);
     level() == Level::baseline ? run<Widen<Half>>(x, y, n) : widen_f16c(x, y, n);
 }
 template <>
@@ -222,9 +223,9 @@ public:
     using Value = std::conditional_t<kConverts, float, T>;
     static constexpr int64_t kMaximum = kConverts ? kSize : INT64_MAX;
 
-    const Value* read(const T* x, int64_t n) {
+    const Value* read(const T* x, int64_t n, int64_t ahead) {
         if constexpr (kConverts) {
-            widen(x, values_, n);
+            widen(x, values_, n, ahead);
             return values_;
         } else {
             return x;
@@ -265,9 +266,36 @@ struct LineAllocator {
 template <class T>
 using Vector = std::vector<T, LineAllocator<T>>;
 
-// Asks for the next `bytes` bytes of what lies from `from` to `end`.
-PTQ_INLINE void prefetch(const char*& from, const char* end, int64_t bytes) {
-    for (const char* stop = std::min(from + bytes, end); from < stop; from += 64) __builtin_prefetch(from);
+// Streaming: lines that are written whole need not be read from memory first, and pass by the caches. That pays for
+// tensors whose beginning would have left the caches before the end is written. (What a system tells about the size
+// of its last cache may be the sum of many, so it is not asked.)
+#if defined(__x86_64__)
+inline bool streams(int64_t bytes) { return bytes > 32 << 20; }
+
+inline void stream_lines(const char* from, char* to, int64_t n) {
+    for (int64_t i = 0; i < 4 * n; ++i)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i,
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i));
 }
+PTQ_TARGET_AVX512 inline void stream_lines_avx512(const char* from, char* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to) + i, _mm512_loadu_si512(from + 64 * i));
+}
+inline void stream(const void* values, void* target, int64_t bytes) {
+    const char* from = static_cast<const char*>(values);
+    char* to = static_cast<char*>(target);
+    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63, bytes), n = (bytes - head) / 64;
+    std::memcpy(to, from, head);
+    level() >= Level::avx512 ? stream_lines_avx512(from + head, to + head, n)
+                             : stream_lines(from + head, to + head, n);
+    std::memcpy(to + head + 64 * n, from + head + 64 * n, bytes - head - 64 * n);
+}
+// Before other threads read what was streamed.
+inline void end_stream() { _mm_sfence(); }
+#else
+inline bool streams(int64_t) { return false; }
+inline void stream(const void* from, void* to, int64_t bytes) { std::memcpy(to, from, bytes); }
+inline void end_stream() {}
+#endif
 
 }  // namespace ptq4cuda::simd

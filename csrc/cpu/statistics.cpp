@@ -178,7 +178,7 @@ private:
     void gather(int64_t group, int64_t i, int64_t n, float* to) const {
         for (int64_t k = 0, part; k < n; k += part) {
             part = std::min(n - k, rows_.inner - (i + k) % rows_.inner);
-            simd::widen(at(group, i + k), to + k, part);
+            simd::widen(at(group, i + k), to + k, part, part);
         }
     }
 

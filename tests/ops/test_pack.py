@@ -96,6 +96,20 @@ def test_many_values(backend: Backend, layout: str) -> None:
         assert oracle.same(backend.unpack_dequantize(packed, scale, zero_point, 1, out=out), expected)
 
 
+@pytest.mark.parametrize("offset", [16, 19])
+def test_more_values_than_a_cache_holds(cpu: Backend, offset: int) -> None:
+    """They are written past the caches, line by line; here rows begin and end within lines."""
+    shape = (2, 37, 343, 347)
+    scale, zero_point, _ = oracle.quantizer(shape[1])
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = torch.nn.functional.pad(codes, (0, 0, 0, 0, 0, 1)).movedim(1, -1)
+    packed = packed[..., ::2] | packed[..., 1::2] << 4
+    out, raw = oracle.guarded(shape, torch.float32, codes.stride(), offset)
+    cpu.unpack_dequantize(packed, scale, zero_point, 1, out=out)
+    assert oracle.same(out, oracle.dequantize(codes.numpy(), scale, zero_point, 1, torch.float32))
+    assert bool((oracle.surroundings(out, raw) == 0x5A).all())
+
+
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_empty(backend: Backend, shape: tuple[int, ...]) -> None:
     x = torch.empty(shape)
