@@ -481,6 +481,14 @@ def _readable(p: Tensor) -> bool:
     return p.device.type == "cpu" and not torch.compiler.is_compiling() and type(p) is Tensor
 
 
+def _within(p: Tensor, low: float, high: float) -> bool:
+    """True if all values are from low to high, and so none is NaN. One operator, since every call of ours asks."""
+    if not p.numel():
+        return True
+    smallest, largest = p.aminmax()
+    return bool(low <= smallest.item() and largest.item() <= high)
+
+
 def check_bits(bits: Tensor) -> None:
     if _readable(bits) and bits.numel() and int(bits.max()) > 8:
         raise ValueError(f"bits must be 0 to 8, got {int(bits.max())}")
@@ -489,9 +497,8 @@ def check_bits(bits: Tensor) -> None:
 def check_scale(scale: Tensor) -> None:
     """Raise ValueError unless every scale is a positive, finite number whose inverse is finite, too."""
     smallest = torch.finfo(torch.float32).tiny
-    bad = ~((scale >= smallest) & (scale < torch.inf))
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
+    if not _within(scale, smallest, torch.finfo(torch.float32).max):
+        index = int((~((scale >= smallest) & (scale < torch.inf))).nonzero()[0])
         raise ValueError(
             f"scale must be positive and finite (at least {smallest:.3g}), scale[{index}] is {scale[index]}"
         )
@@ -499,9 +506,8 @@ def check_scale(scale: Tensor) -> None:
 
 def check_zero_point(zero_point: Tensor) -> None:
     """Raise ValueError unless float32 holds every zero point and its differences to codes exactly."""
-    bad = (zero_point < -MAX_ZERO_POINT) | (zero_point > MAX_ZERO_POINT)
-    if bool(bad.any()):
-        value = int(zero_point[bad][0])
+    if not _within(zero_point, -MAX_ZERO_POINT, MAX_ZERO_POINT):
+        value = int(zero_point[(zero_point < -MAX_ZERO_POINT) | (zero_point > MAX_ZERO_POINT)][0])
         raise ValueError(f"zero_point must be from -{MAX_ZERO_POINT} to {MAX_ZERO_POINT}, got {value}")
 
 
