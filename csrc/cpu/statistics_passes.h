@@ -33,6 +33,7 @@ struct Ahead {
     }
 };
 
+// What the passes know of each lane of a unit.
 struct Lanes {
     simd::Vector<double> sum, mean, centre, squares, deviations;
     simd::Vector<float> min, max;
@@ -46,30 +47,74 @@ struct Lanes {
 };
 
 #if defined(__x86_64__)
-// Sixteen values as float32, and the lower and the upper eight of them as float64.
+// Values by vectors: the k-th sixteen of 64 as float32, the k-th eight as float64. Two bfloat16 values make one
+// 32-bit word, so that those with even numbers are a shift away from float32, and those with odd numbers a mask:
+// neighbouring vectors hold the even and the odd ones of what they share.
 #define PTQ_AVX512_INLINE PTQ_TARGET_AVX512 inline __attribute__((always_inline))
 
-PTQ_AVX512_INLINE __m512 load(const float* x) { return _mm512_loadu_ps(x); }
-PTQ_AVX512_INLINE __m512 load(const simd::BFloat16* x) {
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+PTQ_AVX512_INLINE __m512 sixteen(const float* x, int k) { return _mm512_loadu_ps(x + 16 * k); }
+PTQ_AVX512_INLINE __m512d eight(const float* x, int k) { return _mm512_cvtps_pd(_mm256_loadu_ps(x + 8 * k)); }
+
+PTQ_AVX512_INLINE __m512 sixteen(const simd::Half* x, int k) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16 * k)));
 }
-PTQ_AVX512_INLINE __m512 load(const simd::Half* x) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+PTQ_AVX512_INLINE __m512d eight(const simd::Half* x, int k) {
+    return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 8 * k))));
 }
-PTQ_AVX512_INLINE __m512d low(const float* x) { return _mm512_cvtps_pd(_mm256_loadu_ps(x)); }
-PTQ_AVX512_INLINE __m512d high(const float* x) { return low(x + 8); }
-PTQ_AVX512_INLINE __m512d low(const simd::BFloat16* x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(load(x))); }
-PTQ_AVX512_INLINE __m512d high(const simd::BFloat16* x) {
-    return _mm512_cvtps_pd(_mm512_extractf32x8_ps(load(x), 1));
+
+PTQ_AVX512_INLINE __m512 sixteen(const simd::BFloat16* x, int k) {
+    const __m512i words = _mm512_loadu_si512(x + 32 * (k / 2));
+    return _mm512_castsi512_ps(k % 2 ? _mm512_and_si512(words, _mm512_set1_epi32(0xffff << 16))
+                                     : _mm512_slli_epi32(words, 16));
 }
-PTQ_AVX512_INLINE __m512d low(const simd::Half* x) {
-    return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+PTQ_AVX512_INLINE __m512d eight(const simd::BFloat16* x, int k) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16 * (k / 2)));
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(k % 2 ? _mm256_and_si256(words, _mm256_set1_epi32(0xffff << 16))
+                                                     : _mm256_slli_epi32(words, 16)));
 }
-PTQ_AVX512_INLINE __m512d high(const simd::Half* x) { return low(x + 8); }
+
+// Their lanes: n vectors from p, and back.
 template <class T>
-PTQ_AVX512_INLINE __m512d eight(const T* x, int k) {
-    return k % 2 ? high(x + 8 * (k - 1)) : low(x + 8 * k);
+constexpr bool kEvenOdd = std::is_same_v<T, simd::BFloat16>;
+
+template <class T>
+PTQ_AVX512_INLINE void load_lanes(const double* p, __m512d* v) {
+    for (int k = 0; k < 8; k += 2) {
+        const __m512d a = _mm512_loadu_pd(p + 8 * k), b = _mm512_loadu_pd(p + 8 * k + 8);
+        v[k] = kEvenOdd<T> ? _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), b) : a;
+        v[k + 1] = kEvenOdd<T> ? _mm512_permutex2var_pd(a, _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15), b) : b;
+    }
+}
+template <class T>
+PTQ_AVX512_INLINE void store_lanes(double* p, const __m512d* v) {
+    for (int k = 0; k < 8; k += 2) {
+        const __m512d a = v[k], b = v[k + 1];
+        _mm512_storeu_pd(p + 8 * k,
+                         kEvenOdd<T> ? _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b) : a);
+        _mm512_storeu_pd(
+            p + 8 * k + 8,
+            kEvenOdd<T> ? _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b) : b);
+    }
+}
+template <class T>
+PTQ_AVX512_INLINE void load_lanes(const float* p, __m512* v) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (int k = 0; k < 4; k += 2) {
+        const __m512 a = _mm512_loadu_ps(p + 16 * k), b = _mm512_loadu_ps(p + 16 * k + 16);
+        v[k] = kEvenOdd<T> ? _mm512_permutex2var_ps(a, even, b) : a;
+        v[k + 1] = kEvenOdd<T> ? _mm512_permutex2var_ps(a, odd, b) : b;
+    }
+}
+template <class T>
+PTQ_AVX512_INLINE void store_lanes(float* p, const __m512* v) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int k = 0; k < 4; k += 2) {
+        const __m512 a = v[k], b = v[k + 1];
+        _mm512_storeu_ps(p + 16 * k, kEvenOdd<T> ? _mm512_permutex2var_ps(a, first, b) : a);
+        _mm512_storeu_ps(p + 16 * k + 16, kEvenOdd<T> ? _mm512_permutex2var_ps(a, second, b) : b);
+    }
 }
 
 // a + b, by the units that multiply, which have less to do here. The compiler must not know that.
@@ -119,19 +164,17 @@ struct FirstPass {
         __m512d sum[8];
         __m512 min[4], max[4];
         __m512i positive[4];
-        for (int k = 0; k < 8; ++k) sum[k] = _mm512_loadu_pd(&lanes.sum[j + 8 * k]);
-        for (int k = 0; k < 4; ++k) {
-            min[k] = _mm512_loadu_ps(&lanes.min[j + 16 * k]);
-            max[k] = _mm512_loadu_ps(&lanes.max[j + 16 * k]);
-            positive[k] = _mm512_loadu_si512(&lanes.positive[j + 16 * k]);
-        }
+        load_lanes<T>(&lanes.sum[j], sum);
+        load_lanes<T>(&lanes.min[j], min);
+        load_lanes<T>(&lanes.max[j], max);
+        load_lanes<T>(reinterpret_cast<float*>(&lanes.positive[j]), reinterpret_cast<__m512*>(positive));
         const __m512d one = opaque_one();
         Ahead mine = ahead;  // in registers
         for (int64_t row = 0; row < rows; ++row, x += stride) {
             mine.fetch();
             for (int k = 0; k < 8; ++k) sum[k] = add(eight(x, k), sum[k], one);
             for (int k = 0; k < 4; ++k) {
-                const __m512 v = load(x + 16 * k);
+                const __m512 v = sixteen(x, k);
                 min[k] = _mm512_min_ps(v, min[k]);  // the second if one is NaN
                 max[k] = _mm512_max_ps(v, max[k]);
                 const __mmask16 is_positive = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ);
@@ -139,12 +182,10 @@ struct FirstPass {
             }
         }
         ahead = mine;
-        for (int k = 0; k < 8; ++k) _mm512_storeu_pd(&lanes.sum[j + 8 * k], sum[k]);
-        for (int k = 0; k < 4; ++k) {
-            _mm512_storeu_ps(&lanes.min[j + 16 * k], min[k]);
-            _mm512_storeu_ps(&lanes.max[j + 16 * k], max[k]);
-            _mm512_storeu_si512(&lanes.positive[j + 16 * k], positive[k]);
-        }
+        store_lanes<T>(&lanes.sum[j], sum);
+        store_lanes<T>(&lanes.min[j], min);
+        store_lanes<T>(&lanes.max[j], max);
+        store_lanes<T>(reinterpret_cast<float*>(&lanes.positive[j]), reinterpret_cast<__m512*>(positive));
     }
 #endif
 };
@@ -179,12 +220,10 @@ struct SecondPass {
     static PTQ_TARGET_AVX512 void add_rows_avx512(const T* x, int64_t stride, int64_t rows, Lanes& lanes, int64_t j,
                                                   Ahead& ahead) {
         __m512d mean[8], centre[8], squares[8], deviations[8];
-        for (int k = 0; k < 8; ++k) {
-            mean[k] = _mm512_loadu_pd(&lanes.mean[j + 8 * k]);
-            centre[k] = _mm512_loadu_pd(&lanes.centre[j + 8 * k]);
-            squares[k] = _mm512_loadu_pd(&lanes.squares[j + 8 * k]);
-            deviations[k] = _mm512_loadu_pd(&lanes.deviations[j + 8 * k]);
-        }
+        load_lanes<T>(&lanes.mean[j], mean);
+        load_lanes<T>(&lanes.centre[j], centre);
+        load_lanes<T>(&lanes.squares[j], squares);
+        load_lanes<T>(&lanes.deviations[j], deviations);
         const __m512d one = opaque_one();
         Ahead mine = ahead;  // in registers
         for (int64_t row = 0; row < rows; ++row, x += stride) {
@@ -197,10 +236,8 @@ struct SecondPass {
             }
         }
         ahead = mine;
-        for (int k = 0; k < 8; ++k) {
-            _mm512_storeu_pd(&lanes.squares[j + 8 * k], squares[k]);
-            _mm512_storeu_pd(&lanes.deviations[j + 8 * k], deviations[k]);
-        }
+        store_lanes<T>(&lanes.squares[j], squares);
+        store_lanes<T>(&lanes.deviations[j], deviations);
     }
 #endif
 };
