@@ -21,14 +21,14 @@ namespace {
 
 using namespace statistics;
 
-constexpr int64_t kTile = 4096;           // values that are added at a time, in the first-level cache
-constexpr int64_t kUnit = 1 << 16;        // values of a unit of long rows
-constexpr int64_t kUnits = 64;            // units of short rows, at most: enough for the threads, few to add up,
-constexpr int64_t kColumnUnit = 1 << 14;  // and values of one, at least
-constexpr int64_t kShortRow = 16;         // values
-constexpr int64_t kGather = 512;          // values; rows that are shorter are gathered into tiles
-constexpr int64_t kLarge = 1 << 16;       // values worth threads
-constexpr int64_t kCached = 1 << 19;      // bytes of a group, so that it and half of the next fit in a cache
+constexpr int64_t kTile = 4096;       // values that are added at a time, in the first-level cache
+constexpr int64_t kUnit = 1 << 16;    // values of a unit of long rows
+constexpr int64_t kUnits = 64;        // units of short rows, at most: enough for the threads, few to add up,
+constexpr int64_t kUnitRows = 256;    // and values of a lane in one, at least
+constexpr int64_t kShortRow = 16;     // values
+constexpr int64_t kGather = 512;      // values; rows that are shorter are gathered into tiles
+constexpr int64_t kLarge = 1 << 16;   // values worth threads
+constexpr int64_t kCached = 1 << 19;  // bytes of a group, so that it and half of the next fit in a cache
 
 // What a unit adds to a channel.
 struct Sums {
@@ -53,11 +53,13 @@ public:
         if (columns_) {
             channels = layout.channels;
             rows_ = {1, 1, layout.numel()};
-            // Short periods are repeated, to fill the lanes and their vectors.
+            // Short periods are repeated, to fill the lanes.
             const int64_t period = layout.channels * layout.inner;
-            for (width_ = period; width_ < kLanes || (width_ % kFewLanes && width_ < kTile / 2);) width_ += period;
-            tile_ = ceil_div(kTile, width_) * width_;
-            unit_ = ceil_div(std::max(ceil_div(layout.numel(), kUnits), kColumnUnit), width_) * width_;
+            width_ = period;
+            while (ceil_div(width_, kLanes) * kLanes > width_ + width_ / 6 && width_ < kTile / kRows)
+                width_ += period;
+            tile_ = std::max<int64_t>(kRows, kTile / width_) * width_;
+            unit_ = std::max(ceil_div(ceil_div(layout.numel(), kUnits), width_), kUnitRows) * width_;
         }
         groups = rows_.channels;
         units = ceil_div(rows_.per_channel(), unit_);
@@ -77,18 +79,18 @@ public:
         std::fill(lanes.positive.begin(), lanes.positive.end(), 0);
         add<FirstPass>(group, unit, w, ahead);
         bool nan = false;
-        for (int64_t j = 0; j < width_; ++j) {
-            Sums& s = result[channel(j)];
+        for_each_lane([&](int64_t j, int64_t c) {
+            Sums& s = result[c];
             s.sum += lanes.sum[j];
             s.positive += lanes.positive[j];
             s.min = nan_min(s.min, lanes.min[j]);
             s.max = nan_max(s.max, lanes.max[j]);
             nan |= lanes.sum[j] != lanes.sum[j];
-        }
+        });
         // Lanes whose sum is NaN met one, or infinities of both signs: look again.
         for (int64_t i = unit * unit_; nan && i < end_of(unit); ++i) {
             const float v = simd::to_float(*at(group, i));
-            Sums& s = result[channel((i - unit * unit_) % width_)];
+            Sums& s = result[columns_ ? i / inner_ % channels : 0];
             if (v != v) s.min = s.max = v;
         }
     }
@@ -97,17 +99,17 @@ public:
     void second_pass(int64_t group, int64_t unit, Workspace& w, Ahead& ahead, const double* mean,
                      const double* centre, Sums* result) const {
         Lanes& lanes = w.lanes;
-        for (int64_t j = 0; j < width_; ++j) {
-            lanes.mean[j] = mean[channel(j) * kStatistics];
-            if (centre) lanes.centre[j] = centre[channel(j)];
-        }
+        for_each_lane([&](int64_t j, int64_t c) {
+            lanes.mean[j] = mean[c * kStatistics];
+            if (centre) lanes.centre[j] = centre[c];
+        });
         std::fill(lanes.squares.begin(), lanes.squares.end(), 0.0);
         std::fill(lanes.deviations.begin(), lanes.deviations.end(), 0.0);
         centre ? add<SecondPass<true>>(group, unit, w, ahead) : add<SecondPass<false>>(group, unit, w, ahead);
-        for (int64_t j = 0; j < width_; ++j) {
-            result[channel(j)].squares += lanes.squares[j];
-            result[channel(j)].deviations += lanes.deviations[j];
-        }
+        for_each_lane([&](int64_t j, int64_t c) {
+            result[c].squares += lanes.squares[j];
+            result[c].deviations += lanes.deviations[j];
+        });
     }
 
     // Whether a thread finishes one group after the other, each from cache. If so, the second pass fetches the first
@@ -141,8 +143,17 @@ private:
                 ceil_div(kLanes * lines, during)};
     }
 
-    // Of a group, by lane.
-    int64_t channel(int64_t lane) const { return columns_ ? lane / inner_ % channels : 0; }
+    // Calls f(lane, its channel in the group).
+    template <class F>
+    void for_each_lane(const F& f) const {
+        if (!columns_) {
+            for (int64_t j = 0; j < width_; ++j) f(j, 0);
+            return;
+        }
+        for (int64_t j = 0; j < width_;)
+            for (int64_t c = 0; c < channels; ++c)
+                for (int64_t i = 0; i < inner_; ++i) f(j++, c);
+    }
 
     const T* at(int64_t group, int64_t i) const {
         return x_ + (i / rows_.inner * rows_.channels + group) * rows_.inner + i % rows_.inner;
@@ -162,11 +173,11 @@ private:
             if (direct && together >= std::min(n, kGather)) {
                 n = together;
                 const T* x = x_ + (row * rows_.channels + group) * rows_.inner + column;
-                simd::run<AddTile<Pass, T>>(x, n, &w.lanes, &ahead);
+                add_tile<Pass>(x, n, width_, w.lanes, ahead);
             } else {
                 if (together >= std::min(n, kGather)) n = together;
                 gather(group, i, n, w.tile.data());
-                simd::run<AddTile<Pass, float>>(w.tile.data(), n, &w.lanes, &ahead);
+                add_tile<Pass>(static_cast<const float*>(w.tile.data()), n, width_, w.lanes, ahead);
             }
             column += n;
             if (column >= rows_.inner) {
