@@ -41,6 +41,7 @@ struct Sums {
 struct Workspace {
     Lanes lanes;
     simd::Vector<float> tile;
+    int64_t group = -1;  // whose values are all in the tile
 };
 
 // How a tensor is cut. Groups share no channel; all units of a group are needed to finish its channels. The values of
@@ -68,7 +69,7 @@ public:
     int64_t groups, units;  // groups; units of a group
     int64_t channels = 1;   // of a group
 
-    Workspace workspace() const { return {Lanes(width_), simd::Vector<float>(tile_)}; }
+    Workspace workspace() const { return {Lanes(width_), simd::Vector<float>(tile_), -1}; }
 
     // For each channel of the group.
     void first_pass(int64_t group, int64_t unit, Workspace& w, Ahead& ahead, Sums* result) const {
@@ -78,6 +79,12 @@ public:
         std::fill(lanes.max.begin(), lanes.max.end(), -INFINITY);
         std::fill(lanes.positive.begin(), lanes.positive.end(), 0);
         add<FirstPass>(group, unit, w, ahead);
+        if (!columns_) {
+            fold(lanes.sum, [](double a, double b) { return a + b; });
+            fold(lanes.min, [](float a, float b) { return b < a ? b : a; });
+            fold(lanes.max, [](float a, float b) { return b > a ? b : a; });
+            fold(lanes.positive, [](int32_t a, int32_t b) { return a + b; });
+        }
         bool nan = false;
         for_each_lane([&](int64_t j, int64_t c) {
             Sums& s = result[c];
@@ -99,13 +106,22 @@ public:
     void second_pass(int64_t group, int64_t unit, Workspace& w, Ahead& ahead, const double* mean,
                      const double* centre, Sums* result) const {
         Lanes& lanes = w.lanes;
-        for_each_lane([&](int64_t j, int64_t c) {
-            lanes.mean[j] = mean[c * kStatistics];
-            if (centre) lanes.centre[j] = centre[c];
-        });
+        if (columns_) {
+            for_each_lane([&](int64_t j, int64_t c) {
+                lanes.mean[j] = mean[c * kStatistics];
+                if (centre) lanes.centre[j] = centre[c];
+            });
+        } else {
+            std::fill(lanes.mean.begin(), lanes.mean.end(), *mean);
+            if (centre) std::fill(lanes.centre.begin(), lanes.centre.end(), *centre);
+        }
         std::fill(lanes.squares.begin(), lanes.squares.end(), 0.0);
         std::fill(lanes.deviations.begin(), lanes.deviations.end(), 0.0);
         centre ? add<SecondPass<true>>(group, unit, w, ahead) : add<SecondPass<false>>(group, unit, w, ahead);
+        if (!columns_) {
+            fold(lanes.squares, [](double a, double b) { return a + b; });
+            fold(lanes.deviations, [](double a, double b) { return a + b; });
+        }
         for_each_lane([&](int64_t j, int64_t c) {
             result[c].squares += lanes.squares[j];
             result[c].deviations += lanes.deviations[j];
@@ -143,13 +159,17 @@ private:
                 ceil_div(kLanes * lines, during)};
     }
 
-    // Calls f(lane, its channel in the group).
+    // Combines all lanes of a channel in the first one, in a fixed order.
+    template <class V, class F>
+    static void fold(V& lanes, const F& f) {
+        for (int half = kLanes / 2; half > 0; half /= 2)
+            for (int j = 0; j < half; ++j) lanes[j] = f(lanes[j], lanes[j + half]);
+    }
+
+    // Calls f(lane, its channel in the group) for all lanes that hold something.
     template <class F>
     void for_each_lane(const F& f) const {
-        if (!columns_) {
-            for (int64_t j = 0; j < width_; ++j) f(j, 0);
-            return;
-        }
+        if (!columns_) return f(0, 0);
         for (int64_t j = 0; j < width_;)
             for (int64_t c = 0; c < channels; ++c)
                 for (int64_t i = 0; i < inner_; ++i) f(j++, c);
@@ -176,7 +196,8 @@ private:
                 add_tile<Pass>(x, n, width_, w.lanes, ahead);
             } else {
                 if (together >= std::min(n, kGather)) n = together;
-                gather(group, i, n, w.tile.data());
+                if (w.group != group) gather(group, row, column, n, w.tile.data());
+                w.group = n == rows_.per_channel() ? group : -1;
                 add_tile<Pass>(static_cast<const float*>(w.tile.data()), n, width_, w.lanes, ahead);
             }
             column += n;
@@ -186,10 +207,18 @@ private:
             }
         }
     }
-    void gather(int64_t group, int64_t i, int64_t n, float* to) const {
-        for (int64_t k = 0, part; k < n; k += part) {
-            part = std::min(n - k, rows_.inner - (i + k) % rows_.inner);
-            simd::widen(at(group, i + k), to + k, part, part);
+    // n values from a row and column on.
+    void gather(int64_t group, int64_t row, int64_t column, int64_t n, float* to) const {
+        const T* from = x_ + (row * rows_.channels + group) * rows_.inner;
+        for (int64_t part; n > 0; n -= part, to += part) {
+            part = std::min(n, rows_.inner - column);
+            if constexpr (std::is_same_v<T, float>) {
+                std::copy_n(from + column, part, to);
+            } else {
+                simd::widen(from + column, to, part, part);
+            }
+            from += rows_.channels * rows_.inner;
+            column = 0;
         }
     }
 
