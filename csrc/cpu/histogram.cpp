@@ -22,14 +22,19 @@ constexpr int64_t kPadding = 16;          // bins between histograms, lest all o
 constexpr int kCopies = 4;                // of a histogram: equal neighbours are counted in different ones
 constexpr int64_t kPiece = 1 << 30;       // values that 32 bits count, whatever they are
 
+// What is NaN goes behind the last bin, to the padding.
 template <class Value>
 struct RowBins {
-    static PTQ_INLINE void run(const Value* __restrict x, int64_t n, Binning b, int32_t* __restrict bins) {
-        for (int64_t i = 0; i < n; ++i) bins[i] = bin(simd::to_float(x[i]), b);
+    static PTQ_INLINE void run(const Value* __restrict x, int64_t n, Binning b, int32_t bins,
+                               int32_t* __restrict places) {
+        for (int64_t i = 0; i < n; ++i) {
+            const int32_t place = bin(simd::to_float(x[i]), b);
+            places[i] = place < 0 ? bins : place;
+        }
     }
 };
 
-// Places in the histograms of neighbouring channels; what is NaN goes to the padding.
+// Places in the histograms of neighbouring channels.
 template <class Value>
 struct ColumnBins {
     static PTQ_INLINE void run(const Value* __restrict x, int64_t n, const float* __restrict low,
@@ -46,20 +51,30 @@ struct ColumnBins {
 // A histogram of one channel in several copies.
 class Copies {
 public:
-    explicit Copies(int64_t bins) : bins_(bins), counts_(kCopies * bins) {}
+    explicit Copies(int64_t bins) : bins_(bins), stride_(bins + kPadding), counts_(kCopies * stride_) {}
 
-    void count(const int32_t* bins, int64_t n) {
-        for (int64_t i = 0; i < n; ++i)
-            if (bins[i] >= 0) ++counts_[i % kCopies * bins_ + bins[i]];
+    // Fetches the values that come next, one for one.
+    template <class T>
+    void count(const int32_t* places, int64_t n, const T* next) {
+        constexpr int64_t kLine = kCacheLine / sizeof(T);
+        uint32_t* const counts = counts_.data();
+        const int64_t stride = stride_;
+        int64_t i = 0;
+        for (; i + kLine <= n; i += kLine) {
+            __builtin_prefetch(next + i);
+            for (int64_t k = i; k < i + kLine; k += kCopies)
+                for (int copy = 0; copy < kCopies; ++copy) ++counts[copy * stride + places[k + copy]];
+        }
+        for (; i < n; ++i) ++counts[places[i]];
     }
     void add_to(int64_t* out) {
         for (int copy = 0; copy < kCopies; ++copy)
-            for (int64_t b = 0; b < bins_; ++b) out[b] += counts_[copy * bins_ + b];
+            for (int64_t b = 0; b < bins_; ++b) out[b] += counts_[copy * stride_ + b];
         std::fill(counts_.begin(), counts_.end(), 0);
     }
 
 private:
-    int64_t bins_;
+    int64_t bins_, stride_;
     simd::Vector<uint32_t> counts_;
 };
 
@@ -96,7 +111,7 @@ void count_rows(const T* x, const ChannelLayout& layout, const BinTable& table, 
     torch::stable::parallel_for(0, layout.channels * pieces, grain, [&](int64_t task, int64_t last_task) {
         Copies copies(table.bins);
         simd::Block<T> values;
-        int32_t bins[kBatch];
+        int32_t places[kBatch];
         for (; task < last_task; ++task) {
             const int64_t channel = task / pieces, piece = task % pieces;
             const Binning binning = table[channel];
@@ -104,15 +119,19 @@ void count_rows(const T* x, const ChannelLayout& layout, const BinTable& table, 
             const bool small = step < 4 * kCopies * table.bins;  // copies would cost more than they save
             const int64_t end = std::min((piece + 1) * step, length);
             for (int64_t i = piece * step; i < end;) {
-                const int64_t offset = i % layout.inner;
-                const int64_t n = std::min({end - i, layout.inner - offset, kBatch});
-                const T* row = x + (i / layout.inner * layout.channels + channel) * layout.inner + offset;
-                simd::run<RowBins<typename simd::Block<T>::Value>>(values.read(row, n, n), n, binning, bins);
+                const auto at = [&](int64_t value) {
+                    return x + (value / layout.inner * layout.channels + channel) * layout.inner +
+                           value % layout.inner;
+                };
+                const int64_t n = std::min({end - i, layout.inner - i % layout.inner, kBatch});
+                const T* row = at(i);
+                simd::run<RowBins<typename simd::Block<T>::Value>>(values.read(row, n, n), n, binning,
+                                                                   static_cast<int32_t>(table.bins), places);
                 if (small) {
                     for (int64_t k = 0; k < n; ++k)
-                        if (bins[k] >= 0) ++to[bins[k]];
+                        if (places[k] < table.bins) ++to[places[k]];
                 } else {
-                    copies.count(bins, n);
+                    copies.count(places, n, at(i + n));
                 }
                 i += n;
             }
