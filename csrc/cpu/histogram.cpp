@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kBatch = simd::kBlock;  // values whose bins are computed at once
 constexpr int64_t kTask = 1 << 15;        // values worth a thread
+constexpr int64_t kBlock = 1 << 17;       // bytes in the second-level cache
 constexpr int64_t kShortRow = 32;         // of values
 constexpr int64_t kCacheLine = 64;        // bytes
 constexpr int64_t kPadding = 16;          // bins between histograms, lest all of them compete for the same cache sets
@@ -34,10 +35,18 @@ struct RowBins {
     }
 };
 
-// Places in the histograms of neighbouring channels.
-template <class Value>
+// Places in the histograms of neighbouring channels, of rows of n values that are `stride` apart.
+template <class T>
 struct ColumnBins {
-    static PTQ_INLINE void run(const Value* __restrict x, int64_t n, const float* __restrict low,
+    static constexpr int64_t kLine = kCacheLine / sizeof(T);
+
+    static PTQ_INLINE void run(const T* x, int64_t stride, int64_t rows, int64_t n, const float* low,
+                               const float* factor, const int32_t* first, int32_t bins, int32_t* places) {
+        for (int64_t r = 0; r < rows; ++r, x += stride, places += n)
+            n == kLine ? row(x, kLine, low, factor, first, bins, places)
+                       : row(x, n, low, factor, first, bins, places);
+    }
+    static PTQ_INLINE void row(const T* __restrict x, int64_t n, const float* __restrict low,
                                const float* __restrict factor, const int32_t* __restrict first, int32_t bins,
                                int32_t* __restrict places) {
         const float last = static_cast<float>(bins - 1);
@@ -159,30 +168,37 @@ void count_columns(const T* x, const ChannelLayout& layout, const BinTable& tabl
         for (; task < last_task; ++task) {
             const int64_t piece = task / ranges, channel = task % ranges * step;
             const int64_t columns = (std::min(channel + step, layout.channels) - channel) * layout.inner;
-            // Where a range is all channels, rows are neighbours in memory and several make a batch.
-            const int64_t rows = columns == width ? std::max<int64_t>(1, kBatch / width) : 1;
             simd::Vector<float> low, factor;
             simd::Vector<int32_t> first;
-            for (int64_t i = 0; i < rows * columns; ++i) {
-                const int64_t c = i % columns / layout.inner;
-                const Binning binning = table[channel + c];
+            for (int64_t i = 0; i < columns; ++i) {
+                const Binning binning = table[channel + i / layout.inner];
                 low.push_back(binning.low);
                 factor.push_back(binning.factor);
-                first.push_back(static_cast<int32_t>(c * stride));
+                first.push_back(static_cast<int32_t>(i / layout.inner * stride));
             }
+            // The histograms of all channels are too large for the first-level cache. So those of a few are filled
+            // from many rows, which wait in the second-level cache for the next few.
+            constexpr int64_t kLine = ColumnBins<T>::kLine, kBatchRows = kBatch / kLine;
+            const int64_t block = std::max(kBlock / (width * static_cast<int64_t>(sizeof(T))), kBatchRows);
             uint32_t* to = counts.data() + (piece * layout.channels + channel) * stride;
             const int64_t end = (piece + 1) * layout.outer / pieces;
-            simd::Block<T> values;
             int32_t places[kBatch];
-            for (int64_t row = piece * layout.outer / pieces; row < end; row += rows) {
-                const T* from = x + row * width + channel * layout.inner;
-                const int64_t count = std::min(rows, end - row) * columns;
-                for (int64_t i = 0; i < count; i += kBatch) {
-                    const int64_t n = std::min(count - i, kBatch);
-                    simd::run<ColumnBins<typename simd::Block<T>::Value>>(
-                        values.read(from + i, n, n), n, low.data() + i, factor.data() + i, first.data() + i,
-                        static_cast<int32_t>(table.bins), places);
-                    for (int64_t k = 0; k < n; ++k) ++to[places[k]];
+            for (int64_t row = piece * layout.outer / pieces; row < end; row += block) {
+                const int64_t rows = std::min(block, end - row);
+                const T* ahead = x + (row + block) * width;  // the next rows, a little at a time
+                for (int64_t column = 0; column < columns; column += kLine) {
+                    const int64_t n = std::min(kLine, columns - column);
+                    for (int64_t r = 0; r < rows; r += kBatchRows) {
+                        const int64_t count = std::min(kBatchRows, rows - r);
+                        simd::run<ColumnBins<T>>(x + (row + r) * width + channel * layout.inner + column, width,
+                                                 count, n, low.data() + column, factor.data() + column,
+                                                 first.data() + column, static_cast<int32_t>(table.bins), places);
+                        for (int64_t k = 0; k < count * n; ++k) {
+                            if (k % kLine == 0) __builtin_prefetch(ahead + k);
+                            ++to[places[k]];
+                        }
+                        ahead += count * n;
+                    }
                 }
             }
         }
