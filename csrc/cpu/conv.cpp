@@ -365,7 +365,7 @@ private:
             const auto ask = [&](const auto* row) {
                 row += p * shape_.out_channels;
                 const char* from = reinterpret_cast<const char*>(row + begin);
-                for (const char* stop = reinterpret_cast<const char*>(row + end); from < stop; from += 64)
+                for (const char* stop = reinterpret_cast<const char*>(row + end); from < stop; from += simd::kLine)
                     __builtin_prefetch(from, 1);
             };
             ask(y_);

@@ -16,9 +16,8 @@ namespace {
 
 constexpr int64_t kBatch = simd::kBlock;  // values whose bins are computed at once
 constexpr int64_t kTask = 1 << 15;        // values worth a thread
-constexpr int64_t kBlock = 1 << 17;       // bytes in the second-level cache
+constexpr int64_t kWaiting = 1 << 17;     // bytes of rows in the second-level cache
 constexpr int64_t kShortRow = 32;         // of values
-constexpr int64_t kCacheLine = 64;        // bytes
 constexpr int64_t kPadding = 16;          // bins between histograms, lest all of them compete for the same cache sets
 constexpr int kCopies = 4;                // of a histogram: equal neighbours are counted in different ones
 constexpr int64_t kPiece = 1 << 30;       // values that 32 bits count, whatever they are
@@ -38,7 +37,7 @@ struct RowBins {
 // Places in the histograms of neighbouring channels, of rows of n values that are `stride` apart.
 template <class T>
 struct ColumnBins {
-    static constexpr int64_t kLine = kCacheLine / sizeof(T);
+    static constexpr int64_t kLine = simd::kLineOf<T>;
 
     static PTQ_INLINE void run(const T* x, int64_t stride, int64_t rows, int64_t n, const float* low,
                                const float* factor, const int32_t* first, int32_t bins, int32_t* places) {
@@ -57,24 +56,27 @@ struct ColumnBins {
     }
 };
 
+// Counts n places, in copies of a histogram by turns, and fetches the values that come next, one for one.
+template <int copies, class T>
+void count(uint32_t* counts, int64_t stride, const int32_t* places, int64_t n, const T* next) {
+    constexpr int64_t kLine = simd::kLineOf<T>;
+    int64_t i = 0;
+    for (; i + kLine <= n; i += kLine) {
+        __builtin_prefetch(next + i);
+        for (int64_t k = i; k < i + kLine; k += copies)
+            for (int copy = 0; copy < copies; ++copy) ++counts[copy * stride + places[k + copy]];
+    }
+    for (; i < n; ++i) ++counts[places[i]];
+}
+
 // A histogram of one channel in several copies.
 class Copies {
 public:
     explicit Copies(int64_t bins) : bins_(bins), stride_(bins + kPadding), counts_(kCopies * stride_) {}
 
-    // Fetches the values that come next, one for one.
     template <class T>
-    void count(const int32_t* places, int64_t n, const T* next) {
-        constexpr int64_t kLine = kCacheLine / sizeof(T);
-        uint32_t* const counts = counts_.data();
-        const int64_t stride = stride_;
-        int64_t i = 0;
-        for (; i + kLine <= n; i += kLine) {
-            __builtin_prefetch(next + i);
-            for (int64_t k = i; k < i + kLine; k += kCopies)
-                for (int copy = 0; copy < kCopies; ++copy) ++counts[copy * stride + places[k + copy]];
-        }
-        for (; i < n; ++i) ++counts[places[i]];
+    void add(const int32_t* places, int64_t n, const T* next) {
+        count<kCopies>(counts_.data(), stride_, places, n, next);
     }
     void add_to(int64_t* out) {
         for (int copy = 0; copy < kCopies; ++copy)
@@ -140,7 +142,7 @@ void count_rows(const T* x, const ChannelLayout& layout, const BinTable& table, 
                     for (int64_t k = 0; k < n; ++k)
                         if (places[k] < table.bins) ++to[places[k]];
                 } else {
-                    copies.count(places, n, at(i + n));
+                    copies.add(places, n, at(i + n));
                 }
                 i += n;
             }
@@ -159,7 +161,7 @@ void count_columns(const T* x, const ChannelLayout& layout, const BinTable& tabl
     const int64_t wanted =
         std::clamp<int64_t>(layout.numel() / (4 * layout.channels * table.bins), 1, std::min(tasks, layout.outer));
     const int64_t pieces = std::max(wanted, ceil_div(layout.per_channel(), kPiece));
-    const int64_t line = std::max<int64_t>(1, kCacheLine / static_cast<int64_t>(sizeof(T)) / layout.inner);
+    const int64_t line = std::max<int64_t>(1, simd::kLineOf<T> / layout.inner);
     const int64_t step = std::min(std::max(ceil_div(layout.channels, ceil_div(tasks, pieces)), line),
                                   INT32_MAX / stride);  // channels of a range
     const int64_t ranges = ceil_div(layout.channels, step);
@@ -178,26 +180,24 @@ void count_columns(const T* x, const ChannelLayout& layout, const BinTable& tabl
             }
             // The histograms of all channels are too large for the first-level cache. So those of a few are filled
             // from many rows, which wait in the second-level cache for the next few.
-            constexpr int64_t kLine = ColumnBins<T>::kLine, kBatchRows = kBatch / kLine;
-            const int64_t block = std::max(kBlock / (width * static_cast<int64_t>(sizeof(T))), kBatchRows);
+            constexpr int64_t kLine = simd::kLineOf<T>, kBatchRows = kBatch / kLine;
+            const int64_t block = std::max(kWaiting / (width * static_cast<int64_t>(sizeof(T))), kBatchRows);
             uint32_t* to = counts.data() + (piece * layout.channels + channel) * stride;
             const int64_t end = (piece + 1) * layout.outer / pieces;
             int32_t places[kBatch];
             for (int64_t row = piece * layout.outer / pieces; row < end; row += block) {
                 const int64_t rows = std::min(block, end - row);
-                const T* ahead = x + (row + block) * width;  // the next rows, a little at a time
+                // The next rows, if all of them are read here; otherwise what is at hand.
+                const T* ahead = x + (row + (columns == width ? block : 0)) * width;
                 for (int64_t column = 0; column < columns; column += kLine) {
                     const int64_t n = std::min(kLine, columns - column);
                     for (int64_t r = 0; r < rows; r += kBatchRows) {
-                        const int64_t count = std::min(kBatchRows, rows - r);
-                        simd::run<ColumnBins<T>>(x + (row + r) * width + channel * layout.inner + column, width,
-                                                 count, n, low.data() + column, factor.data() + column,
+                        const int64_t few = std::min(kBatchRows, rows - r);
+                        simd::run<ColumnBins<T>>(x + (row + r) * width + channel * layout.inner + column, width, few,
+                                                 n, low.data() + column, factor.data() + column,
                                                  first.data() + column, static_cast<int32_t>(table.bins), places);
-                        for (int64_t k = 0; k < count * n; ++k) {
-                            if (k % kLine == 0) __builtin_prefetch(ahead + k);
-                            ++to[places[k]];
-                        }
-                        ahead += count * n;
+                        count<1>(to, 0, places, few * n, ahead);
+                        ahead += few * n;
                     }
                 }
             }

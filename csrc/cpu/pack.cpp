@@ -48,7 +48,7 @@ struct WordRows {
 template <class Value>
 struct MakeWords {
     static PTQ_INLINE void run(const WordRows<Value>* x, uint32_t* __restrict words, int64_t n) {
-        constexpr int64_t kLine = 64 / sizeof(Value);
+        constexpr int64_t kLine = simd::kLineOf<Value>;
         int64_t i = 0;
         for (; i + kLine <= n; i += kLine) {
             for (int k = 0; k < kWord; ++k) __builtin_prefetch(x->row[k] + i + x->ahead);
@@ -232,7 +232,7 @@ void unpack_dequantize_all(const uint8_t* packed, T* x, const PackLayout& layout
                 const int64_t place = c - tile.channel;
                 T* row = x + (tile.n * channels + c) * spatial + tile.pixel;
                 if (!streams && c + kAhead < end) {
-                    for (int64_t i = 0; i < tile.pixels; i += 64 / sizeof(T))
+                    for (int64_t i = 0; i < tile.pixels; i += simd::kLineOf<T>)
                         __builtin_prefetch(row + kAhead * spatial + i, 1);
                 }
                 simd::run<TakeFromWords<Value>>(static_cast<const uint32_t*>(words + place / kWord * kPixels),

@@ -21,6 +21,10 @@
 
 namespace ptq4cuda::simd {
 
+constexpr int64_t kLine = 64;  // bytes of a cache line, which comes from memory at a time
+template <class T>
+constexpr int64_t kLineOf = kLine / sizeof(T);  // values
+
 enum class Level { baseline, avx2, avx512, avx512_vnni };
 
 inline const char* name(Level level) {
@@ -254,13 +258,12 @@ private:
 template <class T>
 struct LineAllocator {
     using value_type = T;
-    static constexpr std::align_val_t kLine{64};
 
     LineAllocator() = default;
     template <class U>
     LineAllocator(const LineAllocator<U>&) {}
-    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
-    void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{kLine})); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{kLine}); }
     bool operator==(const LineAllocator&) const { return true; }
 };
 template <class T>
@@ -279,16 +282,17 @@ inline void stream_lines(const char* from, char* to, int64_t n) {
 }
 PTQ_TARGET_AVX512 inline void stream_lines_avx512(const char* from, char* to, int64_t n) {
     for (int64_t i = 0; i < n; ++i)
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to) + i, _mm512_loadu_si512(from + 64 * i));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to) + i, _mm512_loadu_si512(from + kLine * i));
 }
 inline void stream(const void* values, void* target, int64_t bytes) {
     const char* from = static_cast<const char*>(values);
     char* to = static_cast<char*>(target);
-    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63, bytes), n = (bytes - head) / 64;
+    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) & (kLine - 1), bytes);
+    const int64_t n = (bytes - head) / kLine, whole = head + kLine * n;
     std::memcpy(to, from, head);
     level() >= Level::avx512 ? stream_lines_avx512(from + head, to + head, n)
                              : stream_lines(from + head, to + head, n);
-    std::memcpy(to + head + 64 * n, from + head + 64 * n, bytes - head - 64 * n);
+    std::memcpy(to + whole, from + whole, bytes - whole);
 }
 // Before other threads read what was streamed.
 inline void end_stream() { _mm_sfence(); }

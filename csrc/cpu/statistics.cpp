@@ -13,6 +13,8 @@
 //
 // Both passes run over a group of channels before the next group begins, so that the second reads from cache. What
 // comes after is fetched meanwhile, so that the way from memory and the sums do not add up.
+#include <functional>
+
 #include "../entry.h"
 #include "statistics_passes.h"
 
@@ -80,10 +82,10 @@ public:
         std::fill(lanes.positive.begin(), lanes.positive.end(), 0);
         add<FirstPass>(group, unit, w, ahead);
         if (!columns_) {
-            fold(lanes.sum, [](double a, double b) { return a + b; });
-            fold(lanes.min, [](float a, float b) { return b < a ? b : a; });
-            fold(lanes.max, [](float a, float b) { return b > a ? b : a; });
-            fold(lanes.positive, [](int32_t a, int32_t b) { return a + b; });
+            fold(lanes.sum, std::plus<>());
+            fold(lanes.min, [](float a, float b) { return std::min(a, b); });  // no NaN came in
+            fold(lanes.max, [](float a, float b) { return std::max(a, b); });
+            fold(lanes.positive, std::plus<>());
         }
         bool nan = false;
         for_each_lane([&](int64_t j, int64_t c) {
@@ -119,8 +121,8 @@ public:
         std::fill(lanes.deviations.begin(), lanes.deviations.end(), 0.0);
         centre ? add<SecondPass<true>>(group, unit, w, ahead) : add<SecondPass<false>>(group, unit, w, ahead);
         if (!columns_) {
-            fold(lanes.squares, [](double a, double b) { return a + b; });
-            fold(lanes.deviations, [](double a, double b) { return a + b; });
+            fold(lanes.squares, std::plus<>());
+            fold(lanes.deviations, std::plus<>());
         }
         for_each_lane([&](int64_t j, int64_t c) {
             result[c].squares += lanes.squares[j];
@@ -128,13 +130,10 @@ public:
         });
     }
 
-    // Whether a thread finishes one group after the other, each from cache. If so, the second pass fetches the first
-    // half of the next group, and the first pass the other half of its own: two whole groups are too much for a
-    // cache. If not, a unit fetches its next tile.
-    bool in_turn() const {
-        return !columns_ && groups >= static_cast<int64_t>(torch::stable::get_num_threads()) &&
-               rows_.per_channel() * static_cast<int64_t>(sizeof(T)) <= kCached;
-    }
+    // What to fetch. Where a thread finishes one group after the other, each from cache, the second pass fetches the
+    // first half of the next group, and the first pass the other half of its own: two whole groups are too much for a
+    // cache. Elsewhere a unit fetches its next tile.
+    bool fit_cache() const { return !columns_ && rows_.per_channel() * static_cast<int64_t>(sizeof(T)) <= kCached; }
     Ahead first_ahead(int64_t group) const {
         return ahead(group, rows_.per_channel() / 2, rows_.per_channel(), rows_.per_channel());
     }
@@ -150,8 +149,9 @@ private:
     // Values of a group, while `during` values are added.
     Ahead ahead(int64_t group, int64_t begin, int64_t end, int64_t during) const {
         if (begin >= end) return {};
-        const int64_t size = rows_.inner * sizeof(T), lines = (end - begin) * ceil_div(size, kLine) / rows_.inner;
-        return {reinterpret_cast<const char*>(at(group, begin / rows_.inner * rows_.inner)),
+        const int64_t size = rows_.inner * sizeof(T),
+                      lines = (end - begin) * ceil_div(size, simd::kLine) / rows_.inner;
+        return {reinterpret_cast<const char*>(row_of(group, begin / rows_.inner)),
                 reinterpret_cast<const char*>(at(group, begin)),
                 size,
                 size * rows_.channels,
@@ -175,30 +175,27 @@ private:
                 for (int64_t i = 0; i < inner_; ++i) f(j++, c);
     }
 
-    const T* at(int64_t group, int64_t i) const {
-        return x_ + (i / rows_.inner * rows_.channels + group) * rows_.inner + i % rows_.inner;
-    }
+    const T* row_of(int64_t group, int64_t row) const { return x_ + (row * rows_.channels + group) * rows_.inner; }
+    const T* at(int64_t group, int64_t i) const { return row_of(group, i / rows_.inner) + i % rows_.inner; }
     int64_t end_of(int64_t unit) const { return std::min((unit + 1) * unit_, rows_.per_channel()); }
 
     // Tile after tile: where it is if its values are neighbours in memory, or brought together. 16-bit values are
     // widened first where the passes would do it slower.
     template <class Pass>
     void add(int64_t group, int64_t unit, Workspace& w, Ahead& ahead) const {
-        const bool direct = std::is_same_v<T, float> || simd::level() >= simd::Level::avx512;
         const int64_t begin = unit * unit_, end = end_of(unit);
         int64_t row = begin / rows_.inner, column = begin % rows_.inner;  // of value i
         for (int64_t i = begin, n; i < end; i += n) {
             n = std::min(tile_, end - i);
             const int64_t together = std::min(n, rows_.inner - column);
-            if (direct && together >= std::min(n, kGather)) {
-                n = together;
-                const T* x = x_ + (row * rows_.channels + group) * rows_.inner + column;
-                add_tile<Pass>(x, n, width_, w.lanes, ahead);
+            const bool neighbours = together >= std::min(n, kGather);
+            if (neighbours) n = together;
+            if (neighbours && takes<T>()) {
+                add_tile<Pass>(row_of(group, row) + column, n, width_, w.lanes, ahead);
             } else {
-                if (together >= std::min(n, kGather)) n = together;
                 if (w.group != group) gather(group, row, column, n, w.tile.data());
                 w.group = n == rows_.per_channel() ? group : -1;
-                add_tile<Pass>(static_cast<const float*>(w.tile.data()), n, width_, w.lanes, ahead);
+                add_tile<Pass>(w.tile.data(), n, width_, w.lanes, ahead);
             }
             column += n;
             if (column >= rows_.inner) {
@@ -209,7 +206,7 @@ private:
     }
     // n values from a row and column on.
     void gather(int64_t group, int64_t row, int64_t column, int64_t n, float* to) const {
-        const T* from = x_ + (row * rows_.channels + group) * rows_.inner;
+        const T* from = row_of(group, row);
         for (int64_t part; n > 0; n -= part, to += part) {
             part = std::min(n, rows_.inner - column);
             if constexpr (std::is_same_v<T, float>) {
@@ -232,7 +229,7 @@ template <class T>
 void reduce(const T* x, const ChannelLayout& layout, const double* centre, double* out) {
     const Units<T> units(x, layout);
     const bool large = layout.numel() > kLarge;
-    const bool in_turn = units.in_turn(), by_group = units.groups >= torch::stable::get_num_threads();
+    const bool by_group = units.groups >= torch::stable::get_num_threads(), in_turn = by_group && units.fit_cache();
 
     const auto finish_groups = [&](int64_t group, int64_t last_group) {
         auto mine = units.workspace();
@@ -249,8 +246,8 @@ void reduce(const T* x, const ChannelLayout& layout, const double* centre, doubl
             std::fill(sums.begin(), sums.end(), Sums());
             Ahead ahead = units.first_ahead(group);
             for_units([&](int64_t u, int64_t end, auto& w) {
-                for (; u < end; ++u) {
-                    Ahead its = units.unit_ahead(group, u);
+                for (Ahead its; u < end; ++u) {
+                    if (!in_turn) its = units.unit_ahead(group, u);
                     units.first_pass(group, u, w, in_turn ? ahead : its, &sums[u * units.channels]);
                 }
             });
@@ -275,8 +272,8 @@ void reduce(const T* x, const ChannelLayout& layout, const double* centre, doubl
             // Backwards: what was read last may still be in cache.
             if (group + 1 < last_group) ahead = units.second_ahead(group);
             for_units([&](int64_t begin, int64_t u, auto& w) {
-                while (u-- > begin) {
-                    Ahead its = units.unit_ahead(group, u);
+                for (Ahead its; u-- > begin;) {
+                    if (!in_turn) its = units.unit_ahead(group, u);
                     units.second_pass(group, u, w, in_turn ? ahead : its, out + first * kStatistics + kMean,
                                       centre ? centre + first : nullptr, &sums[u * units.channels]);
                 }

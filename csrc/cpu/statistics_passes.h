@@ -14,9 +14,8 @@
 
 namespace ptq4cuda::statistics {
 
-constexpr int kLanes = 64;     // that are added side by side
-constexpr int kRows = 8;       // values of a lane that are added in registers, where registers are few
-constexpr int64_t kLine = 64;  // bytes that come from memory at a time
+constexpr int kLanes = 64;  // that are added side by side
+constexpr int kRows = 8;    // values of a lane that are added in registers, where registers are few
 
 // Memory that will be read later: rows of `size` bytes that are `stride` bytes apart. They are fetched evenly, `step`
 // lines with each kLanes values that are added: what is asked for faster than memory answers makes the sums wait.
@@ -27,8 +26,8 @@ struct Ahead {
 
     PTQ_INLINE void fetch() {
         if (lines <= 0) return;
-        for (int64_t i = 0; i < step; ++i) __builtin_prefetch(at + i * kLine);
-        at += step * kLine;
+        for (int64_t i = 0; i < step; ++i) __builtin_prefetch(at + i * simd::kLine);
+        at += step * simd::kLine;
         lines -= step;
         if (at - row >= size) at = row += stride;
     }
@@ -110,7 +109,6 @@ PTQ_AVX512_INLINE uint32_t present(int n, int k, int size) {
 }
 
 // Their lanes: all vectors from p, and back.
-
 template <class T>
 PTQ_AVX512_INLINE void load_lanes(const double* p, __m512d* v) {
     for (int k = 0; k < 8; k += 2) {
@@ -289,6 +287,12 @@ struct AddTile {
         Pass::template add_rows<1>(x, width, n % width, *lanes, 0);
     }
 };
+
+// Whether add_tile takes values of type T; where it does not, float32 values in their place are as fast.
+template <class T>
+bool takes() {
+    return std::is_same_v<T, float> || simd::level() >= simd::Level::avx512;
+}
 
 template <class Pass, class T>
 void add_tile(const T* x, int64_t n, int64_t width, Lanes& lanes, Ahead& ahead) {

@@ -490,7 +490,7 @@ def _within(p: Tensor, low: float, high: float) -> bool:
 
 
 def check_bits(bits: Tensor) -> None:
-    if _readable(bits) and bits.numel() and int(bits.max()) > 8:
+    if _readable(bits) and not _within(bits, 0, 8):
         raise ValueError(f"bits must be 0 to 8, got {int(bits.max())}")
 
 

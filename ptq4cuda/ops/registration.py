@@ -137,34 +137,24 @@ def _straight_through(
     return grad * inside, None, None, None, None
 
 
-def _out_of(function: Callable[..., Tensor]) -> Callable[..., None]:
-    """Make an out= kernel of a reference function."""
+def _out_of(
+    function: Callable[..., Tensor], told_by: Callable[[Tensor], tuple[object, ...]] = lambda out: ()
+) -> Callable[..., None]:
+    """Make an out= kernel of a reference function, whose last arguments are what `told_by` finds out from out."""
 
     def kernel(*args: object, out: Tensor) -> None:
-        out.copy_(function(*args))
+        out.copy_(function(*args, *told_by(out)))
 
     return kernel
-
-
-def _unpack_dequantize_out(packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *, out: Tensor) -> None:
-    out.copy_(reference.unpack_dequantize(packed, scale, zero_point, axis, out.shape[1], out.dtype))
-
-
-def _pack_codes_out(codes: Tensor, bits: Tensor, offsets: Tensor, *, out: Tensor) -> None:
-    out.copy_(reference.pack_codes(codes, bits, offsets, out.shape[0]))
-
-
-def _unpack_codes_out(packed: Tensor, bits: Tensor, offsets: Tensor, *, out: Tensor) -> None:
-    out.copy_(reference.unpack_codes(packed, bits, offsets, out.shape[1]))
 
 
 _OUT: dict[str, Callable[..., None]] = {
     "fake_quantize": _out_of(reference.fake_quantize),
     "quantize": _out_of(reference.quantize),
     "quantize_pack": _out_of(reference.quantize_pack),
-    "unpack_dequantize": _unpack_dequantize_out,
-    "pack_codes": _pack_codes_out,
-    "unpack_codes": _unpack_codes_out,
+    "unpack_dequantize": _out_of(reference.unpack_dequantize, lambda out: (out.shape[1], out.dtype)),
+    "pack_codes": _out_of(reference.pack_codes, lambda out: (out.shape[0],)),
+    "unpack_codes": _out_of(reference.unpack_codes, lambda out: (out.shape[1],)),
 }
 _FAKES: dict[str, Callable[..., Tensor | list[Tensor]]] = {
     "channel_statistics": _fake_channel_statistics,
