@@ -56,9 +56,9 @@ class QuantConfig:
             is met.
         size_budget: bytes of the quantized network as a share of its float32 bytes: layers are raised to 8 bits,
             worst first, while they fit. With target_sqnr, no more than that asks for.
-        execution: "simulate" computes in floating point, "integer" with the codes, which
-            needs fold_activation_scale or one scale per tensor; "auto" does that wherever it can, unless the network
-            takes longer that way. NaN in an image, which no code stands for, is zero in integers.
+        execution: "simulate" computes in floating point, "integer" with the codes, which needs fold_activation_scale
+            or one scale per tensor; "auto" does that for every layer that can. NaN in an image, which no code stands
+            for, is zero in integers.
 
     Raises:
         ValueError: a field has a value that is not among those above.

@@ -1,38 +1,34 @@
-"""Decides how a quantized network is executed, and makes it so."""
+"""Decides how a quantized network is executed, and makes it so: by what the network is, never by a clock."""
 
 from __future__ import annotations
 
 import copy
-import re
-from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ptq4cuda.graph.lower import lower_layers
-from ptq4cuda.inputs import batch_size
 from ptq4cuda.metrics import Noise
-from ptq4cuda.record import Trial, attach_record, record_of
+from ptq4cuda.record import attach_record, record_of
 from ptq4cuda.structure import structure_of
-from ptq4cuda.timing import take_turns
 from ptq4cuda.walk import Inputs
 
-_SAMPLES = 2  # that the lowered network is tried on
 _LEAST_SQNR = 15.0  # dB between the two executions, which agree bit for bit, in half precision to its rounding
-_ROUNDS, _LEAST_SECONDS = 3, 0.05  # of timing: networks of less than a millisecond take more than three rounds
-_MARGIN = 1.25  # times slower than simulation may integers be before "auto" gives them up; clocks are noisy
 
 
 def lower(network: nn.Module, model: nn.Module, inputs: Inputs | None = None) -> nn.Module:
     """Return the network as its configuration wants it executed, and note in its record what runs how.
 
+    With execution "auto" a layer computes in integers if lower_layers can lower it: the choice follows from the
+    network and is the same in every run.
+
     Args:
         network: as quantized, simulated.
         model: the float model.
-        inputs: samples to try the result on. Where it does not compute what the simulated network does, or, with
-            execution "auto", takes longer, that one is returned, with the reason in the record. None for a network
-            whose record tells how it was executed.
+        inputs: calibration batches; the first is computed both ways. Where the results differ, the simulated network
+            is returned, with the reason in the record. None for a network whose record tells how it was executed.
 
     Raises:
         ValueError: execution is "integer", and no layer can be executed in integers.
@@ -49,14 +45,9 @@ def lower(network: nn.Module, model: nn.Module, inputs: Inputs | None = None) ->
     if len(reasons) == len(quantized):
         failure = next(iter(reasons.values()), "there is no quantized layer")
     elif inputs is not None:
-        samples = tree_map_only(torch.Tensor, lambda t: t[:_SAMPLES].clone(), inputs[0])
-        failure = _failure(network, lowered, samples)
-        if not failure:
-            record.trial = _trial(model, network, lowered, samples)
+        failure = _difference(network, lowered, inputs[0])
     if failure and record.config.execution == "integer":
         raise ValueError(f"the network cannot be executed in integers: {failure}")
-    if not failure and record.trial and record.config.execution == "auto":
-        failure = _slower(record.trial)
     if failure:
         reasons = {layer.name: failure for layer in quantized}
         lowered = network
@@ -73,41 +64,19 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-Sample = tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
-
-
 @torch.no_grad()
-def _failure(network: nn.Module, lowered: nn.Module, samples: Sample) -> str:
-    """Return why a lowered network does not compute what the simulated one does, or ""."""
-    args, kwargs = samples
+def _difference(network: nn.Module, lowered: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """Say so if a lowered network does not compute what the simulated one does; "" where it does."""
     noise = Noise()
-    try:
-        noise.add(network(*args, **kwargs), lowered(*args, **kwargs))
-    except (RuntimeError, ValueError, TypeError) as error:
-        return sentence_of(error)
+    noise.add(_output(network, batch), _output(lowered, batch))
     if noise.sqnr is not None and noise.sqnr < _LEAST_SQNR:
         return f"its output would be {noise.sqnr:.0f} dB from the simulated one"
     return ""
 
 
-def sentence_of(error: Exception) -> str:
-    """Return what an error says, without the place in the sources that a native check begins with."""
-    return re.sub(r"^\w+, .*?\.(h|cpp|cu|cuh):\d+, ", "", str(error).strip().split("\n")[0])
-
-
-@torch.no_grad()
-def _trial(model: nn.Module, network: nn.Module, lowered: nn.Module, samples: Sample) -> Trial:
-    """Time the float network and both executions of the quantized one."""
-    args, kwargs = samples
-    executions = {"float": model, "simulate": network, "integer": lowered}
-    calls = {name: partial(module, *args, **kwargs) for name, module in executions.items()}
-    seconds = take_turns(calls, _ROUNDS, _LEAST_SECONDS)
-    return Trial(batch_size(samples), *(min(seconds[name]) for name in executions))
-
-
-def _slower(trial: Trial) -> str:
-    """Return why simulation is the better execution, or ""."""
-    if trial.integer_seconds <= _MARGIN * trial.simulate_seconds:
-        return ""
-    integer, simulate = (f"{1e3 * seconds:.1f} ms" for seconds in (trial.integer_seconds, trial.simulate_seconds))
-    return f"slower in integers: {integer}, simulated {simulate}"
+def _output(network: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """Call a network with tensors of its own, which it may write into, and always the same random numbers."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, batch)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return network(*args, **kwargs)

@@ -56,23 +56,6 @@ class Trade:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Trial:
-    """How long the network took when it was quantized, at best of a few calls.
-
-    Attributes:
-        samples: of a call.
-        float_seconds: of the float model.
-        simulate_seconds: of the quantized network, simulated.
-        integer_seconds: of the quantized network in integers.
-    """
-
-    samples: int
-    float_seconds: float
-    simulate_seconds: float
-    integer_seconds: float
-
-
 @dataclass
 class QuantRecord:
     """A quantized network.
@@ -92,7 +75,6 @@ class QuantRecord:
         spilled_bytes: bytes of such tensors that went to files.
         structure: what the network computes, line by line, before it is lowered to integers.
         trade: what each raising of layers to 8 bits bought, where target_sqnr or size_budget asked for it.
-        trial: how long it takes in either execution; None where it was not lowered, and in files.
     """
 
     config: QuantConfig
@@ -109,7 +91,6 @@ class QuantRecord:
     frontier_bytes: int = 0
     spilled_bytes: int = 0
     structure: list[str] = field(default_factory=list)
-    trial: Trial | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a file's header."""
@@ -118,7 +99,7 @@ class QuantRecord:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> QuantRecord:
         """Return the record that to_dict described."""
-        fields = dict(fields)
+        fields = {name: value for name, value in fields.items() if name != "trial"}  # times, in earlier files
         fields["config"] = QuantConfig(**fields["config"])
         fields["layers"] = [LayerRecord(**layer) for layer in fields["layers"]]
         fields["trade"] = [Trade(**{**step, "raised": tuple(step["raised"])}) for step in fields["trade"]]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ptq4cuda.nn import QuantModule
-from ptq4cuda.record import LayerRecord, QuantRecord, Trial, record_of, tensor_bytes
+from ptq4cuda.record import LayerRecord, QuantRecord, record_of, tensor_bytes
 
 DASH = "–"
 
@@ -56,8 +56,6 @@ def report(network: nn.Module) -> str:
         total += f", {record.seconds:.1f} s"
     lines = [table([header[i] for i in shown], [[row[i] for i in shown] for row in rows]), "", total]
     lines += _trade(record)
-    if record.trial is not None:
-        lines.append(_speed(record.trial))
     if record.walked_by == "graph":
         spilled = f", {record.spilled_bytes:,} bytes went to files" if record.spilled_bytes else ""
         lines.append(
@@ -88,17 +86,6 @@ def _trade(record: QuantRecord) -> list[str]:
     if budget is not None and record.bytes > budget * record.float_bytes:
         lines.append(f"  The budget of {budget * record.float_bytes:,.0f} bytes is too small for this configuration.")
     return lines
-
-
-def _speed(trial: Trial) -> str:
-    """Tell what took how long."""
-    integer, simulate, unquantized = (
-        f"{1e3 * seconds:.3g} ms" for seconds in (trial.integer_seconds, trial.simulate_seconds, trial.float_seconds)
-    )
-    line = f"{trial.samples} samples take {integer} in integers, {simulate} simulated, {unquantized} in float"
-    if trial.float_seconds < min(trial.integer_seconds, trial.simulate_seconds):
-        line += ", which is the fastest here; larger batches may differ"
-    return line + "."
 
 
 def _row(layer: LayerRecord, kernel: str) -> tuple[str, ...]:

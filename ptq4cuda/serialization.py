@@ -59,7 +59,7 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
     header = {
         "format": FORMAT,
         "version": version("ptq4cuda"),
-        "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "trial", "structure")},
+        "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "structure")},
         "modules": modules,
         "structure": record.structure,
         "sha256": _checksum(tensors),

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, QuantConv2d, QuantLinear, quantize, walk
-from ptq4cuda.execution import sentence_of
 from ptq4cuda.record import LayerRecord, record_of
 
 PRESETS = {
@@ -259,13 +258,6 @@ def test_samples_that_depend_on_each_other(images: Tensor, step: Callable[[Tenso
     network = quantize(Branches(step).eval(), list(images.split(16)), QuantConfig.fast(), progress=False)
     remark = "outputs for a sample depend on the other samples of a batch" in record_of(network).reason
     assert remark == mixes
-
-
-def test_errors_of_native_checks_are_one_sentence() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.ops.ptq4cuda.unpack_codes(torch.zeros(3), torch.zeros(1, dtype=torch.uint8), torch.zeros(1).long(), 3)
-    assert ".h:" in str(caught.value)
-    assert sentence_of(caught.value).startswith("unpack_codes: packed must be uint8 [bytes], got [3]")
 
 
 def test_modules_and_graph_agree(images: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ptq4cuda
 from ptq4cuda import QuantConfig, _native, quantize
 from ptq4cuda.integer import IntegerConv2d
-from ptq4cuda.record import Trial, record_of, tensor_bytes
+from ptq4cuda.record import tensor_bytes
 from ptq4cuda.report import table
 
 
@@ -60,17 +60,6 @@ def test_kernels_are_named(model: nn.Module, images: Tensor, monkeypatch: pytest
     assert re.fullmatch(f"3x3/2, 2 groups, {sums}", kernels["grouped"])
     simulated = quantize(model, [images], replace(config, execution="simulate"), progress=False)
     assert "kernel" not in ptq4cuda.report(simulated).split("\n")[0]
-
-
-def test_speed_is_told(model: nn.Module, images: Tensor) -> None:
-    network = quantize(model, [images], QuantConfig.fast(), progress=False)
-    record = record_of(network)
-    record.trial = Trial(2, float_seconds=0.5, simulate_seconds=2.25, integer_seconds=0.125)
-    assert "2 samples take 125 ms in integers, 2.25e+03 ms simulated, 500 ms in float." in ptq4cuda.report(network)
-    record.trial = Trial(2, float_seconds=0.1, simulate_seconds=0.25, integer_seconds=0.125)
-    assert "100 ms in float, which is the fastest here" in ptq4cuda.report(network)
-    simulated = quantize(model, [images], QuantConfig.paper(), progress=False)
-    assert "samples take" not in ptq4cuda.report(simulated)
 
 
 def test_weight_only_rows_do_not_break(model: nn.Module, images: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
-from ptq4cuda.record import record_of
+from ptq4cuda.record import QuantRecord, record_of
 
 from .test_quantize import Untraceable
 
@@ -147,6 +147,12 @@ def test_exchanged_tensors(model: nn.Module, file: Path) -> None:
 def test_files_without_a_checksum(model: nn.Module, network: nn.Module, file: Path, images: Tensor) -> None:
     old = rewritten(file, lambda header, tensors: header.pop("sha256"))
     assert torch.equal(ptq4cuda.load(old, model)(images), network(images))
+
+
+def test_records_of_earlier_versions(network: nn.Module) -> None:
+    fields = record_of(network).to_dict()
+    times = {"samples": 2, "float_seconds": 0.1, "simulate_seconds": 0.3, "integer_seconds": 0.2}
+    assert QuantRecord.from_dict({**fields, "trial": times}) == record_of(network)
 
 
 def test_newer_format(model: nn.Module, network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
