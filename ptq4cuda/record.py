@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -98,12 +98,38 @@ class QuantRecord:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> QuantRecord:
-        """Return the record that to_dict described."""
+        """Return the record that to_dict described.
+
+        Raises:
+            TypeError, ValueError, KeyError: the fields do not describe one.
+        """
         fields = {name: value for name, value in fields.items() if name != "trial"}  # times, in earlier files
         fields["config"] = QuantConfig(**fields["config"])
-        fields["layers"] = [LayerRecord(**layer) for layer in fields["layers"]]
-        fields["trade"] = [Trade(**{**step, "raised": tuple(step["raised"])}) for step in fields["trade"]]
-        return cls(**fields)
+        fields["layers"] = [_made(LayerRecord, layer) for layer in fields["layers"]]
+        fields["trade"] = [_made(Trade, {**step, "raised": tuple(step["raised"])}) for step in fields["trade"]]
+        return _made(cls, fields)
+
+
+_T = TypeVar("_T")
+
+
+def _made(cls: type[_T], fields: dict[str, Any]) -> _T:
+    """Make a dataclass of fields, whose values must be of the types that it declares."""
+    for name, declared in get_type_hints(cls).items():
+        if name in fields and not _is_of(fields[name], declared):
+            raise TypeError(f"{name} is {str(fields[name])[:40]!r}")
+    return cls(**fields)
+
+
+def _is_of(value: Any, declared: Any) -> bool:
+    arguments = get_args(declared)
+    if get_origin(declared) in (list, tuple):
+        return isinstance(value, get_origin(declared)) and all(_is_of(v, arguments[0]) for v in value)
+    if declared is int:
+        return type(value) is int and 0 <= value < 1 << 63
+    if arguments:
+        return any(_is_of(value, one) for one in arguments)
+    return isinstance(value, (int, float) if declared is float else declared) and type(value) is not bool
 
 
 # torch.fx keeps `meta` when a GraphModule is copied; other modules keep every attribute.

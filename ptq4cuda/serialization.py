@@ -3,7 +3,7 @@
 A file holds every tensor of the network, so it is complete but for the architecture, which load() takes from a float
 model of the same structure. Two runs that make the same network write the same bytes. Zero points and offsets are
 stored as bytes where they fit; where all rows of weights have the same bits or offset, as one value. The header has a
-checksum of the tensors.
+checksum of everything else in the file (of the tensors alone before format 3).
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq4cuda import graph
 from ptq4cuda.execution import lower
+from ptq4cuda.files import write_whole
 from ptq4cuda.inputs import check_float_model
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.record import QuantRecord, attach_record, record_of
 from ptq4cuda.structure import structure_of
 
-FORMAT = 2
+FORMAT = 3
 _KEY = "ptq4cuda"  # one key only: safetensors writes several in no fixed order
 
 
@@ -38,11 +38,11 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         network: made by quantize() or load().
-        path: of the file; ".ptq4" is customary.
+        path: of the file; ".ptq4" is customary. Where it is a symbolic link, the file that it points to is replaced.
 
     Raises:
         TypeError: the network was not made by quantize() or load().
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; what was there is untouched.
     """
     record = record_of(network)
     modules = {
@@ -62,21 +62,10 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
         "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "structure")},
         "modules": modules,
         "structure": record.structure,
-        "sha256": _checksum(tensors),
     }
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to save {path.name!r} in")
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder: the network cannot be saved under its name")
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may save at a time
-    try:
-        save_file(tensors, unfinished, metadata={_KEY: json.dumps(header, separators=(",", ":"))})
-        os.replace(unfinished, path)
-    except SafetensorError as error:
-        raise OSError(f"{str(path)!r} cannot be written ({error})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    header["sha256"] = _checksum(header, tensors)
+    metadata = {_KEY: json.dumps(header, separators=(",", ":"))}
+    write_whole(path, safetensors.torch.save(tensors, metadata=metadata))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -88,72 +77,132 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             changed. The result is on its device.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be opened.
         ValueError: the file is truncated or damaged, is not one of ptq4cuda, or belongs to another architecture; the
             model is quantized or without values.
     """
     header, tensors = _read(path)
     check_float_model(model)
-    record = header["record"]
+    record = header.record
     network = graph.own_copy(model).eval()
+    misfit = f"{os.fspath(path)!r} does not fit the model {type(model).__name__}"
     if record.walked_by == "graph":
         traced, reason = graph.trace(network)
         if traced is None:
-            raise ValueError(f"{path} does not fit the model {type(model).__name__}: {reason}")
+            raise ValueError(f"{misfit}: {reason}")
         graph.prepare(traced, record.config.quantizes, record.config.fold_activation_scale)
         network = traced
-    _check_structure(header["structure"], structure_of(network), path)
-    for name, layer_like in header["modules"].items():
-        network.set_submodule(name, layer_like(network.get_submodule(name)))
+    _check_structure(header.structure, structure_of(network), path)
+    layers = dict(network.named_modules())
+    for name, quantized in header.modules.items():
+        if not isinstance(layers.get(name), getattr(nn, quantized.kind)):
+            raise ValueError(f"{misfit}: in the file {name!r} is a {quantized.kind}, in the model it is not")
+        network.set_submodule(name, quantized.like(layers[name]))
     state = network.state_dict()
     tensors = {name: _widen(name, t, state[name]) if name in state else t for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        if name in state and tensor.is_floating_point() != state[name].is_floating_point():
+            raise ValueError(f"{misfit}: {name} is {tensor.dtype} in the file, {state[name].dtype} in the model")
     try:
         network.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split()).partition(": ")[2]
-        raise ValueError(f"{path} does not fit the model {type(model).__name__}: {detail}") from error
+        raise ValueError(f"{misfit}: {detail}") from error
+    for name, parameter in network.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{misfit}: {name} contains NaN or Inf")
     attach_record(network, record)
     return lower(network, model).eval()
 
 
-def _layer_of(kind: str, quantized_input: bool, folded: bool) -> Callable[..., nn.Module]:
-    """Return what makes the quantized layer, its weights zero, of a float one."""
-    return partial(quant_module_for(kind).like, quantized_input=quantized_input, folded=folded)
+@dataclass(frozen=True)
+class _QuantizedLayer:
+    """How a layer was quantized: what its buffers are."""
+
+    kind: str
+    quantized_input: bool
+    folded: bool
+
+    def __post_init__(self) -> None:
+        quant_module_for(self.kind)
+        if not (isinstance(self.quantized_input, bool) and isinstance(self.folded, bool)):
+            raise TypeError("quantized_input and folded must be true or false")
+
+    def like(self, layer: Any) -> nn.Module:
+        """Return the quantized layer of a float one, its weights zero."""
+        like = quant_module_for(self.kind).like
+        return like(layer, quantized_input=self.quantized_input, folded=self.folded)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class _Header:
+    record: QuantRecord
+    modules: dict[str, _QuantizedLayer]
+    structure: list[str]
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> _Header:
+        return cls(
+            QuantRecord.from_dict(fields["record"]),
+            {name: _QuantizedLayer(**entry) for name, entry in fields["modules"].items()},
+            [str(line) for line in fields["structure"]],
+        )
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
+    name = repr(os.fspath(path))
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+        if Path(path).exists():
+            raise OSError(f"{name} is a folder or a device, not a file")
+        raise FileNotFoundError(f"there is no file {name}")
+    with open(path, "rb"):  # permission, and whatever else the system says
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is truncated or not a safetensors file ({error})") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{name} is truncated or not a safetensors file ({_one_line(error)})") from error
     if _KEY not in metadata:
-        raise ValueError(f"{os.fspath(path)!r} is a safetensors file, but was not written by ptq4cuda")
+        raise ValueError(f"{name} is a safetensors file, but was not written by ptq4cuda")
     try:
-        header = json.loads(metadata[_KEY])
-        newer = header["format"] > FORMAT
-        if not newer:
-            header["record"] = QuantRecord.from_dict(header["record"])
-            header["modules"] = {name: _layer_of(**entry) for name, entry in header["modules"].items()}
-            header["structure"] = list(header["structure"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)!r} has a damaged header ({type(error).__name__}: {error})") from error
-    if newer:
+        fields = json.loads(metadata[_KEY])
+        format = fields["format"]
+        if type(format) is not int or format < 1:
+            raise ValueError(f"its format is {format!r}")
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
+        raise _damaged(name, error) from error
+    if format > FORMAT:
         raise ValueError(
-            f"{os.fspath(path)!r} has format {header['format']}, written by ptq4cuda {header['version']}; this "
+            f"{name} has format {format}, written by ptq4cuda {fields.get('version', 'of a later version')}; this "
             f"version reads formats up to {FORMAT}: upgrade ptq4cuda"
         )
-    if header.get("sha256", checksum := _checksum(tensors)) != checksum:  # the first files had none
-        raise ValueError(f"{os.fspath(path)!r} is damaged: its tensors do not have the checksum in its header")
-    return header, tensors
+    try:
+        # Checksums of format 2 do not cover the header, and the first files had none.
+        if format >= 3 or "sha256" in fields:
+            expected = fields.pop("sha256", None)
+            if expected != _checksum(fields if format >= 3 else None, tensors):
+                covered = "header and tensors do" if format >= 3 else "tensors do"
+                raise ValueError(f"its {covered} not have the checksum that they had when it was written")
+        return _Header.of(fields), tensors
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise _damaged(name, error) from error
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of all tensors: names, dtypes, shapes and bytes."""
+def _damaged(name: str, error: Exception) -> ValueError:
+    what = _one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {_one_line(error)}"
+    return ValueError(f"{name} is damaged: {what}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _checksum(header: dict[str, Any] | None, tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of a header, if it is given, and all tensors: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
+    if header is not None:
+        digest.update(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -124,6 +124,16 @@ class QuantModule(QuantizerState):
             raise ValueError(f"weight_packed has {self.weight_packed.numel()} bytes, weight_bits ask for {total}")
         self.register_buffer("_row_offsets", offsets, persistent=False)
 
+    def _check_weight(self) -> None:
+        """Raise ValueError unless bits, scales, offsets and biases are such as quantized weights have."""
+        ops.check_bits(self.weight_bits)
+        for name in ("weight_scale", "weight_offset", "bias"):
+            values = getattr(self, name)
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{name} contains NaN or Inf")
+        if not bool((self.weight_scale > 0).all()):
+            raise ValueError("weight_scale must be positive")
+
     @property
     def _row_length(self) -> int:
         return self.weight_shape[1:].numel()
@@ -337,6 +347,7 @@ class QuantModule(QuantizerState):
         if len(errors) > before:
             return
         try:
+            self._check_weight()
             self._locate_rows()
             activation = self.activation
             if activation is not None:

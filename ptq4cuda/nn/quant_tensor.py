@@ -88,8 +88,16 @@ class QuantTensor(QuantizerState):
         return ops.fake_quantize(x, self.scale, self.zero_point, self.bits, 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._make_room(state_dict, prefix, args[-1], _FIELDS)
+        errors: list[str] = args[-1]
+        before = len(errors)
+        self._make_room(state_dict, prefix, errors, _FIELDS)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if len(errors) > before or not any(getattr(self, name).numel() for name in _FIELDS):
+            return
+        try:
+            self.set(self.params)
+        except (TypeError, ValueError) as error:
+            errors.append(f"{prefix.rstrip('.')}: {error}")
 
 
 class Quantize(QuantizerState):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.record import QuantRecord, record_of
+from ptq4cuda.serialization import _checksum
 
 from .test_quantize import Untraceable
 
@@ -109,16 +112,22 @@ def test_damaged_header(model: nn.Module, file: Path, old: str, new: str) -> Non
     with safe_open(file, framework="pt") as opened:
         header = opened.metadata()["ptq4cuda"]
     save_file(load_file(file), file, metadata={"ptq4cuda": header.replace(old, new)})
-    with pytest.raises(ValueError, match=r"net\.ptq4' has a damaged header"):
+    with pytest.raises(ValueError, match=r"net\.ptq4' is damaged: "):
         ptq4cuda.load(file, model)
 
 
-def rewritten(file: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Path:
-    """Write a file again, whose header or tensors were changed."""
+Change = Callable[[dict[str, Any], dict[str, Tensor]], object]
+
+
+def rewritten(file: Path, change: Change, forged: bool = False) -> Path:
+    """Write a file again, whose header or tensors were changed; a forged one has the checksum that fits them."""
     with safe_open(file, framework="pt") as opened:
         header = json.loads(opened.metadata()["ptq4cuda"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     change(header, tensors)
+    if forged:
+        del header["sha256"]
+        header["sha256"] = _checksum(header, tensors)
     changed = file.with_name("changed.ptq4")
     save_file(tensors, changed, metadata={"ptq4cuda": json.dumps(header)})
     return changed
@@ -131,7 +140,7 @@ def test_damaged_tensors(model: nn.Module, file: Path, name: str) -> None:
     start, _ = json.loads(content[8 : 8 + size])[name]["data_offsets"]
     content[8 + size + start] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged: its tensors do not have the checksum in its header"):
+    with pytest.raises(ValueError, match="is damaged: its header and tensors do not have the checksum"):
         ptq4cuda.load(file, model)
 
 
@@ -144,9 +153,112 @@ def test_exchanged_tensors(model: nn.Module, file: Path) -> None:
         ptq4cuda.load(rewritten(file, exchange), model)
 
 
-def test_files_without_a_checksum(model: nn.Module, network: nn.Module, file: Path, images: Tensor) -> None:
-    old = rewritten(file, lambda header, tensors: header.pop("sha256"))
-    assert torch.equal(ptq4cuda.load(old, model)(images), network(images))
+def rename(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    header["modules"]["other"] = header["modules"].pop("stem")
+
+
+EDITS: dict[str, tuple[Change, str]] = {
+    "module renamed": (rename, "in the file 'other' is a Conv2d, in the model it is not"),
+    "another kind": (lambda h, t: h["modules"]["stem"].update(kind="Linear"), "in the file 'stem' is a Linear"),
+    "unknown kind": (lambda h, t: h["modules"]["stem"].update(kind="Conv1d"), "is damaged: KeyError: 'Conv1d'"),
+    "a flag that is none": (lambda h, t: h["modules"]["stem"].update(folded=1), "must be true or false"),
+    "a layer less": (lambda h, t: h["modules"].pop("stem"), "does not fit the model.*stem"),
+    "input not quantized": (lambda h, t: h["modules"]["stem"].update(quantized_input=False), "stem.activation_bits"),
+    "sqnr is text": (lambda h, t: h["record"]["layers"][0].update(sqnr="x"), "is damaged: TypeError: sqnr is 'x'"),
+    "bytes too many": (lambda h, t: h["record"].update(bytes=1 << 63), "bytes is"),
+    "no layers": (lambda h, t: h["record"].update(layers=3), "is damaged"),
+    "no such bits": (lambda h, t: h["record"]["config"].update(weight_bits=9), "weight_bits must be an int"),
+    "walked otherwise": (lambda h, t: h["record"].update(walked_by="modules"), "belongs to another model"),
+    "structure cut": (lambda h, t: h["structure"].pop(), "belongs to another model"),
+    "format none": (lambda h, t: h.update(format=None), "its format is None"),
+    "format true": (lambda h, t: h.update(format=True), "its format is True"),
+    "later format": (lambda h, t: (h.update(format=9), h.pop("version")), "format 9, written by ptq4cuda of a later"),
+    "bias NaN": (lambda h, t: t["fc.bias"].fill_(torch.nan), "fc: bias contains NaN or Inf"),
+    "offset Inf": (lambda h, t: t.update({"stem.weight_offset": torch.full((8,), torch.inf)}), "weight_offset"),
+    "scale zero": (lambda h, t: t["stem.weight_scale"][3:4].zero_(), "stem: weight_scale must be positive"),
+    "scale NaN": (lambda h, t: t["stem.weight_scale"][3:4].fill_(torch.nan), "stem: weight_scale contains NaN"),
+    "input scale negative": (lambda h, t: t["fc.activation_scale"].neg_(), r"fc: scale must be .*scale\[0\] is -"),
+    "input bits": (lambda h, t: t["fc.activation_bits"].fill_(9), "fc: bits must be 0 to 8, got 9"),
+    "zero point": (
+        lambda h, t: t.update({"fc.activation_zero_point": torch.full((16,), 1 << 30, dtype=torch.int32)}),
+        "fc: zero_point must be from",
+    ),
+    "weight bits": (lambda h, t: t["stem.weight_bits"].fill_(9), "stem: bits must be 0 to 8, got 9"),
+    "fewer codes": (lambda h, t: t.update({"stem.weight_packed": t["stem.weight_packed"][1:].clone()}), "_packed"),
+    "a key less": (lambda h, t: t.pop("stem.weight_scale"), "does not fit the model.*stem.weight_scale"),
+    "a key more": (lambda h, t: t.update(more=torch.zeros(1)), "does not fit the model.*more"),
+    "shape": (lambda h, t: t.update({"fc.bias": torch.zeros(5, 1)}), "does not fit the model.*fc.bias"),
+    "dtype": (lambda h, t: t.update({"fc.bias": torch.zeros(5, dtype=torch.int32)}), "fc.bias is torch.int32"),
+    "sum's scale": (lambda h, t: t["add_residual.scale"].zero_(), "add_residual: scale must be positive"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), EDITS.values(), ids=EDITS)
+def test_edited_files(model: nn.Module, file: Path, change: Change, message: str) -> None:
+    """What the checksum does not tell, since it was made anew, is told by what the file says."""
+    with pytest.raises(ValueError, match=message) as forged:
+        ptq4cuda.load(rewritten(file, change, forged=True), model)
+    assert "changed.ptq4" in str(forged.value)
+    assert "\n" not in str(forged.value)
+    with pytest.raises(ValueError, match=r"changed\.ptq4' (is damaged|has format)"):
+        ptq4cuda.load(rewritten(file, change), model)
+
+
+def test_nested_brackets(model: nn.Module, file: Path) -> None:
+    for text in ("[" * 100_000, '{"format":' + "[" * 100_000, '{"format": 3, "x": ' + "[" * 900 + "]" * 900 + "}"):
+        save_file(load_file(file), file, metadata={"ptq4cuda": text})
+        with pytest.raises(ValueError, match=r"net\.ptq4' is damaged: "):
+            ptq4cuda.load(file, model)
+
+
+class Old(nn.Module):
+    """What the files in files/ were quantized from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.pointwise = nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.stem(x)))
+        x = x + self.pointwise(self.relu(self.depthwise(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+# What the versions that wrote these files computed from the same input.
+OLD_OUTPUTS = {
+    "format1": [
+        [-0.778113067150116, 0.7261373996734619, -0.38743332028388977, 0.5551804304122925, 0.625375509262085],
+        [-0.7800458073616028, 0.7319215536117554, -0.376010537147522, 0.5676485300064087, 0.6183245182037354],
+    ],
+    "format2": [
+        [-0.7786756157875061, 0.7261061668395996, -0.38763320446014404, 0.5549559593200684, 0.6253495812416077],
+        [-0.7808942794799805, 0.7318899631500244, -0.3762737512588501, 0.5675531029701233, 0.6182984113693237],
+    ],
+}
+FILES = Path(__file__).parent / "files"
+
+
+@pytest.mark.parametrize("name", OLD_OUTPUTS)
+def test_files_of_older_formats(name: str, tmp_path: Path) -> None:
+    x = (torch.arange(2 * 3 * 8 * 8) % 17 - 8).view(2, 3, 8, 8) / 8
+    loaded = ptq4cuda.load(FILES / f"{name}.ptq4", Old())
+    torch.testing.assert_close(loaded(x), torch.tensor(OLD_OUTPUTS[name]), rtol=1e-6, atol=1e-6)
+    assert {layer.execution for layer in record_of(loaded).layers} == {"integer"}
+    ptq4cuda.save(loaded, tmp_path / "new.ptq4")
+    assert torch.equal(ptq4cuda.load(tmp_path / "new.ptq4", Old())(x), loaded(x))
+
+
+def test_the_checksum_of_format_2(tmp_path: Path) -> None:
+    content = bytearray((FILES / "format2.ptq4").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "old.ptq4").write_bytes(content)
+    with pytest.raises(ValueError, match="its tensors do not have the checksum"):
+        ptq4cuda.load(tmp_path / "old.ptq4", Old())
 
 
 def test_records_of_earlier_versions(network: nn.Module) -> None:
@@ -202,17 +314,19 @@ def test_places_where_nothing_can_be_saved(network: nn.Module, tmp_path: Path) -
         ptq4cuda.save(network, tmp_path / "nowhere" / "net.ptq4")
     with pytest.raises(IsADirectoryError, match="is a folder"):
         ptq4cuda.save(network, tmp_path)
+    with pytest.raises(OSError, match="is a folder or a device"):
+        ptq4cuda.load(tmp_path, network)
 
 
 def test_a_failed_save_leaves_the_old_file(network: nn.Module, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = file.read_bytes()
 
-    def fail(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("ptq4cuda.serialization.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match=r"net\.ptq4' cannot be written: No space left on device") as error:
         ptq4cuda.save(network, file)
+    assert error.value.errno == errno.ENOSPC
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
