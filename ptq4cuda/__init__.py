@@ -1,6 +1,7 @@
 """4-bit post-training quantization of convolutional networks."""
 
 from ptq4cuda import ops
+from ptq4cuda._version import __version__
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.graph.lower import lower_layers
 from ptq4cuda.nn import QuantConv2d, QuantLinear
@@ -14,6 +15,7 @@ __all__ = [
     "QuantConv2d",
     "QuantLinear",
     "QuantParams",
+    "__version__",
     "load",
     "lower_layers",
     "ops",

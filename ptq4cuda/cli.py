@@ -6,25 +6,36 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+from ptq4cuda._version import __version__
 from ptq4cuda.info import info
 
 
 def main() -> None:
-    """Run the command line. `info` works without the packages of the extra "cli"."""
+    """Run the command line. `info` and `--version` work without the packages of the extra "cli"."""
+    version = f"ptq4cuda {__version__}"
     try:
         import typer
     except ModuleNotFoundError:
-        if sys.argv[1:] == ["info"]:
-            print(info())
+        if sys.argv[1:] in (["info"], ["--version"]):
+            print(info() if sys.argv[1] == "info" else version)
             return
         raise SystemExit("the ptq4cuda command needs typer: run `pip install 'ptq4cuda[cli]'`") from None
 
     app = typer.Typer(
         help="Turns a trained PyTorch CNN into a 4-bit one in seconds, without training.",
         no_args_is_help=True,
+        invoke_without_command=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+
+    @app.callback()
+    def options(
+        version_asked: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
+    ) -> None:
+        if version_asked:
+            print(version)
+            raise typer.Exit
 
     @app.command("info")
     def info_command() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -131,9 +131,12 @@ class QuantConfig:
         return self.override_of(name) != FLOAT
 
     @classmethod
-    def paper(cls, weight_bits: int = 4, activation_bits: int = 4) -> QuantConfig:
-        """Return all three methods of Banner, Nahshan, Soudry (2019): ACIQ, bit allocation, bias correction."""
-        return cls(
+    def paper(cls, weight_bits: int = 4, activation_bits: int = 4, **fields: Any) -> QuantConfig:
+        """Return all three methods of Banner, Nahshan, Soudry (2019): ACIQ, bit allocation, bias correction.
+
+        Like every preset it takes further fields, which come before its own.
+        """
+        preset = cls(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             depthwise_bits=None,
@@ -146,11 +149,12 @@ class QuantConfig:
             rounding="nearest",
             bias_correction="mean+variance",
         )
+        return replace(preset, **fields)
 
     @classmethod
-    def naive(cls, weight_bits: int = 4, activation_bits: int = 4) -> QuantConfig:
+    def naive(cls, weight_bits: int = 4, activation_bits: int = 4, **fields: Any) -> QuantConfig:
         """Return the paper's baseline: the whole range of every channel, rounded to nearest."""
-        return cls(
+        preset = cls(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             depthwise_bits=None,
@@ -161,21 +165,22 @@ class QuantConfig:
             rounding="nearest",
             bias_correction="none",
         )
+        return replace(preset, **fields)
 
     @classmethod
-    def fast(cls) -> QuantConfig:
+    def fast(cls, **fields: Any) -> QuantConfig:
         """Return closed forms and searches on statistics alone, executable by integers: the quickest good W4A4."""
-        return cls(target="weights", rounding="nearest")
+        return replace(cls(target="weights", rounding="nearest"), **fields)
 
     @classmethod
-    def w4a8(cls) -> QuantConfig:
+    def w4a8(cls, **fields: Any) -> QuantConfig:
         """Return the paper's methods with 4-bit weights and 8-bit activations."""
-        return cls.paper(weight_bits=4, activation_bits=8)
+        return cls.paper(4, 8, **fields)
 
     @classmethod
-    def w8a4(cls) -> QuantConfig:
+    def w8a4(cls, **fields: Any) -> QuantConfig:
         """Return the paper's methods with 8-bit weights and 4-bit activations."""
-        return cls.paper(weight_bits=8, activation_bits=4)
+        return cls.paper(8, 4, **fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; QuantConfig(**fields) makes the same configuration."""

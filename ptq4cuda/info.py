@@ -11,6 +11,7 @@ from importlib import metadata
 import torch
 
 from ptq4cuda import _native as native
+from ptq4cuda._version import __version__
 
 
 def info() -> str:
@@ -22,7 +23,7 @@ def info() -> str:
     compiled = ", ".join(build.get("simd_levels", []))
     built_with = f" (built with {build['compiler']} against torch {build['torch']})" if build else ""
     lines = [
-        ("ptq4cuda", _version("ptq4cuda")),
+        ("ptq4cuda", __version__),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", torch.__version__),
         ("CUDA of torch", torch.version.cuda or "none: this torch runs on the CPU only"),

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ptq4cuda import graph
+from ptq4cuda._version import __version__
 from ptq4cuda.execution import lower
 from ptq4cuda.files import write_whole
 from ptq4cuda.inputs import check_float_model
@@ -58,7 +58,7 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {name: _narrow(name, t.detach().cpu()).contiguous().clone() for name, t in network.state_dict().items()}
     header = {
         "format": FORMAT,
-        "version": version("ptq4cuda"),
+        "version": __version__,
         "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "structure")},
         "modules": modules,
         "structure": record.structure,

@@ -15,6 +15,12 @@ from ptq4cuda import _native
 from ptq4cuda.ops import registration
 
 
+def pytest_sessionstart() -> None:
+    """Fail once, not in every test, where what would be tested is a source folder without its libraries."""
+    if not _native.cpu_loaded:
+        pytest.exit(_native.cpu_reason, returncode=pytest.ExitCode.USAGE_ERROR)
+
+
 @pytest.fixture(scope="session")
 def model_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = getattr(pytestconfig, "cache", None)

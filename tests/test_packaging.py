@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,43 @@ def test_the_source_folder_says_that_it_holds_no_library(tmp_path: Path) -> None
     assert run.stdout.startswith(f"False ptq4cuda was imported from its source folder {tmp_path}")
     assert run.stderr.count("RuntimeWarning") == 1
     assert "pip install ." in run.stderr
+
+
+def test_tests_of_a_folder_without_libraries_fail_once(tmp_path: Path) -> None:
+    for name in ("ptq4cuda", "tests", "csrc", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_nibbles.py"],
+        text=True,
+        capture_output=True,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert run.stdout.count("holds no built library: run `pip install .`") == 1, run.stdout
+    assert "Traceback" not in run.stdout + run.stderr
+
+
+def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert archive.name == f"ptq4cuda-{ptq4cuda.__version__}.tar.gz"
+    with tarfile.open(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    tracked = (
+        "docs/*.md",
+        "csrc/**/*.*",
+        "tests/**/*.py",
+        "benchmarks/*.py",
+        "tools/*.py",
+        "ptq4cuda/**/*.py",
+        "*.md",
+    )
+    wanted = {str(path.relative_to(ROOT)) for pattern in tracked for path in ROOT.glob(pattern)}
+    assert wanted - held == set()
 
 
 @pytest.mark.parametrize(

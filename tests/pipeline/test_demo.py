@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import ptq4cuda
 from ptq4cuda import demo
 
 
@@ -38,6 +39,11 @@ def test_demo(tmp_path: Path) -> None:
     assert "float32" in text
     assert (tmp_path / "digits.ptq4").stat().st_size == by_name["W4A4 default"].bytes
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_version(tmp_path: Path) -> None:
+    assert run("--version", folder=tmp_path).stdout == f"ptq4cuda {ptq4cuda.__version__}\n"
+    assert "--version" in run("--help", folder=tmp_path).stdout
 
 
 def test_help_names_the_commands(tmp_path: Path) -> None:

@@ -494,6 +494,16 @@ def test_config_refuses(field: str, value: object) -> None:
         replace(QuantConfig(), **{field: value})
 
 
+@pytest.mark.parametrize("preset", ["paper", "naive", "fast", "w4a8", "w8a4"])
+def test_presets_take_fields(preset: str) -> None:
+    made, given = getattr(QuantConfig, preset)(), {"size_budget": 0.2, "clipping": "kld"}
+    assert getattr(QuantConfig, preset)(**given) == replace(made, **given)
+    with pytest.raises(ValueError, match="size_budget must be"):
+        getattr(QuantConfig, preset)(size_budget=2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'budget'"):
+        getattr(QuantConfig, preset)(budget=0.2)
+
+
 def test_result_of_tracing_is_a_graph(model: nn.Module, images: Tensor) -> None:
     network = quantize(model, [images], progress=False)
     assert isinstance(network, fx.GraphModule)
