@@ -75,7 +75,7 @@ def main() -> None:
         _check_folders(json, plot)
         try:
             kernels.run(_device(device), quick=quick, only=only, compiled=compiled, json_file=json, plot=plot)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise SystemExit(str(error)) from None
 
     @app.command("bench-models")

@@ -21,6 +21,25 @@ def pytest_sessionstart() -> None:
         pytest.exit(_native.cpu_reason, returncode=pytest.ExitCode.USAGE_ERROR)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="run the I-th of N shares of the tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked gpu where there is none, and what belongs to other shards."""
+    reason = _native.cuda_reason if torch.cuda.is_available() else "there is no GPU"
+    for item in items if reason else ():
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+    if shard := config.getoption("--shard"):
+        index, count = map(int, shard.split("/"))
+        # Tests that must not run side by side are in one group, as pytest-xdist calls it.
+        groups = [item.get_closest_marker("xdist_group") for item in items]
+        mine = [(1 if group else i % count + 1) == index for i, group in enumerate(groups)]
+        config.hook.pytest_deselected(items=[item for item, is_mine in zip(items, mine, strict=True) if not is_mine])
+        items[:] = [item for item, is_mine in zip(items, mine, strict=True) if is_mine]
+
+
 @pytest.fixture(scope="session")
 def model_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = getattr(pytestconfig, "cache", None)

@@ -2,8 +2,8 @@
 
 The floor of an operator that reads and writes is `y.copy_(x)`, of one that only reads `x.sum()`, on the same input;
 the two take turns. The peers are the reference in plain PyTorch, eager and through torch.compile, and torch's own
-fake_quantize_per_channel_affine where it computes the same. The operators write into memory at hand (out=), the peers
-allocate theirs.
+fake_quantize_per_channel_affine where it computes the same; a peer that cannot run leaves its reason instead of a
+figure. The operators write into memory at hand (out=), the peers allocate theirs.
 
 Convolutions of codes to codes stand beside F.conv2d in float32 (float16 on a GPU), which does not quantize; packing
 their weights to 4 bits and unpacking them beside shifts and ors. The floor of these is a copy of as many bytes as
@@ -102,8 +102,10 @@ class Timing:
         gbps: bytes that must be read and written, over the time, in GB/s.
         floor: time over the floor's; 1 is as fast as copying (or summing).
         eager: times faster than the reference in eager PyTorch; of LAYER_OPS, than their peers.
-        compiled: times faster than the reference under torch.compile, or why that does not run; None if not measured.
+        compiled: times faster than the reference under torch.compile; None if not measured.
         torch: times faster than torch.fake_quantize_per_channel_affine, None where it does not apply.
+
+    Instead of the last three there is a sentence where that peer does not run.
     """
 
     op: str
@@ -114,9 +116,9 @@ class Timing:
     ms: float
     gbps: float
     floor: float
-    eager: float
+    eager: float | str
     compiled: float | str | None
-    torch: float | None
+    torch: float | str | None
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,12 @@ def _cache_bytes(device: str) -> int:
 def _inputs(shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format, device: str) -> list[_Input]:
     """Return as many inputs as exceed the cache."""
     channels = shape[1]
-    generator = torch.Generator().manual_seed(0)
-    scale = (torch.rand(channels, generator=generator) * 0.2 + 0.05).to(device)
+    generator = torch.Generator(device).manual_seed(0)  # on a CPU the values of a GPU would take longer than all else
+    scale = torch.rand(channels, generator=generator, device=device) * 0.2 + 0.05
     zero_point = torch.full((channels,), 8, dtype=torch.int32, device=device)
     bits = torch.full((channels,), 4, dtype=torch.uint8, device=device)
     low, high = (torch.full((channels,), limit, device=device) for limit in (-4.0, 4.0))
-    x = torch.randn(shape, generator=generator).to(device, dtype).contiguous(memory_format=layout)
+    x = torch.randn(shape, generator=generator, device=device).to(dtype).contiguous(memory_format=layout)
     codes, packed = torch.empty_like(x, dtype=torch.uint8), ops.quantize_pack(x, scale, zero_point)
     copies = max(1, -(-_cache_bytes(device) // (x.numel() * x.element_size())))
     return [
@@ -319,20 +321,25 @@ def measure(
     ours, peer, floor = _calls(op)
     seconds, least = _times([ours, floor], inputs, repeats)
 
-    def speedup(call: Call) -> float:
-        # Peers are slower by far, and need no better median.
-        return _times([call], inputs, max(3, repeats // 5))[0] / seconds
+    # Peers are slower by far, and need no better median.
+    def speedup(prepare: Callable[[], Call]) -> float | str:
+        return _attempt(lambda: _times([prepare()], inputs, max(3, repeats // 5))[0] / seconds)
 
-    faster: dict[str, Any] = {"eager": speedup(peer), "compiled": None, "torch": None}
-    if compiled:
+    def compile_peer() -> Call:
         torch.compiler.reset()
-        try:
-            faster["compiled"] = speedup(torch.compile(peer, dynamic=False))
-        except Exception as error:  # whatever the compiler raises is what there is to report
-            faster["compiled"] = (str(error).splitlines() or [type(error).__name__])[0][:60]
-    if op == "fake_quantize" and dtype == "float32":
+        return torch.compile(peer, dynamic=False)
+
+    def torchs_own() -> Call:
         theirs = torch.fake_quantize_per_channel_affine
-        faster["torch"] = speedup(lambda i: theirs(i.x, i.scale, i.zero_point, 1, 0, 15))
+        # It reads zero points that are integers on the host, which no CUDA graph can capture.
+        zero_point = inputs[0].zero_point.float()
+        return lambda i: theirs(i.x, i.scale, zero_point, 1, 0, 15)
+
+    faster = {
+        "eager": speedup(lambda: peer),
+        "compiled": speedup(compile_peer) if compiled else None,
+        "torch": speedup(torchs_own) if op == "fake_quantize" and dtype == "float32" else None,
+    }
     x = inputs[0].x
     return Timing(
         op,
@@ -343,8 +350,20 @@ def measure(
         ms=1e3 * seconds,
         gbps=_bytes_moved(op, x) / seconds / 1e9,
         floor=seconds / least,
-        **faster,
+        **faster,  # type: ignore[arg-type]
     )
+
+
+def _attempt(measured: Callable[[], float]) -> float | str:
+    """Return a figure, or why there is none: whatever a peer raises is what there is to report."""
+    try:
+        return measured()
+    except Exception as error:
+        return _sentence(error)
+
+
+def _sentence(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:60]
 
 
 def _measure_on_layer(op: str, layer: str, device: str, repeats: int) -> Timing:
@@ -354,15 +373,15 @@ def _measure_on_layer(op: str, layer: str, device: str, repeats: int) -> Timing:
     half = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     count = max(1, -(-_cache_bytes(device) // x.numel()))
     inputs = [_LayerInput(x.clone(), values.clone(), half.clone(), half.clone()) for _ in range(count)]
-    seconds, least, theirs = _times([ours, lambda i: i.target.copy_(i.source), peer], inputs, repeats)
+    seconds, least = _times([ours, lambda i: i.target.copy_(i.source)], inputs, repeats)
     layout = "channels_last" if convolution else "contiguous"
     figures = {
         "ms": 1e3 * seconds,
         "gbps": moved / seconds / 1e9,
         "floor": seconds / least,
-        "eager": theirs / seconds,
     }
-    return Timing(op, layer, tuple(x.shape), "uint8", layout, **figures, compiled=None, torch=None)
+    eager = _attempt(lambda: _times([peer], inputs, repeats)[0] / seconds)
+    return Timing(op, layer, tuple(x.shape), "uint8", layout, **figures, eager=eager, compiled=None, torch=None)
 
 
 def cases(quick: bool = False, only: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -398,33 +417,45 @@ def run(
         quick: of three layers instead of all.
         only: words that a case must have, of operator, layer, dtype and layout.
         compiled: time the reference under torch.compile, too, which takes seconds a case to compile.
-        json_file: receives machine and figures.
+        json_file: receives machine and figures, after every case.
         plot: an image file to draw the distance from the floor into.
         echo: prints a text.
         progress: show a progress bar.
 
     Raises:
         ValueError: no case has these words.
+        RuntimeError: an operator did not run, after all others have been timed and written down.
     """
     chosen = list(cases(quick, only))
     if not chosen:
         raise ValueError(f"there is no case of {only!r}: the operators are {', '.join(OPS + LAYER_OPS)}")
-    timings = [
-        measure(op, layer, dtype, layout, device, compiled=compiled)
-        for op, layer, dtype, layout in tqdm(chosen, unit="case", disable=not progress)
-    ]
+    timings: list[Timing] = []
+    failures: list[str] = []
+    for op, layer, dtype, layout in tqdm(chosen, unit="case", disable=not progress):
+        try:
+            timings.append(measure(op, layer, dtype, layout, device, compiled=compiled))
+        except Exception as error:  # of one case: the others are worth no less
+            failures.append(f"{op} {layer} {dtype} {layout}: {_sentence(error)}")
+        if json_file is not None:
+            write_figures(json_file, device, timings=[asdict(t) for t in timings], failures=failures)
     echo(machine_line(device))
     echo(timings_table(timings))
     echo(losses(timings))
     if json_file is not None:
-        json_file.write_text(
-            json.dumps({"machine": machine_line(device), "timings": [asdict(t) for t in timings]}, indent=1) + "\n"
-        )
         echo(f"Wrote {json_file}.")
     if plot is not None:
         draw(timings, plot)
         echo(f"Drew {plot}.")
+    if failures:
+        raise RuntimeError("\n".join([f"{len(failures)} of {len(chosen)} cases did not run:", *failures]))
     return timings
+
+
+def write_figures(path: Path, device: str, **figures: object) -> None:
+    """Write machine and figures so far as JSON, in one step: whatever ends the run leaves a whole file."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps({"machine": machine_line(device), **figures}, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def machine_line(device: str) -> str:

@@ -8,7 +8,6 @@ launches cost what they cost in use.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ptq4cuda.bench import architectures
-from ptq4cuda.bench.kernels import machine_line
+from ptq4cuda.bench.kernels import machine_line, write_figures
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.quantize import quantize
@@ -117,8 +116,9 @@ def run(
         repeats: calls of which the median counts.
         layers: time each layer, too, at the largest batch.
         half: compare with bfloat16 (float16 on a GPU), too; it is slow where it is emulated.
-        compiled: compare with torch.compile, too.
-        json_file: receives machine and figures.
+        compiled: compare with torch.compile, too; on a GPU in float16 alone, if that is compared with: float32 is
+            slower there by far, and compiling takes a minute.
+        json_file: receives machine and figures, after every network.
         echo: prints a text.
         progress: show a progress bar.
     """
@@ -130,6 +130,8 @@ def run(
     timings: list[ModelTiming] = []
     layer_timings: list[LayerTiming] = []
     layer_dtype = torch.float32 if device == "cpu" else torch.float16
+    if device != "cpu":
+        torch.backends.cudnn.benchmark = True  # PyTorch at its best
     for name in tqdm(models, unit="model", disable=not progress):
         net, ours = pair(name, size, device)
         for batch in batches:
@@ -137,17 +139,14 @@ def run(
         if layers:
             x = images(max(batches), size, device)
             layer_timings += measure_layers(name, net, ours, x, repeats, layer_dtype)
+        if json_file is not None:
+            figures = {"models": [asdict(t) for t in timings], "layers": [asdict(t) for t in layer_timings]}
+            write_figures(json_file, device, **figures)
     echo(timings_table(timings))
     echo(losses(timings))
     for name in models if layers else ():
         echo(layers_table([timing for timing in layer_timings if timing.model == name]))
     if json_file is not None:
-        figures = {
-            "machine": machine_line(device),
-            "models": [asdict(timing) for timing in timings],
-            "layers": [asdict(timing) for timing in layer_timings],
-        }
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
         echo(f"Wrote {json_file}.")
 
 
@@ -174,7 +173,8 @@ def variants(net: nn.Module, ours: nn.Module, half: torch.dtype | None, compiled
     if half is not None:
         ways[str(half).removeprefix("torch.")] = copy.deepcopy(net).to(half)
     if compiled:
-        ways |= {f"{way} compiled": torch.compile(network) for way, network in ways.items()}  # type: ignore[misc]
+        chosen = {way: network for way, network in ways.items() if half != torch.float16 or way != "float32"}
+        ways |= {f"{way} compiled": torch.compile(network) for way, network in chosen.items()}  # type: ignore[misc]
     return ways | {OURS: ours}
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from ptq4cuda import _native
-
 BACKENDS = ["reference", "cpu", "cuda_on_cpu"]
-if torch.cuda.is_available() and _native.cuda_loaded:
-    BACKENDS.append("cuda")
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+if torch.cuda.is_available():
+    BACKENDS.append(CUDA)  # type: ignore[arg-type]
+NATIVE = BACKENDS[1:]
 
 
 class Backend:
@@ -43,7 +44,7 @@ class Backend:
             args = tuple(a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args)
             if out is None:
                 return tree_map(torch.Tensor.cpu, op(*args))
-            there = out if self.device == "cpu" else _same_storage_on(self.device, out)
+            there = out if self.device == "cpu" else same_storage_on(self.device, out)
             op.out(*args, out=there)
             return out if there is out else out.copy_(there)
 
@@ -51,7 +52,7 @@ class Backend:
         return call
 
 
-def _same_storage_on(device: str, x: torch.Tensor) -> torch.Tensor:
+def same_storage_on(device: str, x: torch.Tensor) -> torch.Tensor:
     """Copy x with what lies around it in memory, so that its strides and its alignment stay."""
     whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
     return whole.as_strided(x.shape, x.stride(), x.storage_offset())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.backends import Backend
+from ops.backends import NATIVE, Backend
 from ptq4cuda import ops
 
 X = torch.randn(2, 5, 3, 4)
@@ -138,7 +138,7 @@ DIRECT: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("which", ["cpu", "cuda_on_cpu"])
+@pytest.mark.parametrize("which", NATIVE)
 @pytest.mark.parametrize(("op", "arguments", "named"), DIRECT, ids=[str(i) for i in range(len(DIRECT))])
 def test_direct_calls_are_checked(
     request: pytest.FixtureRequest, which: str, op: str, arguments: tuple[Any, ...], named: dict[str, Any]

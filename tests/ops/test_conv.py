@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ops import oracle
-from ops.backends import Backend
+from ops.backends import NATIVE, Backend
 from ops.test_nibbles import bits_of, codes_of
 from ptq4cuda import ops
 from ptq4cuda.ops import panels
@@ -534,7 +534,7 @@ def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:
         ops.conv2d_integer(x, **arguments)
 
 
-@pytest.mark.parametrize("which", ["cpu", "cuda_on_cpu"])
+@pytest.mark.parametrize("which", NATIVE)
 def test_direct_calls_are_checked(request: pytest.FixtureRequest, which: str) -> None:
     backend: Backend = request.getfixturevalue(which)
     for wrong, _ in BAD:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 import ptq4cuda.ops
+from ops.backends import CUDA
 from ptq4cuda import _native
+
+pytestmark = pytest.mark.xdist_group("large")  # one at a time
 
 GIB = 1 << 30
 LENGTH = GIB + 9  # of each of two channels
@@ -19,12 +22,12 @@ LAYOUTS = ("contiguous", "channels_last")
 
 def free_bytes(device: str) -> int:
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() and _native.cuda_loaded else 0
+        return torch.cuda.mem_get_info()[0]
     found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
     return 1024 * int(found[1]) if found else 0
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
+@pytest.fixture(scope="module", params=["cpu", CUDA])
 def memory(request: pytest.FixtureRequest) -> Tensor:
     device = request.param
     needed = 16 if device == "cpu" else 12

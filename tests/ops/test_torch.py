@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ptq4cuda.ops
 from ops import oracle
-from ops.backends import Backend
+from ops.backends import NATIVE, Backend, same_storage_on
 from ptq4cuda.ops import panels, registration
 from ptq4cuda.ops.nibbles import Nibbles
-
-NATIVE = ("cpu", "cuda_on_cpu")
 
 
 def samples(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 3, 4)) -> dict[str, tuple[Any, ...]]:
@@ -84,7 +82,8 @@ def test_opcheck(request: pytest.FixtureRequest, which: str, name: str, layout: 
         arguments = arguments[: len(arguments) - bool(named)]
         if named and layout != "contiguous" and "unpack" not in name and "pack" not in name:
             named = {"out": torch.empty_like(arguments[0], dtype=named["out"].dtype)}
-        torch.library.opcheck(overload(backend.namespace, name), arguments, named)
+        there, named = tree_map_only(Tensor, lambda t: same_storage_on(backend.device, t), (arguments, named))
+        torch.library.opcheck(overload(backend.namespace, name), there, named)
 
 
 def test_opcheck_with_a_gradient(cpu: Backend, cuda_on_cpu: Backend) -> None:
@@ -98,10 +97,11 @@ def test_opcheck_with_a_gradient(cpu: Backend, cuda_on_cpu: Backend) -> None:
 def test_a_native_kernel_is_what_runs(request: pytest.FixtureRequest, which: str, name: str) -> None:
     backend: Backend = request.getfixturevalue(which)
     kernels = torch._C._dispatch_dump(f"{backend.namespace}::{name}")
-    cpu_kernels = [line for line in kernels.splitlines() if line.startswith("CPU:")]
+    key = "CUDA:" if backend.device == "cuda" else "CPU:"
+    found = [line for line in kernels.splitlines() if line.startswith(key)]
     source = "/csrc/cuda/" if backend.is_cuda_source else "csrc/cpu/"
-    assert len(cpu_kernels) == 1, kernels
-    assert source in cpu_kernels[0]
+    assert len(found) == 1, kernels
+    assert source in found[0]
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if not name.endswith(".out")])
@@ -184,7 +184,7 @@ def test_compiled_training_has_the_straight_through_gradient() -> None:
 # --- devices -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cuda_graphs_capture_every_operator() -> None:
     for name, arguments in samples("contiguous", torch.float32, (4, 6, 32, 32)).items():
         named = arguments[-1] if isinstance(arguments[-1], dict) else {}
@@ -203,7 +203,7 @@ def test_cuda_graphs_capture_every_operator() -> None:
         assert all(oracle.same(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True)), name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cuda_kernels_use_the_current_stream() -> None:
     x = torch.randn(64, 64, 64, 64, device="cuda")
     one = (
@@ -221,6 +221,7 @@ def test_cuda_kernels_use_the_current_stream() -> None:
     assert bool((y == 3).all())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_cuda_device_that_is_not_the_current_one(device: str = "cuda:1") -> None:
     for name, arguments in samples("channels_last", torch.float32).items():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +12,6 @@ from torch import Tensor
 
 from ptq4cuda import ops
 from ptq4cuda.bench import kernels
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -90,6 +86,53 @@ def test_a_peer_that_does_not_compile_is_named(small: None, monkeypatch: pytest.
     assert "no compiler" in kernels.timings_table([timing])
 
 
+@pytest.mark.parametrize("op", ["fake_quantize", "conv2d_integer"])
+def test_a_peer_that_does_not_run_is_named(small: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    def refuse(*args: object, **options: object) -> Tensor:
+        raise RuntimeError("not here\nfor reasons")
+
+    monkeypatch.setattr(torch, "fake_quantize_per_channel_affine", refuse)
+    monkeypatch.setattr(kernels.reference, "fake_quantize", refuse)
+    monkeypatch.setattr(kernels.F, "conv2d", refuse)
+    timing = kernels.measure(op, "a 3x3" if op in kernels.LAYER_OPS else "a", "float32", "contiguous", "cpu")
+    assert timing.eager == "not here"
+    assert timing.torch == (None if op in kernels.LAYER_OPS else "not here")
+    assert timing.ms > 0
+    assert "not here" in kernels.timings_table([timing])
+    kernels.losses([timing])
+
+
+def test_an_operator_that_does_not_run_stops_no_other(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*args: object, **options: object) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(kernels.ops, "quantize", refuse)
+    options = {"quick": True, "compiled": False, "progress": False, "json_file": tmp_path / "t.json"}
+    with pytest.raises(
+        RuntimeError, match="1 of 6 cases did not run:\nquantize a float16 contiguous: no such kernel"
+    ):
+        kernels.run("cpu", only="a float16 contiguous", echo=lambda text: None, **options)  # type: ignore[arg-type]
+    stored = json.loads((tmp_path / "t.json").read_text())
+    assert len(stored["timings"]) == 5
+    assert stored["failures"] == ["quantize a float16 contiguous: no such kernel"]
+
+
+def test_zero_points_of_torchs_own_are_not_read_on_the_host(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.dtype] = []
+    theirs = torch.fake_quantize_per_channel_affine
+
+    def noted(x: Tensor, scale: Tensor, zero_point: Tensor, *rest: int) -> Tensor:
+        given.append(zero_point.dtype)
+        return theirs(x, scale, zero_point, *rest)
+
+    monkeypatch.setattr(torch, "fake_quantize_per_channel_affine", noted)
+    timing = kernels.measure("fake_quantize", "a", "float32", "contiguous", "cpu", compiled=False)
+    assert isinstance(timing.torch, float)
+    assert set(given) == {torch.float32}
+
+
 def test_losing_cases_are_listed(small: None) -> None:
     timing = kernels.measure("quantize", "a", "float32", "contiguous", "cpu", compiled=False)
     won, lost = replace(timing, eager=2.0, compiled=None), replace(timing, eager=2.0, compiled=0.5)
@@ -136,12 +179,3 @@ def test_bytes_moved() -> None:
     assert kernels._bytes_moved("unpack_dequantize", x) == 200 + 800
     assert kernels._bytes_moved("channel_statistics", x) == 800
     assert kernels._bytes_moved("channel_histogram", x) == 800
-
-
-def test_gpu_check_without_a_gpu(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    script = ROOT / "benchmarks" / "gpu_check.sh"
-    result = subprocess.run(["bash", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
-    assert result.returncode == 1
-    assert "nvidia-smi was not found" in result.stderr or "no torch that sees a GPU" in result.stderr

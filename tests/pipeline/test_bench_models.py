@@ -60,6 +60,35 @@ def test_models_and_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert any(lost in text for text in texts)
 
 
+def test_figures_are_written_network_by_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    build = partial(architectures.build_mobilenet_v2, width=0.25)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "mobilenet_v2", build)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "resnet18", lambda: 1 / 0)
+    options = {"batches": [1], "size": 32, "repeats": 1, "half": False, "compiled": False, "progress": False}
+    with pytest.raises(ZeroDivisionError):
+        models.run(
+            "cpu",
+            models=["mobilenet_v2", "resnet18"],
+            json_file=tmp_path / "models.json",
+            echo=lambda text: None,
+            **options,  # type: ignore[arg-type]
+        )
+    assert {row["model"] for row in json.loads((tmp_path / "models.json").read_text())["models"]} == {"mobilenet_v2"}
+
+
+@pytest.mark.parametrize(
+    ("half", "ways"),
+    [
+        (None, ["float32", "float32 compiled"]),
+        (torch.bfloat16, ["float32", "bfloat16", "float32 compiled", "bfloat16 compiled"]),
+        (torch.float16, ["float32", "float16", "float16 compiled"]),  # of a GPU
+    ],
+)
+def test_what_is_compiled(half: torch.dtype | None, ways: list[str]) -> None:
+    net = nn.Conv2d(1, 1, 1)
+    assert list(models.variants(net, net, half, compiled=True)) == [*ways, models.OURS]
+
+
 def test_an_architecture_that_is_not_known() -> None:
     with pytest.raises(ValueError, match="there is no architecture resnet51; there are resnet18, resnet50"):
         models.run("cpu", models=["resnet51"], progress=False)

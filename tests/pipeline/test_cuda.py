@@ -16,7 +16,7 @@ from ptq4cuda.integer import IntegerConv2d
 from ptq4cuda.metrics import Noise
 from ptq4cuda.record import record_of
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_a_network_is_captured(network: nn.Module, batch: Tensor) -> None:
     assert torch.equal(found, network(x))
 
 
+@pytest.mark.timeout(150)
 @torch.no_grad()
 def test_a_network_compiles_to_one_graph(network: nn.Module, batch: Tensor) -> None:
     compiled = torch.compile(network, fullgraph=True, dynamic=True)
