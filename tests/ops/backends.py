@@ -13,6 +13,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 if torch.cuda.is_available():
     BACKENDS.append(CUDA)  # type: ignore[arg-type]
 NATIVE = BACKENDS[1:]
+CUDA_SOURCES = BACKENDS[2:]
 
 
 class Backend:

@@ -12,6 +12,7 @@ from torch import Tensor
 import ptq4cuda.ops
 from ops.backends import CUDA
 from ptq4cuda import _native
+from ptq4cuda.ops import panels
 
 pytestmark = pytest.mark.xdist_group("large")  # one at a time
 
@@ -67,3 +68,69 @@ def test_channel_statistics(x: Tensor) -> None:
         rest = abs(mean) * (LENGTH - 3)
         assert absdev == pytest.approx((sum(abs(v - mean) for v in values) + rest) / LENGTH, rel=1e-6)
         assert positive == sum(v > 0 for v in values) / LENGTH
+
+
+def test_channel_histogram(x: Tensor) -> None:
+    counts = ptq4cuda.ops.channel_histogram(x, -4.5, 3.5, 8)
+    assert counts.tolist() == [
+        [1, 0, 0, 0, LENGTH - 3, 1, 1, 0],
+        [0, 0, 0, 1, LENGTH - 2, 0, 0, 1],
+    ]
+
+
+def test_unpack_dequantize(x: Tensor) -> None:
+    packed = torch.full((1, LENGTH, 1), 0x22, dtype=torch.uint8, device=x.device)
+    packed[0, -3:, 0] = torch.tensor([0x53, 0x24, 0x10], dtype=torch.uint8)
+    expected = x[0, :, -3:].clone()
+    expected[0, -1], expected[1, -1] = -2.0, -1.0
+    x.fill_(7.0)
+    ptq4cuda.ops.unpack_dequantize(packed, 1.0, 2, 2, out=x)
+    assert torch.equal(x[0, :, -3:], expected)
+    assert int(x.count_nonzero()) == 5
+
+
+def test_unpack_codes(memory: Tensor) -> None:
+    """Two rows, of 3 and of 2 bits."""
+    bits = torch.tensor([3, 2], dtype=torch.uint8, device=memory.device)
+    offsets, total = ptq4cuda.ops.row_offsets(bits, LENGTH)
+    packed = torch.zeros(total, dtype=torch.uint8, device=memory.device)
+    first, second = (int(end) - 1 for end in (offsets[1], total))
+    assert 3 * LENGTH % 8 == 3  # bits of the last code of the first row
+    assert 2 * LENGTH % 8 == 2
+    packed[first], packed[second] = 5, 2
+    codes = ptq4cuda.ops.unpack_codes(packed, bits, LENGTH, offsets)
+    assert codes[:, -3:].tolist() == [[0, 0, 5], [0, 0, 2]]
+    assert int(codes.count_nonzero()) == 2
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_conv2d_integer(memory: Tensor, groups: int) -> None:
+    """More than 2^31 codes in and out; what does not see the last codes is the zero point."""
+    channels, images, width = 16, 3, (1 << 27) // 3 + 9
+    assert images * width * channels > 1 << 31
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-99, 99, (16, 1, 3, channels // groups), dtype=torch.int8, generator=generator)
+    one, zero = torch.full((16,), 0.01), torch.zeros(16)
+    quantizer = {"out_scale": one, "out_zero_point": torch.full((1,), 99).int(), "out_bits": torch.tensor([8])}
+    quantizer["out_bits"] = quantizer["out_bits"].to(torch.uint8)
+
+    def convolution(x: Tensor) -> Tensor:
+        tensors = (x, panels.weight_panels(weight, groups), one * 1e-3, zero)
+        there = {name: p.to(x.device) for name, p in quantizer.items()}
+        (y,) = ptq4cuda.ops.conv2d_integer(
+            *(t.to(x.device) for t in tensors), (1, 3), (1, 1), (0, 1), (1, 1), groups, **there
+        )
+        return y
+
+    codes = memory.view(torch.uint8)[: images * width * channels]
+    x = codes.view(images, 1, width, channels).movedim(-1, 1)
+    last = torch.randint(0, 256, (16, 1, 4), dtype=torch.uint8, generator=generator)
+    try:
+        x[-1, :, :, -4:] = last
+        y = convolution(x)
+    finally:
+        codes.zero_()
+    expected = convolution(torch.nn.functional.pad(last, (3, 0))[None])[0, :, :, -5:]
+    assert torch.equal(y[-1, :, :, -5:].cpu(), expected)
+    assert int((expected != 99).sum()) > 40
+    assert int(y.sub_(99).count_nonzero()) == int((expected != 99).sum())

@@ -204,24 +204,6 @@ def test_cuda_graphs_capture_every_operator() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_kernels_use_the_current_stream() -> None:
-    x = torch.randn(64, 64, 64, 64, device="cuda")
-    one = (
-        torch.ones(1).cuda(),
-        torch.zeros(1, dtype=torch.int32).cuda(),
-        torch.full((1,), 8, dtype=torch.uint8).cuda(),
-    )
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        x.fill_(3.0)
-        y = torch.ops.ptq4cuda.quantize(x, *one, 1)
-    stream.synchronize()
-    assert bool((y == 3).all())
-
-
-@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_cuda_device_that_is_not_the_current_one(device: str = "cuda:1") -> None:
     for name, arguments in samples("channels_last", torch.float32).items():
