@@ -39,7 +39,7 @@ def lower(network: nn.Module, model: nn.Module, inputs: Inputs | None = None) ->
     if record.config.execution == "simulate" or not tried:
         return network
     lowered = copy.deepcopy(network)
-    reasons = lower_layers(lowered, dtype_of(model))
+    reasons = lower_layers(lowered, dtype_of(model), by_graph=record.walked_by == "graph")
     quantized = [layer for layer in record.layers if layer.execution != "float"]
     failure = ""
     if len(reasons) == len(quantized):

@@ -23,7 +23,7 @@ def check_model(model: nn.Module) -> None:
         where = f"its module {training!r} is" if training else "it is"
         raise ValueError(f"the model must be in evaluation mode, but {where} in training mode: call model.eval()")
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"the model's {name!r} contains NaN or Inf")
 
 

@@ -89,7 +89,8 @@ def quantize_once(
     for pattern in config.overrides:
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(f"overrides: no layer is called {pattern!r}; the layers are {', '.join(layers)}")
-    if isinstance(network, fx.GraphModule):
+    if not record.reason:
+        assert isinstance(network, fx.GraphModule)
         record.layers, noise, frontier = walk_graph(network, inputs, solve, kept, progress)
         record.frontier_bytes, record.spilled_bytes = frontier.peak, frontier.spilled
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from torch import nn
+from torch import Tensor, nn
 
 from ptq4cuda.config import QuantConfig
 
@@ -158,4 +158,5 @@ def record_of(network: nn.Module) -> QuantRecord:
 
 def tensor_bytes(module: nn.Module) -> int:
     """Return the bytes of all parameters and buffers that a state_dict holds."""
-    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    tensors = (t for t in module.state_dict().values() if isinstance(t, Tensor))  # beside extra state of any kind
+    return sum(t.numel() * t.element_size() for t in tensors)

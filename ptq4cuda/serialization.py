@@ -55,7 +55,8 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(module, QuantModule)
     }
     # Each tensor gets storage of its own: safetensors refuses shared storage, as of tied weights.
-    tensors = {name: _narrow(name, t.detach().cpu()).contiguous().clone() for name, t in network.state_dict().items()}
+    state = {name: t.detach().cpu() for name, t in network.state_dict().items() if isinstance(t, Tensor)}
+    tensors = {name: _narrow(name, t).contiguous().clone() for name, t in state.items()}
     header = {
         "format": FORMAT,
         "version": __version__,
@@ -98,13 +99,17 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         if not isinstance(layers.get(name), getattr(nn, quantized.kind)):
             raise ValueError(f"{misfit}: in the file {name!r} is a {quantized.kind}, in the model it is not")
         network.set_submodule(name, quantized.like(layers[name]))
+    # With the versions of its modules, or BatchNorm takes the tensors for those of an old one that it must complete.
     state = network.state_dict()
-    tensors = {name: _widen(name, t, state[name]) if name in state else t for name, t in tensors.items()}
+    like = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    for name in like:
+        del state[name]
     for name, tensor in tensors.items():
-        if name in state and tensor.is_floating_point() != state[name].is_floating_point():
-            raise ValueError(f"{misfit}: {name} is {tensor.dtype} in the file, {state[name].dtype} in the model")
+        state[name] = _widen(name, tensor, like[name]) if name in like else tensor
+        if name in like and state[name].is_floating_point() != like[name].is_floating_point():
+            raise ValueError(f"{misfit}: {name} is {tensor.dtype} in the file, {like[name].dtype} in the model")
     try:
-        network.load_state_dict(tensors, strict=True)
+        network.load_state_dict(state, strict=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split()).partition(": ")[2]
         raise ValueError(f"{misfit}: {detail}") from error

@@ -33,7 +33,12 @@ from ptq4cuda.quantizer import QuantParams
 _LEAST_SAVING = 0.25  # of the bytes of codes that are packed
 
 
-def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: bool | None = None) -> dict[str, str]:
+def lower_layers(
+    network: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    pack: bool | None = None,
+    by_graph: bool | None = None,
+) -> dict[str, str]:
     """Let the quantized layers of a network execute in integers, in place.
 
     quantize() does this; it is for networks that are put together of QuantConv2d and QuantLinear by hand. A network
@@ -43,28 +48,31 @@ def lower_layers(network: nn.Module, dtype: torch.dtype = torch.float32, pack: b
         network: as quantized, or a quantized layer alone.
         dtype: of the values that it computes with.
         pack: let codes travel packed between convolutions. Default: if the network is on a GPU.
+        by_graph: let codes travel along the network's graph, in which no operation may be in place. Default: if it
+            is a torch.fx.GraphModule.
 
     Returns:
         For each quantized layer that stays simulated, why.
     """
-    reload = _Reload(network, dtype, pack)
+    graph = network if by_graph is not False and isinstance(network, fx.GraphModule) else None
+    reload = _Reload(graph, dtype, pack)
     network.register_load_state_dict_pre_hook(reload.before)
     network.register_load_state_dict_post_hook(reload.after)
-    return _lower(network, dtype, pack)
+    return _lower(network, graph, dtype, pack)
 
 
-def _lower(network: nn.Module, dtype: torch.dtype, pack: bool | None) -> dict[str, str]:
+def _lower(network: nn.Module, graph: fx.GraphModule | None, dtype: torch.dtype, pack: bool | None) -> dict[str, str]:
     layers = _quantized_layers(network)
     simulated = {name: layer for name, layer in layers.items() if layer.engine is None}
     reasons = {name: reason for name, layer in simulated.items() if (reason := _why_simulated(layer))}
-    if not isinstance(network, fx.GraphModule):
+    if graph is None:
         for name, layer in simulated.items():
             if name not in reasons:
                 layer.execute_in_integers(_engine(layer, dtype))
     elif len(simulated) == len(layers):  # a graph is lowered once, as a whole
         if pack is None:
             pack = any(buffer.is_cuda for buffer in network.buffers())
-        _Lowering(network, reasons, dtype, pack).run()
+        _Lowering(graph, reasons, dtype, pack).run()
     return reasons
 
 
@@ -75,10 +83,10 @@ def _quantized_layers(network: nn.Module) -> dict[str, QuantModule]:
 class _Reload:
     """Lets a lowered network load a state_dict: it is simulated meanwhile, then lowered for what it has loaded."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, pack: bool | None) -> None:
+    def __init__(self, network: fx.GraphModule | None, dtype: torch.dtype, pack: bool | None) -> None:
         self.dtype, self.pack = dtype, pack
         # It shares the network's modules, and keeps those that the lowered graph does not call.
-        self.simulated = fx.GraphModule(network, network.graph) if isinstance(network, fx.GraphModule) else None
+        self.simulated = fx.GraphModule(network, network.graph) if network is not None else None
         self.lowered: set[str] = set()
         self.errors: list[str] = []
 
@@ -107,7 +115,8 @@ class _Reload:
     def after(self, network: nn.Module, _: object) -> None:
         """Lower the network again; what did not load whole stays simulated."""
         if not self.errors:
-            reasons = _lower(network, self.dtype, self.pack)
+            graph = network if self.simulated is not None and isinstance(network, fx.GraphModule) else None
+            reasons = _lower(network, graph, self.dtype, self.pack)
             self.errors += [
                 f"{name or 'the layer'} cannot compute in integers any more: {reasons[name]}"
                 for name in self.lowered & reasons.keys()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from ptq4cuda.graph.canonical import canonicalize
-from ptq4cuda.graph.functionalize import INPLACE_OPERATORS, InPlaceError, functionalize
+from ptq4cuda.graph.functionalize import InPlaceError, functionalize
 from ptq4cuda.graph.layers import layer_kind
+from ptq4cuda.graph.tracer import Tracer
 
 
 def own_copy(model: nn.Module) -> nn.Module:
@@ -56,6 +58,8 @@ def _unparametrize(module: nn.Module) -> None:
 def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:
     """Trace a model in evaluation mode.
 
+    What comes out depends on the model's code and attributes alone, so that load() finds what quantize() found.
+
     Args:
         model: is copied, not changed.
 
@@ -63,24 +67,39 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:
         A graph module of its own in canonical form, or None and the reason.
     """
     # Whatever torch.fx cannot express surfaces as some exception from the model's own code.
-    model = own_copy(model)
     try:
-        traced = _symbolic_trace(model, {})
-    except Exception as error:
-        # Flags of forward decide on the code that runs; with their defaults it may be traceable.
-        defaults = _constant_defaults(model)
-        try:
-            if not defaults:
-                raise
-            traced = _symbolic_trace(model, defaults)
-        except Exception:
-            return None, f"torch.fx cannot trace it ({_first_sentence(error)})"
-    try:
+        traced = _trace_somehow(model)
         functionalize(traced)
     except InPlaceError as error:
         return None, str(error)
+    except Exception as error:
+        return None, f"torch.fx cannot trace it ({_first_sentence(error)})"
     canonicalize(traced)
     return traced, ""
+
+
+def _trace_somehow(model: nn.Module) -> fx.GraphModule:
+    """Trace a model with as little left out as possible.
+
+    Flags of forward decide on the code that runs; with their defaults it may be traceable. Then modules that cannot
+    be traced and have no layers in them become nodes of their own, all of a class at a time.
+    """
+    defaults = _constant_defaults(model)
+    first: Exception | None = None
+    for whole in (True, False):
+        for constants in ({}, defaults) if defaults else ({},):
+            opaque: frozenset[type[nn.Module]] = frozenset()
+            while True:
+                tracer = Tracer(opaque)
+                try:
+                    return _symbolic_trace(own_copy(model), constants, tracer)
+                except Exception as error:
+                    first = first or error
+                if whole or tracer.blamed is None or tracer.blamed in opaque:
+                    break
+                opaque |= {tracer.blamed}
+    assert first is not None
+    raise first
 
 
 def why_different(model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -103,59 +122,48 @@ def why_different(model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...
     except Exception as error:
         raise ValueError(f"the model fails on the first calibration batch ({_first_sentence(error)})") from error
     try:
-        found = run(traced)
+        with _changes_of_inputs(traced) as changes:
+            found = run(traced)
     except Exception as error:
         return f"its torch.fx graph fails on the calibration data ({_first_sentence(error)})"
+    if changes:
+        return f"its module {changes[0]!r}, which torch.fx cannot trace, changes its input in place"
     return "" if _same(expected, found) else "its torch.fx graph computes something else than the model"
 
 
-# --- torch.fx, with assignments in place ----------------------------------------------------------------------
+@contextmanager
+def _changes_of_inputs(traced: fx.GraphModule) -> Iterator[list[str]]:
+    """List the opaque modules that write into their inputs when they are called: functionalize() cannot see that."""
+    found: list[str] = []
+    hooks: list[RemovableHandle] = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        versions: list[tuple[Tensor, int]] = []
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_inference())
+            versions[:] = [(t, t._version) for t in tensors]
+
+        def after(*_: Any) -> None:
+            found.extend(name for t, version in versions if t._version != version)
+            versions.clear()
+
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(module.register_forward_hook(after))
+
+    try:
+        for name in {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}:
+            module = traced.get_submodule(name)
+            if layer_kind(module) is None and not type(module).__module__.startswith("torch.nn."):
+                watch(name, module)
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-class _Proxy(fx.Proxy):
-    """Records `x += y` and `x[i] = y` as what they are; fx.Proxy reads x = x + y and refuses the second.
-
-    The pieces of a tensor can be counted and iterated over where the call says how many there are.
-    """
-
-    def __len__(self) -> int:
-        pieces = _pieces(self.node)
-        return super().__len__() if pieces is None else pieces
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-def _pieces(node: fx.Node) -> int | None:
-    count = node.args[1] if len(node.args) > 1 else None
-    if node.target in (torch.chunk, "chunk") and isinstance(count, int):
-        return count
-    return len(count) if node.target in (torch.split, "split") and isinstance(count, (tuple, list)) else None
-
-
-def _inplace(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-for _function in INPLACE_OPERATORS:
-    setattr(_Proxy, f"__{_function.__name__}__", _inplace(_function))
-
-
-class _Tracer(fx.Tracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        pieces = _pieces(obj.node)
-        return super().iter(obj) if pieces is None else iter([obj[i] for i in range(pieces)])  # type: ignore[index]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return layer_kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
-
-
-def _symbolic_trace(model: nn.Module, constants: dict[str, Any]) -> fx.GraphModule:
+def _symbolic_trace(model: nn.Module, constants: dict[str, Any], tracer: Tracer) -> fx.GraphModule:
     """Trace a model with constants for some of its arguments, which the result does not take."""
-    tracer = _Tracer()
     graph = tracer.trace(model, constants)
     parameters = inspect.signature(model.forward).parameters
     for node in list(graph.nodes):
@@ -164,6 +172,8 @@ def _symbolic_trace(model: nn.Module, constants: dict[str, Any]) -> fx.GraphModu
             for check in reversed(checks):
                 graph.erase_node(check)
             graph.erase_node(node)
+    for node in graph.nodes:
+        node.type = None  # annotations may be strings, of which torch.fx writes code that cannot be pickled
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
 
