@@ -44,9 +44,21 @@ __device__ T* dynamic_shared_memory() {
     return reinterpret_cast<T*>(memory);
 }
 
+}  // namespace ptq4cuda
+#endif
+
+namespace ptq4cuda {
+
+constexpr int64_t kMaximumGrid = (int64_t{1} << 31) - 1;
+constexpr size_t kSharedForAll = 48 << 10;  // bytes of shared memory that a launch may have without asking
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
+    if (shared_bytes > kSharedForAll)
+        STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(shared_bytes)));
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(grid));
     config.blockDim = dim3(block);
@@ -55,13 +67,6 @@ void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t share
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
-
-}  // namespace ptq4cuda
-#endif
-
-namespace ptq4cuda {
-
-constexpr int64_t kMaximumGrid = (int64_t{1} << 31) - 1;
 
 // Multiprocessors of the current device, asked for once.
 inline int64_t multiprocessors() {

@@ -1,14 +1,15 @@
 // Small kernels for test_model.py: right ones, whose results are known, and wrong ones, which the model must catch.
 // Usage: planted CASE
-#include <cuda_runtime.h>
-
 #include <cstdio>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "cuda/mma.cuh"
+
 namespace {
+
+using ptq4cuda::copy_async, ptq4cuda::dynamic_shared_memory, ptq4cuda::end_of_copies, ptq4cuda::wait_for_copies;
 
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 64;
@@ -32,7 +33,7 @@ __global__ void sum_kernel(const int* x, int* sum, unsigned* odd) {
 
 // Warp functions of half a warp, in a branch; dynamic shared memory; three dimensions.
 __global__ void halves_kernel(double* out) {
-    double* shared = static_cast<double*>(cuda_on_cpu::dynamic_shared_memory());
+    double* shared = dynamic_shared_memory<double>();
     const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z), lane = thread % 32;
     double value = thread;
     if (lane < 16) {
@@ -45,6 +46,35 @@ __global__ void halves_kernel(double* out) {
     __syncthreads();
     out[thread] = shared[kThreads - 1 - thread] + value;
 }
+
+// How a kernel may copy its input to shared memory, chunk by chunk, one ahead of the one that it adds up; and what
+// may be missing. In each chunk a thread adds what another thread, of another warp, has copied.
+enum class Missing { nothing, wait, end_of_group, barrier_after_wait, barrier_before_copy };
+constexpr int kChunks = 5;
+
+template <Missing missing>
+__global__ void copies_kernel(const int4* x, int4* sums) {
+    __shared__ int4 stages[2][kThreads];
+    const int other = (threadIdx.x + kThreads / 2) % kThreads;
+    const auto fetch = [&](int chunk) {
+        if (chunk < kChunks)
+            copy_async<16>(&stages[chunk % 2][threadIdx.x], &x[chunk * kThreads + threadIdx.x], threadIdx.x != 7);
+        if (missing != Missing::end_of_group) end_of_copies();
+    };
+    int4 sum{};
+    fetch(0);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+        fetch(chunk + 1);
+        if (missing != Missing::wait) wait_for_copies<1>();
+        if (missing != Missing::barrier_after_wait) __syncthreads();
+        const int4 four = stages[chunk % 2][other];
+        sum.x += four.x, sum.y += four.y, sum.z += four.z, sum.w += four.w;
+        if (missing != Missing::barrier_before_copy) __syncthreads();
+    }
+    sums[blockIdx.x * kThreads + threadIdx.x] = sum;
+}
+
+__global__ void one_thread_kernel(int* x) { x[threadIdx.x] = dynamic_shared_memory<unsigned char>()[0]; }
 
 // --- wrong -------------------------------------------------------------------------------------------------------
 
@@ -73,6 +103,11 @@ __global__ void lane_outside_the_mask_kernel(int* x) {
 
 __global__ void not_in_the_mask_kernel(int* x) { x[threadIdx.x] = __shfl_sync(0xfffffffeu, 1, 1); }
 
+__global__ void misaligned_copy_kernel(const int* x) {
+    __shared__ int4 shared[2];
+    if (threadIdx.x == 3) copy_async<16>(&shared[0].y, x, true);
+}
+
 __global__ void half_a_warp_kernel(int* x) { x[threadIdx.x] = __ballot_sync(kAll, 1); }
 
 // Without the barrier each thread reads what its neighbour has not written yet, or has, by the order of the threads.
@@ -91,7 +126,7 @@ __global__ void beyond_shared_kernel(int* x, int length) {
 }
 
 __global__ void beyond_dynamic_shared_kernel(int* x) {
-    int* shared = static_cast<int*>(cuda_on_cpu::dynamic_shared_memory());
+    int* shared = dynamic_shared_memory<int>();
     shared[threadIdx.x] = 1;
     __syncthreads();
     x[threadIdx.x] = shared[threadIdx.x + 1];
@@ -110,8 +145,34 @@ void print(const std::vector<T>& values) {
     std::printf("\n");
 }
 
+// In blocks of any shape, as a device takes them, and without the attribute that launch() sets.
+template <class... Parameters, class... Arguments>
+void launch_as_it_is(void (*kernel)(Parameters...), int64_t grid, dim3 block, size_t shared_bytes,
+                     const Arguments&... arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(grid));
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes,
+            const Arguments&... arguments) {
+    ptq4cuda::launch(kernel, grid, block, shared_bytes, nullptr, arguments...);
+}
+
+template <Missing missing>
+void copies() {
+    std::vector<int4> x(kChunks * kThreads), sums(2 * kThreads);
+    for (int i = 0; i < kChunks * kThreads; ++i) x[i] = {i, 2 * i, 3 * i, 4 * i};
+    launch(copies_kernel<missing>, 2, kThreads, 0, x.data(), sums.data());
+    std::vector<int> flat;
+    for (const int4& sum : sums) flat.insert(flat.end(), {sum.x, sum.y, sum.z, sum.w});
+    print(flat);
+}
+
 int run(const std::string& name) {
-    using cuda_on_cpu::launch;
     const std::unique_ptr<int[]> memory(new int[kThreads]);
     int* x = memory.get();
     if (name == "sum") {
@@ -123,7 +184,7 @@ int run(const std::string& name) {
         print(odd);
     } else if (name == "halves") {
         std::vector<double> out(kThreads);
-        launch(halves_kernel, 1, dim3(4, 8, 2), kThreads * sizeof(double), out.data());
+        launch_as_it_is(halves_kernel, 1, dim3(4, 8, 2), kThreads * sizeof(double), out.data());
         print(out);
     } else if (name == "missing_barrier") {
         std::vector<int> out(2 * kThreads);
@@ -145,6 +206,37 @@ int run(const std::string& name) {
         launch(returned_kernel, 1, 1025, 0, x);
     } else if (name == "no_blocks") {
         launch(returned_kernel, 0, kThreads, 0, x);
+    } else if (name == "shared_without_asking") {
+        launch_as_it_is(one_thread_kernel, 1, 1, (48 << 10) + 1, x);
+    } else if (name == "shared_48_kib") {
+        launch_as_it_is(one_thread_kernel, 1, 1, 48 << 10, x);
+    } else if (name == "shared_after_asking") {
+        launch(one_thread_kernel, 1, 1, 227 << 10, x);
+        launch_as_it_is(one_thread_kernel, 1, 1, 227 << 10, x);
+    } else if (name == "too_much_shared") {
+        launch(one_thread_kernel, 1, 1, (227 << 10) + 1, x);
+    } else if (name == "no_threads") {
+        launch(one_thread_kernel, 1, 0, 0, x);
+    } else if (name == "flat_block_of_65") {
+        launch_as_it_is(one_thread_kernel, 1, dim3(1, 1, 65), 0, x);
+    } else if (name == "error_is_forgotten") {
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(0);
+        const cudaError_t first = cudaLaunchKernelEx(&config, one_thread_kernel, x);
+        const cudaError_t last = cudaGetLastError(), after = cudaGetLastError();
+        std::printf("%s, %s, %s\n", cudaGetErrorString(first), cudaGetErrorString(last), cudaGetErrorString(after));
+    } else if (name == "copies") {
+        copies<Missing::nothing>();
+    } else if (name == "missing_wait") {
+        copies<Missing::wait>();
+    } else if (name == "missing_end_of_group") {
+        copies<Missing::end_of_group>();
+    } else if (name == "missing_barrier_after_wait") {
+        copies<Missing::barrier_after_wait>();
+    } else if (name == "missing_barrier_before_copy") {
+        copies<Missing::barrier_before_copy>();
+    } else if (name == "misaligned_copy") {
+        launch(misaligned_copy_kernel, 1, 32, 0, x);
     } else if (name == "inside_shared") {
         launch(beyond_shared_kernel<kThreads>, 1, kThreads, 0, x, kThreads);
     } else if (name == "beyond_shared") {

@@ -60,8 +60,7 @@ def test_parts_of_a_warp_and_dynamic_shared_memory(planted: Path) -> None:
         ("lane_outside_the_mask", r"reads lane 12, outside the mask at planted.cu:\d+"),
         ("not_in_the_mask", r"thread 0 of block 0 is not in the mask of the warp function at planted.cu:\d+"),
         ("half_a_warp", r"waits at planted.cu:\d+, thread 48 does not exist"),
-        ("too_many_threads", "a launch of 1 blocks of 1025 threads"),
-        ("no_blocks", "a launch of 0 blocks of 64 threads"),
+        ("misaligned_copy", "an asynchronous copy of 16 bytes that are not aligned"),
     ],
 )
 def test_what_a_device_would_hang_at_is_an_error(planted: Path, case: str, message: str) -> None:
@@ -72,6 +71,49 @@ def test_what_a_device_would_hang_at_is_an_error(planted: Path, case: str, messa
     assert after == run(planted, "sum").stdout.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("too_many_threads", "CUDA error: invalid configuration argument"),
+        ("no_threads", "CUDA error: invalid configuration argument"),
+        ("flat_block_of_65", "CUDA error: invalid configuration argument"),
+        ("no_blocks", "CUDA error: invalid configuration argument"),
+        ("shared_without_asking", "CUDA error: invalid argument"),
+        ("shared_48_kib", ""),
+        ("shared_after_asking", ""),
+        ("too_much_shared", "CUDA error: invalid argument"),
+    ],
+)
+def test_launches_that_a_device_refuses(planted: Path, case: str, message: str) -> None:
+    found = run(planted, case, "sum")
+    assert found.returncode == bool(message)
+    assert found.stdout == (f"{message}\n" if message else "") + run(planted, "sum").stdout
+
+
+def test_the_last_error_is_told_once(planted: Path) -> None:
+    invalid = "invalid configuration argument"
+    assert run(planted, "error_is_forgotten").stdout == f"{invalid}, {invalid}, no error\n"
+
+
+def test_asynchronous_copies(planted: Path) -> None:
+    expected = []
+    for _block in range(2):
+        for thread in range(64):
+            source = (thread + 32) % 64
+            total = 0 if source == 7 else sum(chunk * 64 + source for chunk in range(5))
+            expected += [total * factor for factor in (1, 2, 3, 4)]
+    assert [int(v) for v in run(planted, "copies").stdout.split()] == expected
+
+
+@pytest.mark.parametrize(
+    "missing", ["wait", "end_of_group", "barrier_after_wait", "barrier_before_copy"], ids=lambda name: name
+)
+def test_a_copy_is_there_after_its_wait_and_a_barrier(planted: Path, missing: str) -> None:
+    found, right = (run(planted, case).stdout.split() for case in (f"missing_{missing}", "copies"))
+    assert len(found) == len(right)
+    assert found != right
+
+
 def test_a_missing_barrier_changes_results(planted: Path) -> None:
     values = [int(v) for v in run(planted, "missing_barrier").stdout.split()]
     right = [100 * block + 63 - thread for block in range(2) for thread in range(64)]
@@ -80,7 +122,7 @@ def test_a_missing_barrier_changes_results(planted: Path) -> None:
     assert wrong == [*range(32), *range(64 + 32, 64 + 64)]
 
 
-@pytest.mark.parametrize("case", ["sum", "halves", "inside_shared", "inside_global"])
+@pytest.mark.parametrize("case", ["sum", "halves", "copies", "inside_shared", "inside_global"])
 def test_the_sanitizer_accepts_right_kernels(sanitized: Path, planted: Path, case: str) -> None:
     found = run(sanitized, case)
     assert found.returncode == 0, found.stderr

@@ -4,7 +4,7 @@
 #include <cuda_runtime.h>
 
 #undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(EXPR) ((void)(EXPR))
+#define STD_CUDA_CHECK(EXPR) cuda_on_cpu::check(EXPR)
 
 namespace ptq4cuda {
 
@@ -16,12 +16,6 @@ struct CurrentStream {
 template <class T>
 T* dynamic_shared_memory() {
     return static_cast<T*>(cuda_on_cpu::dynamic_shared_memory());
-}
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t,
-            const Arguments&... arguments) {
-    cuda_on_cpu::launch(kernel, dim3(static_cast<unsigned>(grid)), dim3(block), shared_bytes, arguments...);
 }
 
 // --- csrc/cuda/mma.cuh: the lanes bring their words to the warp, and each takes what its sums need ---------------
@@ -41,16 +35,14 @@ inline void multiply_add(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b
         }
 }
 
-// Copies are done at once; the strictness is in the barriers.
 template <int N>
 void copy_async(void* shared, const void* global, bool inside) {
-    if (reinterpret_cast<uintptr_t>(shared) % N || reinterpret_cast<uintptr_t>(global) % N)
-        throw std::runtime_error("cuda_on_cpu: an asynchronous copy of " + std::to_string(N) +
-                                 " bytes that are not aligned");
-    inside ? std::memcpy(shared, global, N) : std::memset(shared, 0, N);
+    __pipeline_memcpy_async(shared, inside ? global : nullptr, N, inside ? 0 : N);
 }
-inline void end_of_copies() {}
+inline void end_of_copies() { __pipeline_commit(); }
 template <int N>
-void wait_for_copies() {}
+void wait_for_copies() {
+    __pipeline_wait_prior(N);
+}
 
 }  // namespace ptq4cuda

@@ -6,9 +6,13 @@
 // model adds to a device is strictness. It raises an error where a device would hang, or go on with undefined values:
 //   - a barrier that not all threads of the block reach, also because some have returned;
 //   - a warp function that not all lanes of its mask reach, or that reads a lane outside its mask;
-//   - a launch without threads, or with more than a device takes.
+//   - an asynchronous copy of a size or to an address that it cannot have.
 // Blocks alternate between starting their threads in ascending and in descending order, so that a missing barrier
-// changes results. Built with -fsanitize=address, accesses outside of global and shared memory end the process.
+// changes results. An asynchronous copy spoils what it writes to when it begins, and delivers when the thread waits
+// for it, so that a missing wait, or a missing end of a group, changes results. Built with -fsanitize=address,
+// accesses outside of global and shared memory end the process.
+//
+// A launch that a device refuses does not run, and returns the device's error.
 //
 // It does not model time, memory ordering between blocks, or float instructions that differ from the host's.
 #pragma once
@@ -21,6 +25,7 @@
 #include <initializer_list>
 #include <source_location>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 
 #define __global__
@@ -40,6 +45,10 @@ struct dim3 {
     constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -54,6 +63,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Runs `thread` once for every thread of the grid. Raises std::runtime_error for what is listed above.
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 
+// Ends the kernel that runs with an error.
+[[noreturn]] void fail(const std::string& error);
+
 void wait_for_block(const Place& place);
 // Waits for the lanes of the mask and returns the words that each brought, up to kWarpWords of them, by word and lane
 // (valid until the thread waits again).
@@ -65,13 +77,6 @@ uint64_t lane_value(const uint64_t* values, unsigned mask, int lane, const Place
 int this_lane();
 void* dynamic_shared_memory();
 extern int current_device, launches;
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            const Arguments&... arguments) {
-    const std::tuple<Parameters...> copies(arguments...);
-    run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, copies); });
-}
 
 // Gives each lane the value of lane source(lane), or its own one where that is outside its segment of the warp.
 template <class T, class F>
@@ -140,6 +145,14 @@ T __reduce_add_sync(unsigned mask, T value, PTQ_PLACE) {
 
 #undef PTQ_PLACE
 
+// --- asynchronous copies, as in <cuda_pipeline_primitives.h> ------------------------------------------------------
+
+// Copies `bytes` bytes to shared memory, the last `zeros` of which are zeros that are not read.
+void __pipeline_memcpy_async(void* shared, const void* global, size_t bytes, size_t zeros = 0);
+void __pipeline_commit();
+// Waits for all groups of copies of this thread but the last `groups`; what is in no group yet is not waited for.
+void __pipeline_wait_prior(size_t groups);
+
 // --- small functions ---------------------------------------------------------------------------------------------
 
 template <class T>
@@ -163,8 +176,18 @@ T atomicAdd(T* p, T value) {  // one thread runs at a time
 // --- the runtime -------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+};
+
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();  // and forgets it
 
 inline cudaError_t cudaGetDevice(int* device) {
     *device = cuda_on_cpu::current_device;
@@ -178,5 +201,30 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
     std::memset(p, value, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+
+namespace cuda_on_cpu {
+
+// What a device says to a launch, which is then the last error.
+cudaError_t verdict(const void* kernel, const cudaLaunchConfig_t& config);
+
+inline void check(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
+}
+
+}  // namespace cuda_on_cpu
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+    const cudaError_t error = cuda_on_cpu::verdict(reinterpret_cast<const void*>(kernel), *config);
+    if (error != cudaSuccess) return error;
+    const std::tuple<Parameters...> copies(arguments...);
+    cuda_on_cpu::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                          [&] { std::apply(kernel, copies); });
     return cudaSuccess;
 }

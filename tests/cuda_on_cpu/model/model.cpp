@@ -9,9 +9,11 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -33,7 +35,16 @@ int current_device = 0, launches = 0;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
-constexpr int64_t kMaximumThreads = 1024, kMaximumShared = 227 << 10, kMaximumGrid = (int64_t{1} << 31) - 1;
+constexpr int64_t kMaximumThreads = 1024, kMaximumGrid = (int64_t{1} << 31) - 1, kMaximumOtherGrid = 65535;
+constexpr int64_t kSharedForAll = 48 << 10, kMaximumShared = 227 << 10;  // bytes, without asking and at most
+constexpr unsigned char kSpoilt = 0x7f;                                  // nothing that a kernel may count on
+
+// An asynchronous copy under way: what it read and will write.
+struct Copy {
+    void* to;
+    unsigned char bytes[16];
+    size_t count;
+};
 
 enum class State { waiting_for_block, waiting_for_warp, running };
 
@@ -46,6 +57,8 @@ struct Fiber {
     unsigned mask = 0;                           // for which lanes
     uint64_t values[kWarpWords] = {};            // what it brings to a warp function
     uint64_t lane_values[kWarpWords][warpSize];  // and gets
+    std::vector<Copy> copies;                    // under way
+    std::vector<size_t> groups;                  // how many of them are in the first group, the first two...
     void* asan_stack = nullptr;
 };
 
@@ -110,12 +123,16 @@ std::string position(const Place& place) {
     return file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line());
 }
 
+}  // namespace
+
 // Leaves the kernel for good; run_grid raises the error.
-[[noreturn]] void fail(const std::string& error) {
+void fail(const std::string& error) {
     block.error = error;
     switch_to(&scheduler);
     __builtin_unreachable();
 }
+
+namespace {
 
 // What keeps `fiber` waiting: the first thread that has not come to where it is. Empty if it may go on.
 std::string missing(const Fiber& fiber) {
@@ -164,6 +181,8 @@ void fiber_main() {
             const int n = block.started++;
             current->thread = block.descending ? block.threads - 1 - n : n;
             current->state = State::running;
+            current->copies.clear();  // what the thread before it did not wait for has never been delivered
+            current->groups.clear();
             block.of_thread[current->thread] = current;
             set_place_of_thread(current->thread);
             (*block.thread_function)();
@@ -245,11 +264,7 @@ void* dynamic_shared_memory() { return block.shared.get(); }
 void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& thread) {
     const std::lock_guard lock(one_launch_at_a_time);
     const int64_t count = int64_t{threads.x} * threads.y * threads.z;
-    if (grid.x < 1 || grid.x > kMaximumGrid || grid.y != 1 || grid.z != 1 || count < 1 || count > kMaximumThreads ||
-        shared_bytes > kMaximumShared)
-        throw std::runtime_error("cuda_on_cpu: a launch of " + std::to_string(grid.x) + " blocks of " +
-                                 std::to_string(count) + " threads with " + std::to_string(shared_bytes) +
-                                 " bytes of shared memory");
+    if (grid.y != 1 || grid.z != 1) throw std::runtime_error("cuda_on_cpu: a grid of more than one dimension");
     ++launches;
     gridDim = grid;
     blockDim = threads;
@@ -260,7 +275,7 @@ void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<
         block.descending = blockIdx.x % 2 == 1;
         block.of_thread.assign(count, nullptr);
         block.shared.reset(new char[shared_bytes]);
-        std::memset(block.shared.get(), 0x7f, shared_bytes);  // nothing that a kernel may count on
+        std::memset(block.shared.get(), kSpoilt, shared_bytes);
         switch_to(idle_fiber());
         if (block.error.empty()) continue;
         const std::string error = "cuda_on_cpu: " + std::move(block.error);
@@ -271,4 +286,65 @@ void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<
     }
 }
 
+namespace {
+
+cudaError_t last_error = cudaSuccess;
+std::map<const void*, int64_t> shared_of_kernel;  // bytes of dynamic shared memory that were asked for
+
+cudaError_t noted(cudaError_t error) {
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+
+}  // namespace
+
+cudaError_t verdict(const void* kernel, const cudaLaunchConfig_t& config) {
+    const dim3 &grid = config.gridDim, &block = config.blockDim;
+    const int64_t threads = int64_t{block.x} * block.y * block.z;
+    if (threads < 1 || threads > kMaximumThreads || block.z > 64 || int64_t{grid.x} * grid.y * grid.z < 1 ||
+        grid.x > kMaximumGrid || std::max(grid.y, grid.z) > kMaximumOtherGrid)
+        return noted(cudaErrorInvalidConfiguration);
+    const auto asked = shared_of_kernel.find(kernel);
+    const int64_t allowed = asked == shared_of_kernel.end() ? kSharedForAll : std::max(kSharedForAll, asked->second);
+    return noted(static_cast<int64_t>(config.dynamicSmemBytes) > allowed ? cudaErrorInvalidValue : cudaSuccess);
+}
+
 }  // namespace cuda_on_cpu
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+    using namespace cuda_on_cpu;
+    if (value < 0 || value > kMaximumShared) return noted(cudaErrorInvalidValue);
+    shared_of_kernel[kernel] = value;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
+
+const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess             ? "no error"
+           : error == cudaErrorInvalidValue ? "invalid argument"
+                                            : "invalid configuration argument";
+}
+
+void __pipeline_memcpy_async(void* shared, const void* global, size_t bytes, size_t zeros) {
+    const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+    if ((bytes != 4 && bytes != 8 && bytes != 16) || zeros > bytes || !aligned(shared) || !aligned(global))
+        cuda_on_cpu::fail("an asynchronous copy of " + std::to_string(bytes) + " bytes that are not aligned");
+    cuda_on_cpu::Copy copy{shared, {}, bytes};
+    if (zeros < bytes) std::memcpy(copy.bytes, global, bytes - zeros);
+    std::memset(shared, cuda_on_cpu::kSpoilt, bytes);
+    cuda_on_cpu::current->copies.push_back(copy);
+}
+
+void __pipeline_commit() { cuda_on_cpu::current->groups.push_back(cuda_on_cpu::current->copies.size()); }
+
+void __pipeline_wait_prior(size_t groups) {
+    std::vector<cuda_on_cpu::Copy>& copies = cuda_on_cpu::current->copies;
+    std::vector<size_t>& ends = cuda_on_cpu::current->groups;
+    if (ends.size() <= groups) return;
+    const size_t done_groups = ends.size() - groups, done = ends[done_groups - 1];
+    for (size_t i = 0; i < done; ++i) std::memcpy(copies[i].to, copies[i].bytes, copies[i].count);
+    copies.erase(copies.begin(), copies.begin() + done);
+    ends.erase(ends.begin(), ends.begin() + done_groups);
+    for (size_t& end : ends) end -= done;
+}
