@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ptq4cuda.graph.lower import lower_layers
+from ptq4cuda.inputs import Batch, Inputs
 from ptq4cuda.metrics import Noise
 from ptq4cuda.record import attach_record, record_of
 from ptq4cuda.structure import structure_of
-from ptq4cuda.walk import Inputs
 
 _LEAST_SQNR = 15.0  # dB between the two executions, which agree bit for bit, in half precision to its rounding
 
@@ -65,7 +65,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def _difference(network: nn.Module, lowered: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+def _difference(network: nn.Module, lowered: nn.Module, batch: Batch) -> str:
     """Say so if a lowered network does not compute what the simulated one does; "" where it does."""
     noise = Noise()
     noise.add(_output(network, batch), _output(lowered, batch))
@@ -74,7 +74,7 @@ def _difference(network: nn.Module, lowered: nn.Module, batch: tuple[tuple[Any, 
     return ""
 
 
-def _output(network: nn.Module, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+def _output(network: nn.Module, batch: Batch) -> Any:
     """Call a network with tensors of its own, which it may write into, and always the same random numbers."""
     args, kwargs = tree_map_only(Tensor, torch.clone, batch)
     with torch.random.fork_rng():

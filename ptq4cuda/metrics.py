@@ -39,8 +39,10 @@ class Noise:
     def add(self, expected: Any, found: Any) -> None:
         """Add a chunk; what is not a floating tensor is passed over."""
         if isinstance(expected, Tensor) and expected.is_floating_point():
-            self.signal += float(expected.double().square().sum())
-            self.noise += float((expected.double() - found.double()).square().sum())
+            masked = ~expected.isfinite()  # classes that are not there, and the like
+            error = (expected.double() - found.double()).masked_fill(masked, 0.0)
+            self.signal += float(expected.double().masked_fill(masked, 0.0).square().sum())
+            self.noise += float(error.square().sum())
         elif isinstance(expected, (tuple, list)):
             for e, f in zip(expected, found, strict=True):
                 self.add(e, f)

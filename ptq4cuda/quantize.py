@@ -22,7 +22,7 @@ from ptq4cuda.clipping import ClipRule
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.correction import correct_bias
 from ptq4cuda.execution import lower
-from ptq4cuda.inputs import batch_size, check_model, collect_inputs
+from ptq4cuda.inputs import Inputs, batch_size, check_model, collect_inputs
 from ptq4cuda.least_squares import fit_weights
 from ptq4cuda.moments import Moments, layer_moments
 from ptq4cuda.nn import QuantModule, quant_module_for
@@ -30,7 +30,7 @@ from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.record import QuantRecord, Trade, attach_record, tensor_bytes
 from ptq4cuda.rounding import round_for_output, round_to_nearest
 from ptq4cuda.sensitivity import layer_damage, mean_bits, next_step
-from ptq4cuda.walk import Inputs, LayerCall, Solution, walk_graph, walk_modules
+from ptq4cuda.walk import LayerCall, Solution, walk_graph, walk_modules
 
 DEFAULT_CONFIG = QuantConfig()
 
@@ -59,7 +59,10 @@ def quantize(
             empty, single images or contain NaN or Inf, or a layer's input does.
     """
     start = time.perf_counter()
+    model = graph.unwrap(model)
     check_model(model)
+    if graph.is_compiled(model):  # what runs it here would be compiled for nothing
+        model = graph.own_copy(model)
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
     inputs = collect_inputs(model, batches)

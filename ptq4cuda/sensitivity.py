@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ptq4cuda.config import QuantConfig
+from ptq4cuda.inputs import Inputs, batch_size
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.record import Trade
-from ptq4cuda.walk import Inputs
 
 _SAMPLES = 64  # calibration samples that are looked at
 
@@ -31,7 +31,7 @@ def layer_damage(reference: nn.Module, quantized: nn.Module, inputs: Inputs) -> 
     for args, kwargs in inputs:
         if count < _SAMPLES:
             some.append((args, kwargs))
-            count += len(next(iter((*args, *kwargs.values()))))
+            count += batch_size((args, kwargs))
     expected = [reference(*args, **kwargs) for args, kwargs in some]
     damage = {}
     for name, module in quantized.named_modules():

@@ -24,7 +24,7 @@ from ptq4cuda import graph
 from ptq4cuda._version import __version__
 from ptq4cuda.execution import lower
 from ptq4cuda.files import write_whole
-from ptq4cuda.inputs import check_float_model
+from ptq4cuda.inputs import check_float_model, not_finite
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.record import QuantRecord, attach_record, record_of
 from ptq4cuda.structure import structure_of
@@ -83,6 +83,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             model is quantized or without values.
     """
     header, tensors = _read(path)
+    model = graph.unwrap(model)
     check_float_model(model)
     record = header.record
     network = graph.own_copy(model).eval()
@@ -113,9 +114,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     except RuntimeError as error:
         detail = " ".join(str(error).split()).partition(": ")[2]
         raise ValueError(f"{misfit}: {detail}") from error
-    for name, parameter in network.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"{misfit}: {name} contains NaN or Inf")
+    broken = not_finite(network)
+    if broken is not None:
+        raise ValueError(f"{misfit}: {broken} contains NaN or Inf")
     attach_record(network, record)
     return lower(network, model).eval()
 

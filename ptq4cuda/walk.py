@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from ptq4cuda import graph
 from ptq4cuda.clipping import IDENTITY, Activation, ClipRule
+from ptq4cuda.inputs import Inputs, batch_size, device_of
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule, QuantTensor
 from ptq4cuda.quantizer import QuantParams
@@ -104,7 +105,6 @@ class Solution:
 
 Kept = Callable[[str], str]  # why a layer that could be quantized stays in float, or ""
 Solver = Callable[[LayerCall], Solution]
-Inputs = Sequence[tuple[tuple[Any, ...], dict[str, Any]]]  # args and kwargs of each calibration batch
 
 
 def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerRecord:
@@ -265,22 +265,9 @@ class _GraphWalk:
             del self.signals[node]
 
     def _placeholder(self, node: fx.Node) -> Signal:
-        position = [n for n in self.network.graph.nodes if n.op == "placeholder"].index(node)
         streams = []
-        target = str(node.target)
-        value: Any
         for args, kwargs in self.inputs:
-            if target.startswith("*"):
-                value = {} if target.startswith("**") else args[position:]
-            elif position < len(args):
-                value = args[position]
-            elif target in kwargs:
-                value = kwargs[target]
-            elif node.args:
-                value = node.args[0]
-            else:
-                raise ValueError(f"the calibration batches have no value for the model's argument {node.target!r}")
-            held = self.frontier.hold(value)
+            held = self.frontier.hold(graph.bind(self.network, args, kwargs)[str(node.target)])
             streams.append((held, held))
         return Signal(streams)
 
@@ -402,7 +389,7 @@ def walk_modules(
     """
     names = {module: name for name, module in network.named_modules() if graph.layer_kind(module) and not kept(name)}
     order, functions, alone = _calling_order(network, names, inputs[0])
-    walk = _ModuleWalk(names, order, solve, samples=sum(len(tree_leaves(i)[0]) for i in inputs))
+    walk = _ModuleWalk(names, order, solve, samples=sum(map(batch_size, inputs)))
     hooks = [module.register_forward_hook(walk.on_layer, with_kwargs=True) for module in names]
     for module in network.modules():
         if graph.module_activation(module) is not None:
@@ -489,12 +476,23 @@ def _calling_order(
 
 
 def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:
-    """Concatenate all batches along the batch, twice: the float stream, then the quantized one."""
+    """Concatenate all batches along the batch, twice: the float stream, then the quantized one.
+
+    Raises:
+        ValueError: an argument without samples, as a grid, differs between batches.
+    """
+    sizes = [batch_size(batch) for batch in inputs]
 
     def join(values: Sequence[Any]) -> Any:
         first = values[0]
         if isinstance(first, Tensor):
-            return torch.cat([*values, *values])
+            if all(t.dim() > 0 and len(t) == size for t, size in zip(values, sizes, strict=True)):
+                return torch.cat([*values, *values])
+            if any(t.shape != first.shape or not torch.equal(t, first) for t in values):
+                raise ValueError(
+                    "torch.fx cannot trace the model, and a tensor that goes with all samples differs between "
+                    "batches: give one batch"
+                )
         if isinstance(first, (tuple, list)):
             return type(first)(join(items) for items in zip(*values, strict=True))
         if isinstance(first, dict):
@@ -583,16 +581,3 @@ class _ModuleWalk:
             if self.called[module] > 1:
                 record.reason = f"called {self.called[module]} times, its input quantized for the first"
         return records
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Return the device of a network's parameters.
-
-    Raises:
-        ValueError: they are on several devices.
-    """
-    # Numbers, as torch.tensor(0.5) in a model's code, work with tensors on any device.
-    devices = {t.device for t in itertools.chain(network.parameters(), network.buffers()) if t.dim()}
-    if len(devices) > 1:
-        raise ValueError(f"the model is on several devices: {', '.join(sorted(map(str, devices)))}")
-    return next(iter(devices), torch.device("cpu"))

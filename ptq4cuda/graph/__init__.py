@@ -1,5 +1,6 @@
 """torch.fx passes: trace into canonical form, fold BatchNorm, find what to quantize and how tensors come about."""
 
+from ptq4cuda.graph.bind import bind
 from ptq4cuda.graph.fold import fold_batch_norm
 from ptq4cuda.graph.importance import layer_importance, output_importance
 from ptq4cuda.graph.layers import (
@@ -16,12 +17,15 @@ from ptq4cuda.graph.layers import (
 from ptq4cuda.graph.order import prepare, shortcuts_first
 from ptq4cuda.graph.residual import operands_as_codes
 from ptq4cuda.graph.trace import own_copy, trace, why_different
+from ptq4cuda.graph.wrappers import is_compiled, unwrap
 
 __all__ = [
     "activation_of",
+    "bind",
     "call_name",
     "fold_batch_norm",
     "is_addition",
+    "is_compiled",
     "is_transparent",
     "is_weighted",
     "layer_importance",
@@ -33,6 +37,7 @@ __all__ = [
     "prepare",
     "shortcuts_first",
     "trace",
+    "unwrap",
     "why_different",
     "why_float",
     "why_float_call",

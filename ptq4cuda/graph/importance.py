@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ptq4cuda.graph.bind import Interpreter
 from ptq4cuda.graph.layers import activation_of, layer_kind
 
 
@@ -26,7 +27,7 @@ class _Seen:
     samples: int
 
 
-class _Probe(fx.Interpreter):
+class _Probe(Interpreter):
     """Runs the network and remembers of each tensor its shape and how much of it is positive."""
 
     def __init__(self, network: fx.GraphModule) -> None:
@@ -83,11 +84,10 @@ def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx
     Raises:
         ValueError: a convolution gets a single image without a batch dimension.
     """
-    names = [str(n.target) for n in network.graph.nodes if n.op == "placeholder"]
     probe = _Probe(network)
     with torch.no_grad():
         for args, kwargs in inputs:
-            probe.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+            probe.call(args, kwargs)
     seen = probe.seen
     for node, value in seen.items():
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None

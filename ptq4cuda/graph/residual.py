@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ptq4cuda.graph.bind import Interpreter
 from ptq4cuda.graph.canonical import constant
 from ptq4cuda.graph.layers import is_addition, layer_kind, why_float_call
 from ptq4cuda.nn import QuantTensor
@@ -54,8 +55,7 @@ def operands_as_codes(network: fx.GraphModule, args: tuple[Any, ...], kwargs: di
         kwargs: of a calibration batch.
     """
     probe = _Shapes(network)
-    names = [str(node.target) for node in network.graph.nodes if node.op == "placeholder"]
-    probe.run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+    probe.call(args, kwargs)
     found = set()
     for node in network.graph.nodes:
         if node.op != "call_module" or not isinstance(network.get_submodule(str(node.target)), QuantTensor):
@@ -70,7 +70,7 @@ def operands_as_codes(network: fx.GraphModule, args: tuple[Any, ...], kwargs: di
     return found
 
 
-class _Shapes(fx.Interpreter):
+class _Shapes(Interpreter):
     """Runs a network and remembers the shapes of floating tensors."""
 
     def __init__(self, network: fx.GraphModule) -> None:

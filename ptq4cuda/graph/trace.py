@@ -21,6 +21,7 @@ from ptq4cuda.graph.canonical import canonicalize
 from ptq4cuda.graph.functionalize import InPlaceError, functionalize
 from ptq4cuda.graph.layers import layer_kind
 from ptq4cuda.graph.tracer import Tracer
+from ptq4cuda.graph.wrappers import unwrap_parts
 
 
 def own_copy(model: nn.Module) -> nn.Module:
@@ -28,6 +29,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     # Hooks leave computed weights as attributes, which deepcopy refuses to copy.
     computed = (t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
     model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    unwrap_parts(model)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             _unparametrize(module)

@@ -404,14 +404,15 @@ BAD = {
     "no batches": (lambda m, x: (m, []), ValueError, "batches is empty"),
     "one tensor": (lambda m, x: (m, x), TypeError, "got one Tensor: put it in a list"),
     "one dict": (lambda m, x: (m, {"x": x}), TypeError, "got one dict"),
-    "a number": (lambda m, x: (m, 3), TypeError, "got one int"),
+    "a number": (lambda m, x: (m, 3), TypeError, "an iterable of batches, got one int$"),
     "batch of strings": (lambda m, x: (m, ["cat"]), TypeError, "batch 0 must be a tensor.*got str"),
     "wrong keys": (lambda m, x: (m, [{"image": x}]), TypeError, r"keys \['image'\].*forward \(x\)"),
-    "no tensor": (
+    "a number for an image": (
         lambda m, x: (TwoInputs().eval(), [{"left": x, "right": 2.0}]),
-        TypeError,
-        "batch 0 has float for the model's argument 'right'; only tensors",
+        ValueError,
+        "the model fails on the first calibration batch .*conv2d.*got .float",
     ),
+    "no tensor": (lambda m, x: (m, [{"x": 2.0}]), TypeError, r"keys \['x'\]; none is a tensor"),
     "other arguments": (
         lambda m, x: (TwoInputs().eval(), [{"left": x, "right": x}, {"left": x}]),
         ValueError,

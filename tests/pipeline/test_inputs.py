@@ -1,0 +1,276 @@
+"""What people hand to quantize(): models with constants and wrappers, batches of every form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ptq4cuda
+from ptq4cuda import QuantConfig, quantize
+from ptq4cuda.metrics import Noise
+from ptq4cuda.record import record_of
+
+EXECUTIONS = ["integer", "simulate"]
+
+
+class Net(nn.Module):
+    """A small network; `branches` keeps torch.fx from tracing it."""
+
+    def __init__(self, branches: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.bn, self.second = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 10)
+        self.branches = branches
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branches and x.sum() < -1e9:
+            x = -x
+        x = F.relu(self.bn(self.first(x)))
+        return self.head(F.relu(self.second(x)).mean((2, 3)))
+
+
+@pytest.fixture(params=["graph", "modules"])
+def walked_by(request: pytest.FixtureRequest) -> str:
+    walk: str = request.param
+    return walk
+
+
+def sqnr(expected: Any, found: Any) -> float:
+    noise = Noise()
+    noise.add(expected, found)
+    return math.inf if noise.sqnr is None else noise.sqnr
+
+
+def check(
+    model: nn.Module,
+    batches: list[Any],
+    call: Callable[[nn.Module], Any],
+    walked_by: str,
+    folder: Path,
+    least: float = 20.0,
+) -> None:
+    """Quantize in both executions: close to float, the same from a file, bit for bit."""
+    for execution in EXECUTIONS:
+        config = QuantConfig.naive(8, 8, fold_activation_scale=True, execution=execution)
+        network = quantize(model, batches, config, progress=False)
+        assert record_of(network).walked_by == walked_by, record_of(network).reason
+        with torch.no_grad():
+            expected, found = call(model), call(network)
+            assert sqnr(expected, found) > least
+            ptq4cuda.save(network, folder / "net.ptq4")
+            loaded = ptq4cuda.load(folder / "net.ptq4", model)
+            assert sqnr(found, call(loaded)) == math.inf
+
+
+# --- models ---------------------------------------------------------------------------------------------------
+
+
+class Masked(Net):
+    """Holds -inf on purpose, and returns it for the classes that are not there."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__(branches)
+        self.register_buffer("causal", torch.full((10, 10), -math.inf).triu(1))
+        self.absent = nn.Parameter(torch.zeros(10).index_fill(0, torch.tensor([3, 7]), -math.inf), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return (torch.softmax(y[:, None] + self.causal, -1) * 10 + y[:, None]).sum(1) + self.absent
+
+
+def test_constants_may_be_infinite(images: Tensor, walked_by: str, tmp_path: Path) -> None:
+    model = Masked(walked_by == "modules")
+    check(model, [images], lambda m: m(images[:8]), walked_by, tmp_path)
+    assert record_of(quantize(model, [images], QuantConfig.naive(8, 8), progress=False)).sqnr > 20
+
+
+@pytest.mark.parametrize("name", ["first.weight", "first.bias", "bn.running_var", "bn.weight", "head.weight"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_layers_may_not(images: Tensor, name: str, value: float) -> None:
+    model = Net()
+    model.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(ValueError, match=f"the model's '{name}' contains NaN or Inf"):
+        quantize(model, [images], progress=False)
+
+
+def compiled_part(model: nn.Module) -> nn.Module:
+    model.second = torch.compile(model.second, backend=never)
+    return model
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend=never)
+    return model
+
+
+def never(*args: object) -> None:
+    raise AssertionError("it is not compiled to be quantized")
+
+
+WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": lambda m: torch.compile(m, backend=never),
+    "compiled in place": compiled_in_place,
+    "compiled in part": compiled_part,
+    "parallel": nn.DataParallel,
+    "compiled and parallel": lambda m: nn.DataParallel(torch.compile(m, backend=never)).eval(),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_wrapped_models_are_quantized_from_the_original(
+    images: Tensor, wrap: Callable[[nn.Module], nn.Module], walked_by: str, tmp_path: Path
+) -> None:
+    branches = walked_by == "modules"
+    expected = quantize(Net(branches), [images], QuantConfig.fast(), progress=False)
+    network = quantize(wrap(Net(branches)), [images], QuantConfig.fast(), progress=False)
+    assert record_of(network).walked_by == walked_by
+    assert network.state_dict().keys() == expected.state_dict().keys()
+    assert torch.equal(network(images), expected(images))
+    ptq4cuda.save(network, tmp_path / "net.ptq4")
+    for model in (Net(branches), wrap(Net(branches))):
+        assert torch.equal(ptq4cuda.load(tmp_path / "net.ptq4", model)(images), expected(images))
+
+
+# --- arguments ------------------------------------------------------------------------------------------------
+
+
+class Arguments(Net):
+    """Takes what models take beside images."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        scale: float = 1.0,
+        grid: Tensor | None = None,
+        *,
+        temperature: Any = 1.0,
+        pair: Any = None,
+    ) -> Tensor:
+        if grid is not None:
+            x = x + F.interpolate(grid[None], x.shape[-2:])
+        y = super().forward(x) * scale / temperature
+        return y if pair is None else y + pair["a"] + pair["b"][0]
+
+
+def arguments(x: Tensor) -> dict[str, dict[str, Any]]:
+    grid, temperature = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(2)), torch.tensor(2.0)
+    return {
+        "images alone": {"x": x},
+        "a default is left out": {"x": x, "grid": grid},
+        "keyword only": {"x": x, "temperature": temperature},
+        "a number": {"x": x, "scale": 3},
+        "none": {"x": x, "scale": 2.0, "grid": None},
+        "no dimensions": {"grid": grid, "temperature": temperature, "x": x, "scale": torch.tensor(0.5)},
+        "containers": {"x": x, "grid": grid, "pair": {"a": x.mean((1, 2, 3))[:, None], "b": [torch.ones(10), None]}},
+    }
+
+
+@pytest.mark.parametrize("name", arguments(torch.zeros(1, 3, 12, 12)))
+def test_arguments_of_every_kind(images: Tensor, name: str, tmp_path: Path) -> None:
+    """A model that torch.fx traces or not, depending on the arguments."""
+    model = Arguments()
+    batches = [arguments(x)[name] for x in (images[:32], images[32:])]
+    for execution in EXECUTIONS:
+        config = QuantConfig.naive(8, 8, fold_activation_scale=True, execution=execution)
+        network = quantize(model, batches, config, progress=False)
+        given = arguments(images[:8])[name]
+        with torch.no_grad():
+            assert sqnr(model(**given), network(**given)) > 25
+            ptq4cuda.save(network, tmp_path / "net.ptq4")
+            loaded = ptq4cuda.load(tmp_path / "net.ptq4", model)
+            assert torch.equal(loaded(**given), network(**given))
+
+
+def test_tensors_without_samples_must_be_the_same(images: Tensor) -> None:
+    batches = [{"x": x, "grid": torch.rand(3, 4, 4)} for x in images.split(24)]
+    with pytest.raises(ValueError, match="a tensor that goes with all samples differs between batches"):
+        quantize(Arguments(branches=True), batches, progress=False)
+
+
+def test_masks_that_are_added_may_be_infinite(images: Tensor, walked_by: str, tmp_path: Path) -> None:
+    class Added(Net):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            return torch.softmax(super().forward(x) + mask, -1)
+
+    mask = torch.zeros(10).index_fill(0, torch.tensor([2]), -math.inf)
+    model = Added(walked_by == "modules")
+    check(model, [{"x": images, "mask": mask}], lambda m: m(images[:8], mask), walked_by, tmp_path)
+
+
+def test_damage_is_measured_with_arguments_by_name(images: Tensor) -> None:
+    batch = {"grid": torch.rand(3, 4, 4), "x": images}
+    network = quantize(Arguments(), [batch], QuantConfig.fast(target_sqnr=25.0), progress=False)
+    assert record_of(network).images == len(images)
+    assert record_of(network).sqnr > 25
+
+
+def test_subclasses_of_tensors_become_plain(images: Tensor) -> None:
+    class Picture(Tensor):
+        pass
+
+    batches = [images[:24].as_subclass(Picture), nn.Parameter(images[24:])]
+    network = quantize(Net(), batches, QuantConfig.fast(), progress=False)
+    expected = quantize(Net(), [images[:24], images[24:]], QuantConfig.fast(), progress=False)
+    assert all(type(t) is Tensor for t in network.state_dict().values())
+    assert torch.equal(network(images), expected(images))
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+class Samples(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.rand(3, 12, 12), 0
+
+
+def single_images() -> Iterator[Any]:
+    for _ in range(4):
+        yield torch.rand(3, 12, 12), 1
+
+
+PICTURE = Image.new("RGB", (12, 12))
+REFUSED: dict[str, tuple[Any, str]] = {
+    "array": (np.zeros((4, 3, 12, 12)), r"got one ndarray: torch\.from_numpy makes a tensor of it"),
+    "arrays": ([np.zeros((4, 3, 12, 12))], r"batch 0 must be a tensor.*got ndarray: torch\.from_numpy"),
+    "array in a dict": (
+        [{"x": np.zeros((4, 3, 12, 12))}],
+        "batch 0 has ndarray for the model's argument 'x'.*from_num",
+    ),
+    "pictures": ([PICTURE], "batch 0 must be a tensor.*got Image: make tensors of images.*and stack them"),
+    "a list of pictures": ([[PICTURE, PICTURE]], "got Image: make tensors of images"),
+    "a picture": (PICTURE, "got one Image: make tensors of images"),
+    "path": ("images/", "got one str: read its images into tensors first, as .*ImageFolder and a DataLoader"),
+    "Path": (Path("images"), "got one PosixPath: read its images into tensors first"),
+    "paths": ([Path("a.png")], "batch 0 must be a tensor.*got PosixPath: read its images"),
+    "dataset": (Samples(), r"got one Samples: its items are single samples; torch\.utils\.data\.DataLoader\(dataset"),
+    "single samples": (single_images(), "the model fails on the first calibration batch .*got 3D input"),
+    "images of detectors": ([[torch.rand(3, 12, 12)] * 4], "batch 0 is a list of images, as detectors take"),
+    "two images": ([[torch.rand(3, 12, 12), torch.rand(3, 9, 9)]], "batch 0 is a list of images"),
+    "with targets": ([([torch.rand(3, 12, 12)] * 2, [{}, {}])], "batch 0 is a list of images.*its backbone"),
+    "images by name": (
+        [{"x": [torch.rand(3, 12, 12)] * 2}],
+        "none is a tensor for an argument of the model's forward",
+    ),
+    "sparse": ([torch.rand(4, 3, 12, 12).to_sparse()], r"batch 0 has a tensor that is torch\.sparse_coo: give dense"),
+}
+
+
+@pytest.mark.parametrize(("batches", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_batch_is_refused_with_the_remedy(batches: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        quantize(Net(), batches, progress=False)
+    assert "put it in a list" not in str(caught.value)
