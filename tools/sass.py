@@ -90,7 +90,7 @@ class Work:
     """What the kernels of a pattern work on.
 
     Attributes:
-        pattern: matches a whole name; groups named `read` and `written` are the types of a value.
+        pattern: matches a whole name; groups named `read`, `written` and `value` (for both) are the types of a value.
         read: bytes of a value where they have no type; 0: nothing is read.
         written: the same of what is written.
         loops: how many loops handle all values, one after the other.
@@ -107,11 +107,13 @@ class Work:
 
     def bytes_of_value(self, match: re.Match[str]) -> tuple[float, float]:
         """Return the bytes of a value that are read and that are written."""
-        types = match.groupdict()
-        return (
-            SIZES[types["read"]] if types.get("read") else self.read,
-            SIZES[types["written"]] if types.get("written") else self.written,
-        )
+        sizes = {side: SIZES[name] for side, name in match.groupdict().items() if name in SIZES}
+        both = sizes.get("value", 0.0)
+        return sizes.get("read", both or self.read), sizes.get("written", both or self.written)
+
+
+def _table_shared(match: re.Match[str]) -> int:
+    return 48 << 10 if match[0].endswith(("(Source)2>", "(Source)3>")) else 0  # at most: quantizers of all channels
 
 
 def _conv_shared(match: re.Match[str]) -> int:
@@ -121,9 +123,10 @@ def _conv_shared(match: re.Match[str]) -> int:
 
 
 WORK = (
-    Work(r"elementwise_kernel<Each<\w+, (?P<read>[\w ]+), (?P<written>[\w ]+)>, .*>"),
-    Work(r"elementwise_kernel<PackGroup<(?P<read>\w+)>, .*>", written=0.5),
-    Work(r"elementwise_kernel<UnpackGroup<(?P<written>\w+)>, .*>", read=0.5),
+    Work(r"elementwise_kernel<Each<FakeQuantize, (?P<value>\w+)>, .*>", shared=_table_shared),
+    Work(r"elementwise_kernel<Each<Quantize, (?P<read>\w+)>, .*>", written=1.0, shared=_table_shared),
+    Work(r"elementwise_kernel<PackGroup<(?P<read>\w+)>, .*>", written=0.5, shared=_table_shared),
+    Work(r"elementwise_kernel<UnpackGroup<(?P<written>\w+)>, .*>", read=0.5, shared=_table_shared),
     Work(r"pack_tiles_kernel<(?P<read>\w+), \d+>", written=0.5, loops=2),
     Work(r"unpack_tiles_kernel<(?P<written>\w+), \d+>", read=0.5, loops=2),
     Work(r"pack_rows_kernel", read=1.0, written=0.5),

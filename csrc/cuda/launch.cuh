@@ -11,8 +11,19 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
 
 #include "../entry.h"
+
+namespace ptq4cuda {
+
+// Bytes in registers; two bytes are the low half of a word.
+template <int kBytes>
+struct Words {
+    uint32_t at[kBytes < 4 ? 1 : kBytes / 4];
+};
+
+}  // namespace ptq4cuda
 
 #if defined(PTQ4CUDA_ON_CPU)
 #include <cuda_on_cpu.h>
@@ -46,6 +57,8 @@ __device__ T* dynamic_shared_memory() {
 
 }  // namespace ptq4cuda
 #endif
+
+#include "instructions.cuh"
 
 namespace ptq4cuda {
 
@@ -105,8 +118,10 @@ __device__ __forceinline__ Vector<T, N> load(const T* p, bool aligned) {
 
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, const Vector<T, N>& v, bool aligned) {
-    if (aligned) {
-        *reinterpret_cast<Vector<T, N>*>(p) = v;
+    if (aligned && sizeof(v) > 1) {
+        Words<sizeof(v)> words{};
+        memcpy(&words, &v, sizeof(v));
+        store_words(p, words);
     } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) p[i] = v.at[i];

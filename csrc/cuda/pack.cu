@@ -25,36 +25,49 @@ constexpr int kCodes = 8;  // 4-bit codes in a word
 
 // --- channels_last -----------------------------------------------------------------------------------------------
 
+// Eight values and a word.
 template <class T>
 struct PackGroup {
     using Input = T;
     using Output = uint8_t;
-    static constexpr int kGroup = kCodes, kInputs = kCodes, kOutputs = kCodes / 2;
+    using Parameters = Coding;
+    static constexpr int kGroup = kCodes, kInputs = kCodes, kOutputs = kCodes / 2, kUnit = 2;
+    using Group = Values<T, kGroup>;
 
-    template <class F>
-    static __device__ __forceinline__ void apply(const Vector<T, kInputs>& in, Vector<uint8_t, kOutputs>& out,
-                                                 const F& quantizer_of) {
+    template <class Quantizers>
+    static __device__ __forceinline__ Words<4> apply(const Words<Group::kBytes>& in, const Quantizers& quantizers) {
+        uint32_t word = 0;
 #pragma unroll
-        for (int j = 0; j < kGroup; j += 2)
-            out.at[j / 2] = pack_nibbles(code(static_cast<float>(in.at[j]), quantizer_of(j)),
-                                         code(static_cast<float>(in.at[j + 1]), quantizer_of(j + 1)));
+        for (int j = 0; j < kGroup; ++j) word += quantizers.of(j).zero_point() << 4 * j;
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j)
+            word += static_cast<uint32_t>(quantizers.of(j).level(Group::get(in, j))) << 4 * j;
+        return {{word}};
+    }
+    template <class F>
+    static __device__ void one(const T* x, uint8_t* y, int64_t i, const F& quantizer_of) {
+        y[i] = pack_nibbles(code(static_cast<float>(x[2 * i]), quantizer_of(2 * i)),
+                            code(static_cast<float>(x[2 * i + 1]), quantizer_of(2 * i + 1)));
     }
 };
 
+// 16 bytes of T, of two or four bytes of codes.
 template <class T>
 struct UnpackGroup {
     using Input = uint8_t;
     using Output = T;
-    static constexpr int kGroup = kCodes, kInputs = kCodes / 2, kOutputs = kCodes;
+    using Parameters = Decoding;
+    static constexpr int kGroup = 16 / sizeof(T), kInputs = kGroup / 2, kOutputs = kGroup, kUnit = 2;
 
+    template <class Quantizers>
+    static __device__ __forceinline__ Words<16> apply(const Words<kInputs>& in, const Quantizers& quantizers) {
+        const Nibbles nibbles(in.at[0]);
+        return Values<T, kGroup>::make([&](int j) { return quantizers.of(j)(nibbles.bits(j)); });
+    }
     template <class F>
-    static __device__ __forceinline__ void apply(const Vector<uint8_t, kInputs>& in, Vector<T, kOutputs>& out,
-                                                 const F& quantizer_of) {
-#pragma unroll
-        for (int j = 0; j < kGroup; j += 2) {
-            out.at[j] = Dequantize::apply<T>(low_nibble(in.at[j / 2]), quantizer_of(j));
-            out.at[j + 1] = Dequantize::apply<T>(high_nibble(in.at[j / 2]), quantizer_of(j + 1));
-        }
+    static __device__ void one(const uint8_t* x, T* y, int64_t i, const F& quantizer_of) {
+        y[2 * i] = Dequantize::apply<T>(low_nibble(x[i]), quantizer_of(2 * i));
+        y[2 * i + 1] = Dequantize::apply<T>(high_nibble(x[i]), quantizer_of(2 * i + 1));
     }
 };
 

@@ -149,12 +149,12 @@ def histogram(x: Tensor, low: Tensor, high: Tensor, bins: int, axis: int) -> Ten
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors have the same dtype, shape and values; NaN equals NaN."""
+    """Tell whether two tensors have the same dtype, shape and values; NaN equals NaN, and 0 is not -0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return bool((((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())).all())
 
 
 def guarded(

@@ -96,6 +96,18 @@ def test_many_values(backend: Backend, layout: str) -> None:
         assert oracle.same(backend.unpack_dequantize(packed, scale, zero_point, 1, out=out), expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 16, 40, 30), (3100, 10, 1, 1)], ids=str)
+def test_quantizers_of_samples(backend: Backend, shape: tuple[int, ...]) -> None:
+    """Long rows, and more quantizers than shared memory has room for."""
+    x = oracle.make(shape, torch.float16, "channels_last")
+    scale, zero_point, _ = oracle.quantizer(shape[0])
+    packed = expected_pack(x, scale, zero_point, 0)
+    assert oracle.same(backend.quantize_pack(x, scale, zero_point, 0), packed)
+    codes = oracle.quantize(x, scale, zero_point, torch.full((shape[0],), 4, dtype=torch.uint8), 0)
+    values = backend.unpack_dequantize(packed, scale, zero_point, 0, shape[1], torch.float16)
+    assert oracle.same(values, oracle.dequantize(codes.numpy(), scale, zero_point, 0, torch.float16))
+
+
 @pytest.mark.parametrize("offset", [16, 19])
 def test_more_values_than_a_cache_holds(cpu: Backend, offset: int) -> None:
     """They are written past the caches, line by line; here rows begin and end within lines."""

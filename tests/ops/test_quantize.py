@@ -53,6 +53,9 @@ def test_many_values(backend: Backend, op: str, dtype: torch.dtype) -> None:
         ((3, 5, 61, 67), "channels_last"),
         ((2, 24, 40, 37), "channels_last"),
         ((70001,), "misaligned"),
+        ((2, 6, 64, 80), "contiguous"),  # rows of whole vectors
+        ((2, 6, 64, 80), "misaligned"),
+        ((1, 3100, 3, 3), "contiguous"),  # more channels than shared memory has room for
     ):
         x = oracle.make(shape, dtype, layout)
         axis = 1 if len(shape) > 1 else 0
@@ -74,6 +77,21 @@ def test_any_alignment_of_input_and_output(backend: Backend, op: str, dtype: tor
                 getattr(backend, op)(x, *parameters, 1, out=out)
                 assert oracle.same(out, getattr(oracle, op)(x, *parameters, 1)), (length, offset, shift)
                 assert bool((oracle.surroundings(out, raw) == 0x5A).all()), (length, offset, shift)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_many_values_at_any_alignment(backend: Backend, op: str, dtype: torch.dtype) -> None:
+    shape = (1, 2, 90, 96)
+    out_dtype = dtype if op == "fake_quantize" else torch.uint8
+    parameters = oracle.quantizer(2)
+    for offset, shift in ((0, 1), (3, 0), (3, 3), (5, 4)):
+        storage = oracle.make((2 * 90 * 96 + offset,), dtype)
+        x = storage[offset:].view(shape)
+        out, raw = oracle.guarded(shape, out_dtype, x.stride(), 16 + shift)
+        getattr(backend, op)(x, *parameters, 1, out=out)
+        assert oracle.same(out, getattr(oracle, op)(x, *parameters, 1)), (offset, shift)
+        assert bool((oracle.surroundings(out, raw) == 0x5A).all()), (offset, shift)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])

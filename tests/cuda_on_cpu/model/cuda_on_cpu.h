@@ -18,6 +18,36 @@ T* dynamic_shared_memory() {
     return static_cast<T*>(cuda_on_cpu::dynamic_shared_memory());
 }
 
+// --- csrc/cuda/instructions.cuh ----------------------------------------------------------------------------------
+
+// A device raises an error at an address that is not a multiple of the size.
+template <int kBytes>
+void check_alignment(const void* p) {
+    constexpr int kAccess = kBytes < 16 ? kBytes : 16;
+    if (reinterpret_cast<uintptr_t>(p) % kAccess)
+        cuda_on_cpu::fail("an access of " + std::to_string(kAccess) + " bytes that are not aligned");
+}
+template <int kBytes>
+Words<kBytes> load_words(const void* p) {
+    check_alignment<kBytes>(p);
+    Words<kBytes> w{};
+    std::memcpy(&w, p, kBytes);
+    return w;
+}
+template <int kBytes>
+void store_words(void* p, const Words<kBytes>& w) {
+    check_alignment<kBytes>(p);
+    std::memcpy(p, &w, kBytes);
+}
+
+inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
+inline float min_nan(float a, float b) { return a < b || a != a ? a : b; }
+
+template <class T>
+uint32_t word_of_two(float first, float second) {
+    return T(first).x | uint32_t{T(second).x} << 16;
+}
+
 // --- csrc/cuda/mma.cuh: the lanes bring their words to the warp, and each takes what its sums need ---------------
 
 inline void multiply_add(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],

@@ -164,6 +164,28 @@ constexpr T max(T a, T b) {
     return a < b ? b : a;
 }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+inline int32_t __float2int_rn(float x) {
+    if (x != x) return 0;
+    if (x >= 0x1p31f) return INT32_MAX;
+    return x < -0x1p31f ? INT32_MIN : static_cast<int32_t>(std::rint(x));
+}
+// Byte i of the result is byte (selector >> 4i & 7) of the eight bytes of a and b.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = a | uint64_t{b} << 32;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= (bytes >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
+    return result;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <class T>

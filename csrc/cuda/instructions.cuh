@@ -1,0 +1,85 @@
+// Single instructions that C++ has no word for, or that the compiler would not choose. launch.cuh includes this;
+// tests/cuda_on_cpu/model/cuda_on_cpu.h has the same functions for the CPU.
+#pragma once
+
+#if !defined(PTQ4CUDA_ON_CPU)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace ptq4cuda {
+
+// Registers from aligned memory and back, 16 bytes at a time where there are so many. (The compiler splits the store
+// of a struct into stores of its members as soon as it knows them one by one.)
+template <int kBytes>
+__device__ __forceinline__ Words<kBytes> load_words(const void* p) {
+    Words<kBytes> w;
+    if constexpr (kBytes == 2) {
+        w.at[0] = *static_cast<const uint16_t*>(p);
+    } else if constexpr (kBytes == 4) {
+        w.at[0] = *static_cast<const uint32_t*>(p);
+    } else if constexpr (kBytes == 8) {
+        const uint2 v = *static_cast<const uint2*>(p);
+        w.at[0] = v.x, w.at[1] = v.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < kBytes / 16; ++i) {
+            const uint4 v = static_cast<const uint4*>(p)[i];
+            w.at[4 * i] = v.x, w.at[4 * i + 1] = v.y, w.at[4 * i + 2] = v.z, w.at[4 * i + 3] = v.w;
+        }
+    }
+    return w;
+}
+
+template <int kBytes>
+__device__ __forceinline__ void store_words(void* p, const Words<kBytes>& w) {
+    if constexpr (kBytes == 2) {
+        *static_cast<uint16_t*>(p) = static_cast<uint16_t>(w.at[0]);
+    } else if constexpr (kBytes == 4) {
+        *static_cast<uint32_t*>(p) = w.at[0];
+    } else if constexpr (kBytes == 8) {
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w.at[0]), "r"(w.at[1]) : "memory");
+    } else {
+#pragma unroll
+        for (int i = 0; i < kBytes / 16; ++i)
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<uint4*>(p) + i),
+                         "r"(w.at[4 * i]), "r"(w.at[4 * i + 1]), "r"(w.at[4 * i + 2]), "r"(w.at[4 * i + 3])
+                         : "memory");
+    }
+}
+
+// The larger and the smaller of two numbers; NaN if one of them is.
+__device__ __forceinline__ float max_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+#else
+    return a > b || a != a ? a : b;
+#endif
+}
+__device__ __forceinline__ float min_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float c;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+#else
+    return a < b || a != a ? a : b;
+#endif
+}
+
+// Two values in a word, rounded to T, the first one in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t word_of_two(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t word_of_two<torch::headeronly::Half>(float first, float second) {
+    const __half2 two = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&two);
+}
+template <>
+__device__ __forceinline__ uint32_t word_of_two<torch::headeronly::BFloat16>(float first, float second) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+}  // namespace ptq4cuda
+#endif
