@@ -37,7 +37,8 @@ class QuantConfig:
         clipping: range of activations: "laplace" or "gaussian" (optimal for that distribution), "mix" (the better of
             both as measured), "mse" (searched on the histogram), "percentile", "kld", "minmax", or "auto" (of all but
             kld the one with the least error, tensor by tensor). Tensors of 8 bits keep their whole range, and so do,
-            under laplace and gaussian, tensors without a known distribution.
+            under laplace and gaussian, tensors without a known distribution. Outliers of a vanishing share of the
+            samples are clipped before.
         clip_exponent: k of the error E|x̂ - x|^k that "mse" minimises and "mix" and "auto" compare.
         activation_granularity: one scale per channel or one per tensor.
         activation_allocation: division of bits among the channels of an activation: "uniform", "analytic"

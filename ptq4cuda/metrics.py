@@ -31,27 +31,42 @@ class Comparison:
 
 
 class Noise:
-    """Signal and noise energy of a tensor, summed over chunks."""
+    """Signal and noise energy of a tensor, summed over chunks, and of each sample."""
 
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
+        self._samples: list[Tensor] = []  # float64 [samples, 2]: signal, noise
 
-    def add(self, expected: Any, found: Any) -> None:
-        """Add a chunk; what is not a floating tensor is passed over."""
+    def add(self, expected: Any, found: Any, samples: int = 0) -> None:
+        """Add a chunk; what is not a floating tensor is passed over.
+
+        Args:
+            expected: a tensor, or several in tuples, lists, dicts and dataclasses.
+            found: the same.
+            samples: of a batch, to tell them apart: those tensors count that have one item for each.
+        """
+        if samples:
+            self._samples.append(torch.zeros(samples, 2, dtype=torch.float64))
+        self._add(expected, found, samples)
+
+    def _add(self, expected: Any, found: Any, samples: int) -> None:
         if isinstance(expected, Tensor) and expected.is_floating_point():
             masked = ~expected.isfinite()  # classes that are not there, and the like
-            error = (expected.double() - found.double()).masked_fill(masked, 0.0)
-            self.signal += float(expected.double().masked_fill(masked, 0.0).square().sum())
-            self.noise += float(error.square().sum())
+            signal = expected.double().masked_fill(masked, 0.0).square()
+            noise = (expected.double() - found.double()).masked_fill(masked, 0.0).square()
+            self.signal += float(signal.sum())
+            self.noise += float(noise.sum())
+            if samples and expected.dim() and len(expected) == samples:
+                self._samples[-1] += torch.stack([t.reshape(samples, -1).sum(1) for t in (signal, noise)], 1).cpu()
         elif isinstance(expected, (tuple, list)):
             for e, f in zip(expected, found, strict=True):
-                self.add(e, f)
+                self._add(e, f, samples)
         elif isinstance(expected, dict):
             for key in expected:
-                self.add(expected[key], found[key])
+                self._add(expected[key], found[key], samples)
         elif is_dataclass(expected):
             for field in fields(expected):
-                self.add(getattr(expected, field.name), getattr(found, field.name))
+                self._add(getattr(expected, field.name), getattr(found, field.name), samples)
 
     @property
     def sqnr(self) -> float | None:
@@ -59,6 +74,24 @@ class Noise:
         if self.noise == 0.0 or self.signal == 0.0:
             return None
         return 10.0 * math.log10(self.signal / self.noise)
+
+    @property
+    def median_sqnr(self) -> float | None:
+        """The same of the median sample."""
+        return self._quantile(0.5)
+
+    @property
+    def worst_sqnr(self) -> float | None:
+        """The same of the worst sample."""
+        return self._quantile(0.0)
+
+    def _quantile(self, share: float) -> float | None:
+        signal, noise = torch.cat([torch.zeros(0, 2, dtype=torch.float64), *self._samples]).unbind(1)
+        ratios = (signal / noise)[signal > 0]  # inf without noise
+        if not len(ratios):
+            return None
+        ratio = float(ratios.quantile(share, interpolation="lower"))
+        return 10.0 * math.log10(ratio) if 0.0 < ratio < math.inf else None
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from ptq4cuda.correction import correct_bias
 from ptq4cuda.execution import lower
 from ptq4cuda.inputs import Inputs, batch_size, check_model, collect_inputs
 from ptq4cuda.least_squares import fit_weights
+from ptq4cuda.metrics import Noise
 from ptq4cuda.moments import Moments, layer_moments
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
@@ -94,19 +95,22 @@ def quantize_once(
             raise ValueError(f"overrides: no layer is called {pattern!r}; the layers are {', '.join(layers)}")
     if not record.reason:
         assert isinstance(network, fx.GraphModule)
-        record.layers, noise, frontier = walk_graph(network, inputs, solve, kept, progress)
-        record.frontier_bytes, record.spilled_bytes = frontier.peak, frontier.spilled
+        result = walk_graph(network, inputs, solve, kept, progress)
     else:
         record.walked_by = "modules"
         try:
-            record.layers, noise, remark = walk_modules(network, inputs, solve, kept, progress)
+            result = walk_modules(network, inputs, solve, kept, progress)
         except RuntimeError as error:
             raise ValueError(
                 f"torch.fx cannot trace the model, and it fails on all calibration batches at once ({error})"
             ) from error
-        record.reason += f"; {remark}" if remark else ""
+        record.reason += f"; {result.remark}" if result.remark else ""
         try_once(network, inputs)
-    record.sqnr = noise.sqnr
+    record.layers = result.layers
+    record.frontier_bytes, record.spilled_bytes = result.frontier_bytes, result.spilled_bytes
+    # What was clipped for the fit is in the data all the same.
+    noise = output_noise(model, network, inputs) if result.clipped else result.noise
+    record.sqnr, record.median_sqnr, record.worst_sqnr = noise.sqnr, noise.median_sqnr, noise.worst_sqnr
     record.bytes = tensor_bytes(network)
     return network, record
 
@@ -122,6 +126,19 @@ def try_once(network: nn.Module, inputs: Inputs) -> None:
             f"the model's own code reads what a quantized layer does not have ({error}): leave that layer in float "
             "by overrides"
         ) from error
+
+
+@torch.no_grad()
+def output_noise(model: nn.Module, network: nn.Module, inputs: Inputs) -> Noise:
+    """Return the noise of a network's output on the calibration data."""
+    noise = Noise()
+    for batch in inputs:
+        outputs = []
+        for called in (model, network):
+            args, kwargs = tree_map_only(Tensor, torch.clone, batch)  # the model may write into them
+            outputs.append(called(*args, **kwargs))
+        noise.add(outputs[0], outputs[1], batch_size(batch))
+    return noise
 
 
 def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.Module, int, str]:

@@ -68,6 +68,8 @@ class QuantRecord:
         walked_by: "graph", or "modules" where torch.fx could not trace the model.
         reason: why it was walked by its modules.
         sqnr: of the network's output on the calibration data, in dB.
+        median_sqnr: the same of the median sample.
+        worst_sqnr: the same of the worst sample.
         folded: number of BatchNorms folded.
         float_bytes: of all parameters and buffers of the float model.
         bytes: of all parameters and buffers of the quantized one.
@@ -84,6 +86,8 @@ class QuantRecord:
     walked_by: str = "graph"
     reason: str = ""
     sqnr: float | None = None
+    median_sqnr: float | None = None
+    worst_sqnr: float | None = None
     folded: int = 0
     float_bytes: int = 0
     bytes: int = 0

@@ -52,6 +52,8 @@ def report(network: nn.Module) -> str:
         f"{size:,} now ({size / max(record.float_bytes, 1):.3f}), output SQNR {_number(record.sqnr, 1)} dB on "
         f"{record.images} calibration samples"
     )
+    if record.worst_sqnr is not None:
+        total += f" (median {_number(record.median_sqnr, 1)}, worst {_number(record.worst_sqnr, 1)})"
     if record.seconds:
         total += f", {record.seconds:.1f} s"
     lines = [table([header[i] for i in shown], [[row[i] for i in shown] for row in rows]), "", total]

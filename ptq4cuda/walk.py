@@ -32,7 +32,8 @@ from ptq4cuda import graph
 from ptq4cuda.clipping import IDENTITY, Activation, ClipRule
 from ptq4cuda.inputs import Inputs, batch_size, device_of
 from ptq4cuda.metrics import Noise
-from ptq4cuda.nn import QuantModule, QuantTensor
+from ptq4cuda.nn import QuantModule, QuantTensor, quant_module_for
+from ptq4cuda.outliers import find_outliers
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.record import LayerRecord, tensor_bytes
 from ptq4cuda.statistics import ChannelHistogram, ChannelStatistics
@@ -51,12 +52,38 @@ class Signal:
         before: for each chunk, the float tensor before `activation`, where the value is activation(before).
         activation: the activation that made the value.
         quantizers: fitted to this tensor and shared by all layers that read it, by (bits, channel axis).
+        outliers: what is to be said about values that were clipped; None before they were looked for.
     """
 
     streams: list[tuple[Any, Any]]
     before: list[Tensor] | None = None
     activation: Activation = IDENTITY
     quantizers: dict[tuple[int, int], tuple[QuantParams, ClipRule]] = field(default_factory=dict)
+    outliers: str | None = None
+
+    def clip_outliers(self, axis: int, importance: Tensor, hold: Callable[[Tensor], Tensor]) -> None:
+        """Clip both streams, once, to what all but a vanishing share of the samples confirm.
+
+        Whatever fits the network to its data looks at these streams: a broken pixel that no quantizer holds would
+        otherwise rule the weights and biases of all layers behind it.
+
+        Args:
+            axis: of the channels.
+            importance: float64 [C], what a squared error of each channel costs.
+            hold: keeps the results.
+        """
+        if self.outliers is not None:
+            return
+        found = find_outliers([value for value, _ in self.streams], axis, importance)
+        self.outliers = found.remark if found is not None else ""
+        if found is not None:
+            for i, (value, quantized) in enumerate(self.streams):
+                clipped = hold(found.clip(value))
+                self.streams[i] = (clipped, clipped if quantized is value else hold(found.clip(quantized)))
+        if self.before is not None:
+            found = find_outliers(self.before, axis, importance)
+            if found is not None:
+                self.before = [hold(found.clip(value)) for value in self.before]
 
     def statistics(self, axis: int | None) -> ChannelStatistics:
         """Measure the float tensor along a channel axis, before its activation where it has one."""
@@ -107,6 +134,27 @@ Kept = Callable[[str], str]  # why a layer that could be quantized stays in floa
 Solver = Callable[[LayerCall], Solution]
 
 
+@dataclass(eq=False)
+class WalkResult:
+    """What a walk did.
+
+    Attributes:
+        layers: records of the layers in execution order, then of what stays in float.
+        noise: of the network's output.
+        clipped: whether outliers of the calibration data were clipped, which the noise then does not see.
+        remark: what is to be said about the walk, or "".
+        frontier_bytes: most bytes of tensors between layers that were held on the host at a time.
+        spilled_bytes: bytes of such tensors that went to files.
+    """
+
+    layers: list[LayerRecord]
+    noise: Noise
+    clipped: bool
+    remark: str = ""
+    frontier_bytes: int = 0
+    spilled_bytes: int = 0
+
+
 def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerRecord:
     """Describe a quantized layer."""
     module = solution.module
@@ -122,6 +170,7 @@ def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerR
         float_bytes=4 * sum(p.numel() for p in (layer.weight, layer.bias) if p is not None),
         bytes=tensor_bytes(module),
         execution="simulate",
+        reason=call.signal.outliers or "",
     )
 
 
@@ -190,19 +239,18 @@ def walk_graph(
     solve: Solver,
     kept: Kept,
     progress: bool,
-) -> tuple[list[LayerRecord], Noise, Frontier]:
-    """Quantize the layers of a traced network in place.
-
-    Returns:
-        The records of its layers in execution order, the noise of its output, and the frontier for its peak.
-    """
+) -> WalkResult:
+    """Quantize the layers of a traced network in place."""
     walk = _GraphWalk(network, inputs, solve, kept)
     with torch.no_grad(), _progress(len(walk.layers), progress) as bar:
         for node in network.graph.nodes:
             walk.visit(node)
             bar.update(node in walk.layers)
     network.recompile()
-    return walk.records, walk.noise, walk.frontier
+    frontier = walk.frontier
+    return WalkResult(
+        walk.records, walk.noise, walk.clipped, frontier_bytes=frontier.peak, spilled_bytes=frontier.spilled
+    )
 
 
 class _GraphWalk:
@@ -213,6 +261,7 @@ class _GraphWalk:
         self.signals: dict[fx.Node, Signal] = {}
         self.records: list[LayerRecord] = []
         self.noise = Noise()
+        self.clipped = False
 
         self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
         # A tensor's readers are weighed together, also when the first of them is quantized already.
@@ -244,8 +293,9 @@ class _GraphWalk:
         if node.op == "placeholder":
             signal = self._placeholder(node)
         elif node.op == "output":
-            for i in range(len(self.inputs)):
-                self.noise.add(self._arguments(node, i, 0)[0][0], self._arguments(node, i, 1)[0][0])
+            for i, batch in enumerate(self.inputs):
+                expected, found = (self._arguments(node, i, stream)[0][0] for stream in (0, 1))
+                self.noise.add(expected, found, batch_size(batch))
             return
         elif reason == "":
             signal = self._solve(node)
@@ -293,7 +343,8 @@ class _GraphWalk:
         assert isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(source, fx.Node)
         kind = graph.layer_kind(layer)
         assert kind is not None
-        signal = self.signals[source]
+        signal, importance = self.signals[source], self._importance(source)
+        self._clip_outliers(signal, quant_module_for(kind).activation_axis, importance)
         call = LayerCall(
             str(node.target),
             layer,
@@ -302,7 +353,7 @@ class _GraphWalk:
             first_or_last=node in self.ends,
             outputs=[self.frontier.hold(layer(self.frontier.fetch(x))) for x, _ in signal.streams],
             added=self._added(node),
-            importance=self._importance(source),
+            importance=importance,
         )
         solution = self.solve(call)
         streams, noise = [], Noise()
@@ -314,13 +365,19 @@ class _GraphWalk:
         self.records.append(record_solution(call, solution, noise))
         return Signal(streams)
 
+    def _clip_outliers(self, signal: Signal, axis: int, importance: Tensor) -> None:
+        signal.clip_outliers(axis, importance, self.frontier.hold)
+        self.clipped |= bool(signal.outliers)
+
     def _quantize_tensor(self, node: fx.Node) -> Signal:
         """Quantize a residual operand to 8 bits over its whole range, in the quantized stream."""
         module, source = self._module(node), node.all_input_nodes[0]
         assert isinstance(module, QuantTensor)
-        streams = self.signals[source].streams
+        signal = self.signals[source]
+        streams = signal.streams
         if node not in self.as_codes:
             return Signal(streams)
+        self._clip_outliers(signal, 1, torch.ones(streams[0][0].shape[1]))
         statistics = ChannelStatistics.over(lambda: [quantized for _, quantized in streams], 1)
         bits = torch.full_like(statistics.mean, 8, dtype=torch.uint8)
         module.set(QuantParams.from_range(statistics.min, statistics.max, bits).to(self.frontier.device))
@@ -376,16 +433,10 @@ class _GraphWalk:
 # --- by the modules -----------------------------------------------------------------------------------------
 
 
-def walk_modules(
-    network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool
-) -> tuple[list[LayerRecord], Noise, str]:
+def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool) -> WalkResult:
     """Quantize the layers of any network in place, in one forward of all calibration samples.
 
     BatchNorm is not folded, and an activation before a layer is known only where it is a module.
-
-    Returns:
-        The records of its layers in the order of their first call, the noise of its output, and what is to be said
-        about the walk, or "".
     """
     names = {module: name for name, module in network.named_modules() if graph.layer_kind(module) and not kept(name)}
     order, functions, alone = _calling_order(network, names, inputs[0])
@@ -415,8 +466,9 @@ def walk_modules(
         reason = f"a call of {function}; only modules are quantized where torch.fx cannot trace the model"
         records.append(record_float(function, None, function, reason))
     noise = Noise()
-    noise.add(*_split(output))
-    return records, noise, _mixing(alone, output)
+    noise.add(*_split(output), walk.samples)
+    clipped = any(call.signal.outliers for call in walk.calls.values())
+    return WalkResult(records, noise, clipped, _mixing(alone, output))
 
 
 def _mixing(alone: Any, together: Any) -> str:
@@ -556,6 +608,11 @@ class _ModuleWalk:
             assert isinstance(module, (nn.Conv2d, nn.Linear))
             kind = graph.layer_kind(module)
             assert kind is not None
+            importance = graph.layer_importance(module, torch.ones(len(module.weight), dtype=torch.float64))
+            signal.clip_outliers(quant_module_for(kind).activation_axis, importance, lambda tensor: tensor)
+            if signal.outliers:
+                x, quantized = signal.streams[0]
+                output = torch.cat([module.forward(x)] * 2)
             self.calls[module] = LayerCall(
                 self.names[module],
                 module,
@@ -564,10 +621,10 @@ class _ModuleWalk:
                 first_or_last=module in self.ends,
                 outputs=[_split(output)[0]],
                 added=None,
-                importance=graph.layer_importance(module, torch.ones(len(module.weight), dtype=torch.float64)),
+                importance=importance,
             )
             self.solved[module] = self.solve(self.calls[module])
-            self.calls[module].signal = Signal([])  # let the tensors go
+            signal.streams, signal.before = [], None  # let the tensors go
             self.noise[module] = Noise()
             self.bar.update()
         y = _split(output)[0]

@@ -1,0 +1,110 @@
+"""Finds values that a vanishing share of the calibration samples alone holds: a broken pixel, an overexposed image.
+
+Eight bits cannot hold such a value and those of all other samples, and no average survives it. What else is large and
+rare is left alone: values that several samples confirm, and channels that few samples excite as far as others are
+excited anyway.
+
+A channel's extremes, one for each sample, are compared where they count: times the square root of what a squared
+error of the channel costs. Extremes stand out by their ratio to the next one, and no less than to what is typical of
+the tensor's channels. Keeping them costs all samples resolution: the rounding noise of 8 bits over a range `ratio`
+times the usual one is ratio · 6 / (255 · √12) of values that are a sixth of that range. Clipping them costs the share
+p of the samples all. They are clipped where the ratio is larger than p · 255 · √12 / 6, and beyond all that networks
+make of clean images; where samples confirm each other, beyond what 8 bits can live with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PER_SHARE = 255.0 * math.sqrt(12.0) / 6.0
+_LEAST_RATIO = 8.0  # networks on clean images: up to 6, up to 11 where fewer than eight samples are compared
+_LEAST_OF_FEW, _FEW = 16.0, 8
+_LEAST_CONFIRMED = 64.0
+_SUSPECTED = 3  # samples at most, or one in 64
+_STRIPES = 16  # a sample that has no other beside it is compared by parts
+
+
+@dataclass(frozen=True, eq=False)
+class Outliers:
+    """Outliers of a tensor.
+
+    Attributes:
+        low: float32 [C], the least of all other values; -inf for channels without outliers.
+        high: float32 [C], the largest of all other values; inf for channels without outliers.
+        axis: the channel axis.
+        remark: what was found.
+    """
+
+    low: Tensor
+    high: Tensor
+    axis: int
+    remark: str
+
+    def clip(self, x: Tensor) -> Tensor:
+        """Return the tensor without its outliers."""
+        shape = [-1 if d == self.axis % x.dim() else 1 for d in range(x.dim())]
+        low, high = (t.to(x.device, x.dtype).view(shape) for t in (self.low, self.high))
+        return torch.minimum(torch.maximum(x, low), high)
+
+
+def find_outliers(chunks: Sequence[Tensor], axis: int, importance: Tensor) -> Outliers | None:
+    """Return the outliers of a tensor, None where there are none.
+
+    Args:
+        chunks: [N, ...] each.
+        axis: of the channels.
+        importance: [C], what a squared error of each channel costs.
+    """
+    if any(x.numel() == 0 for x in chunks):
+        return None
+    samples = sum(len(x) for x in chunks)
+    parts = 1 if samples > 2 else _STRIPES
+    extremes = [_extremes(x, axis, parts) for x in chunks]
+    low, high = (torch.cat(each).float() for each in zip(*extremes, strict=True))  # [n, C]
+    n = len(low)
+    if n < 3 or not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        return None
+    reach = torch.maximum(-low, high) * importance.to(low).sqrt()
+    suspected = max(1, min(n // 8, max(_SUSPECTED, n // 64)))
+    largest = reach.topk(suspected + 1, dim=0).values
+    typical = largest[-1].square().mean().sqrt().clamp_min(torch.finfo(low.dtype).tiny)
+    ratio = largest[:-1] / torch.maximum(largest[1:], typical)
+    how_many = torch.arange(1, suspected + 1, device=low.device)[:, None]
+    least = torch.where(how_many > 1, _LEAST_CONFIRMED, _LEAST_RATIO if samples >= _FEW else _LEAST_OF_FEW)
+    found = ratio > torch.maximum(_PER_SHARE * how_many / n, least)
+    if not bool(found.any()):
+        return None
+    # The j largest go where the j-th stands out from the next one.
+    count = (found * how_many).amax(0)
+    bound = torch.where(count > 0, largest.gather(0, (count - 1).clamp_min(0)[None])[0], torch.inf)
+    outside = reach >= bound
+    trusted_low = low.masked_fill(outside, torch.inf).amin(0)
+    trusted_high = high.masked_fill(outside, -torch.inf).amax(0)
+    worst = int((ratio[0] * (count > 0)).argmax())
+    extreme = max(high[:, worst].max().item(), -low[:, worst].min().item())
+    others = max(trusted_high[worst].item(), -trusted_low[worst].item())
+    kind = "samples" if parts == 1 else "parts of the samples"
+    return Outliers(
+        torch.where(count > 0, trusted_low, -torch.inf),
+        torch.where(count > 0, trusted_high, torch.inf),
+        axis,
+        f"its input reaches {extreme:.3g} in {int(outside.any(1).sum())} of {n} {kind}, {others:.3g} in all others: "
+        "clipped there",
+    )
+
+
+def _extremes(x: Tensor, axis: int, parts: int) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of each channel in each part of each sample, [N * parts, C] both."""
+    if x.dim() == 2:
+        return x, x
+    if parts == 1:
+        others = [d for d in range(1, x.dim()) if d != axis % x.dim()]
+        return x.amin(others), x.amax(others)
+    positions = x.movedim(axis, -1).flatten(1, -2)
+    stripes = positions.tensor_split(min(parts, positions.shape[1]), 1)
+    return torch.cat([s.amin(1) for s in stripes]), torch.cat([s.amax(1) for s in stripes])
