@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
 from ptq4cuda.config import QuantConfig
+from ptq4cuda.graph.network import Network, stay_in_evaluation
 
 
 @dataclass
@@ -136,15 +138,18 @@ def _is_of(value: Any, declared: Any) -> bool:
     return isinstance(value, (int, float) if declared is float else declared) and type(value) is not bool
 
 
-# torch.fx keeps `meta` when a GraphModule is copied; other modules keep every attribute.
+# torch.fx keeps `meta` when a GraphModule is copied; other modules keep every attribute, and may have one called so.
 _KEY = "ptq4cuda"
+_OTHER = "ptq4cuda_meta"
 
 
 def attach_record(network: nn.Module, record: QuantRecord) -> None:
-    """Let a record travel with a network."""
-    if not isinstance(getattr(network, "meta", None), dict):
-        network.meta = {}  # type: ignore[assignment]
-    network.meta[_KEY] = record  # type: ignore[index, operator, assignment]
+    """Let a record travel with a network, which stays in evaluation mode from now on."""
+    free = not hasattr(network, "meta") or isinstance(vars(network).get("meta"), dict)
+    place = "meta" if free else _OTHER
+    vars(network).setdefault(place, {})[_KEY] = record
+    if not isinstance(network, Network):
+        vars(network)["train"] = partial(stay_in_evaluation, network)
 
 
 def record_of(network: nn.Module) -> QuantRecord:
@@ -153,11 +158,12 @@ def record_of(network: nn.Module) -> QuantRecord:
     Raises:
         TypeError: the network was not made by ptq4cuda.quantize or ptq4cuda.load.
     """
-    meta = getattr(network, "meta", None)
-    record = meta.get(_KEY) if isinstance(meta, dict) else None
-    if not isinstance(record, QuantRecord):
-        raise TypeError(f"{type(network).__name__} was not made by ptq4cuda.quantize or ptq4cuda.load")
-    return record
+    for place in ("meta", _OTHER):
+        meta = getattr(network, place, None)
+        record = meta.get(_KEY) if isinstance(meta, dict) else None
+        if isinstance(record, QuantRecord):
+            return record
+    raise TypeError(f"{type(network).__name__} was not made by ptq4cuda.quantize or ptq4cuda.load")
 
 
 def tensor_bytes(module: nn.Module) -> int:

@@ -34,6 +34,8 @@ def mark_residuals(network: fx.GraphModule, quantized: Callable[[str], bool]) ->
         if layer_kind(network.get_submodule(str(layer.target))) != "Conv2d":
             continue
         name = f"{addition.name}_residual"
+        while hasattr(network, name):  # a name of the model's
+            name += "_"
         network.add_submodule(name, QuantTensor())
         with network.graph.inserting_after(other):
             marked = network.graph.call_module(name, (other,))

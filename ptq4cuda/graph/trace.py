@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ptq4cuda.graph.canonical import canonicalize
 from ptq4cuda.graph.functionalize import InPlaceError, functionalize
 from ptq4cuda.graph.layers import layer_kind
+from ptq4cuda.graph.network import Network
 from ptq4cuda.graph.tracer import Tracer
 from ptq4cuda.graph.wrappers import unwrap_parts
 
@@ -176,7 +177,7 @@ def _symbolic_trace(model: nn.Module, constants: dict[str, Any], tracer: Tracer)
             graph.erase_node(node)
     for node in graph.nodes:
         node.type = None  # annotations may be strings, of which torch.fx writes code that cannot be pickled
-    return fx.GraphModule(tracer.root, graph, type(model).__name__)
+    return Network.of(tracer.root, graph)
 
 
 def _constant_defaults(model: nn.Module) -> dict[str, Any]:
