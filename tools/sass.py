@@ -393,14 +393,17 @@ class Code:
         return [i for a in reversed(blocks) for i in self.blocks[a].instructions]
 
     def main_loops(self, count: int, shortest: bool = False) -> list[list[Instruction]]:
-        """Return the paths of the `count` loops that move most: matrix products, then bytes of global memory."""
+        """Return the paths of the `count` loops that move most: matrix products, then bytes of global memory.
+
+        A loop around others that load or store sets them up; what it moves itself does not count.
+        """
         ranked = []
         for loop in self.loops:
             path = self.path(loop, shortest)
-            inner = {i.address for a in loop.inner for i in self.blocks[a].instructions}
-            own = [i for i in path if i.address not in inner]
+            inner = [i for a in loop.inner for i in self.blocks[a].instructions]
+            own = [i for i in path if i.address not in {i.address for i in inner}]
             weight = (sum(i.base in MMA for i in own), sum(i.bytes for i in own), -len(loop.blocks))
-            if weight[:2] != (0, 0):
+            if weight[0] or (weight[1] and not any(i.bytes for i in inner)):
                 ranked.append((weight, path))
         ranked.sort(key=lambda entry: entry[0], reverse=True)
         return [path for _, path in ranked[:count]]

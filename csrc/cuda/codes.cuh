@@ -50,6 +50,27 @@ struct Values {
     }
 };
 
+// Neighbouring values of T, from or to any address; `aligned` is the same for a whole launch.
+template <class T, int kBytes>
+__device__ __forceinline__ Words<kBytes> load_group(const T* p, bool aligned) {
+    if (aligned) return load_words<kBytes>(p);
+    Vector<T, kBytes / sizeof(T)> v;
+#pragma unroll
+    for (size_t i = 0; i < kBytes / sizeof(T); ++i) v.at[i] = p[i];
+    Words<kBytes> words{};
+    memcpy(&words, &v, kBytes);
+    return words;
+}
+
+template <class T, int kBytes>
+__device__ __forceinline__ void store_group(T* p, const Words<kBytes>& words, bool aligned) {
+    if (aligned) return store_words(p, words);
+    Vector<T, kBytes / sizeof(T)> v;
+    memcpy(&v, &words, kBytes);
+#pragma unroll
+    for (size_t i = 0; i < kBytes / sizeof(T); ++i) p[i] = v.at[i];
+}
+
 // --- a quantizer as the three kinds of work need it --------------------------------------------------------------
 
 // Quantize and dequantize. NaN passes through.
@@ -96,6 +117,20 @@ struct alignas(8) Decoding {
     // `bits` are those of 2^23 + code.
     __device__ __forceinline__ float operator()(uint32_t bits) const {
         return (__uint_as_float(bits) - offset) * scale;
+    }
+};
+
+// The bin of a value; the one behind the last for NaN, so that no branch is needed. (A maximum passes over NaN, which
+// is also what Inf * 0 gives.)
+struct Bins {
+    float low, factor, last;
+
+    Bins() = default;
+    __device__ __forceinline__ explicit Bins(const Binning& b) : low(b.low), factor(b.factor), last(b.last) {}
+
+    __device__ __forceinline__ int32_t operator()(float x) const {
+        const float t = fminf(fmaxf((x - low) * factor, 0.0f), last);
+        return static_cast<int32_t>(x == x ? t : last + 1.0f);
     }
 };
 

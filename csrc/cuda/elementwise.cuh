@@ -137,27 +137,6 @@ struct Quantizers<Op, Source::crossing> : RowQuantizers<typename Op::Parameters>
 
 // --- the kernel --------------------------------------------------------------------------------------------------
 
-// The bytes of T that a group has on one side, from or to any address; `aligned` is the same for a whole launch.
-template <class T, int kBytes>
-__device__ __forceinline__ Words<kBytes> load_group(const T* p, bool aligned) {
-    if (aligned) return load_words<kBytes>(p);
-    Vector<T, kBytes / sizeof(T)> v;
-#pragma unroll
-    for (size_t i = 0; i < kBytes / sizeof(T); ++i) v.at[i] = p[i];
-    Words<kBytes> words{};
-    memcpy(&words, &v, kBytes);
-    return words;
-}
-
-template <class T, int kBytes>
-__device__ __forceinline__ void store_group(T* p, const Words<kBytes>& words, bool aligned) {
-    if (aligned) return store_words(p, words);
-    Vector<T, kBytes / sizeof(T)> v;
-    memcpy(&v, &words, kBytes);
-#pragma unroll
-    for (size_t i = 0; i < kBytes / sizeof(T); ++i) p[i] = v.at[i];
-}
-
 // An Op says how a group of kGroup values goes from kInputs elements of Input to kOutputs elements of Output:
 // apply(). one() does the same for a unit, which is kUnit values that share an element: the i-th.
 template <class Op, Source source>

@@ -4,7 +4,7 @@
 // Two layouts:
 //   rows      long rows (NCHW). A block takes a stretch of one channel.
 //   columns   short rows (channels_last). A block takes a stretch of the rows, and as many neighbouring channels as
-//             have room for their counters. A thread stays in one column, and so in one channel.
+//             have room for their counters. A thread stays in a vector of columns, and so in their channels.
 //
 // Many values fall into one bin, as the zeros behind a ReLU. So that they do not wait for each other, histograms are
 // kept in several copies as far as there is room, neighbouring threads count in different ones, and the counters of a
@@ -31,7 +31,8 @@ struct Counters {
         copies =
             static_cast<int>(std::clamp<int64_t>(std::min(kCounters / one, values / (4 * one)), 1, kMaximumCopies));
     }
-    static int stride_of(int64_t bins) { return static_cast<int>(bins | 1); }
+    // An odd number, with a counter for NaN behind the last one.
+    static int stride_of(int64_t bins) { return static_cast<int>((bins + 1) | 1); }
 
     size_t bytes() const { return sizeof(uint32_t) * channels * copies * stride; }
 
@@ -40,8 +41,8 @@ struct Counters {
         __syncthreads();
     }
     // The histogram that a thread counts in.
-    __device__ uint32_t* of(uint32_t* memory, int channel) const {
-        return memory + (threadIdx.x % copies * channels + channel) * stride;
+    __device__ SharedCounters of(uint32_t* memory, int channel) const {
+        return SharedCounters(memory + (threadIdx.x % copies * channels + channel) * stride);
     }
     // Adds the first `present` channels to the result.
     __device__ void add_to(int64_t* out, const uint32_t* memory, int present) const {
@@ -55,27 +56,34 @@ struct Counters {
     }
 };
 
-// Where the values of a thread go.
+// Where the values of a column go.
 struct Accumulator {
-    Binning binning;
-    uint32_t* counts;
+    Bins bins;
+    SharedCounters counters;
 
-    __device__ __forceinline__ void add(float v) {
-        const int b = bin(v, binning);
-        if (b >= 0) atomicAdd(counts + b, 1u);
+    __device__ __forceinline__ void add(float v) { counters.count(bins(v)); }
+};
+
+// All values of a thread that reads rows go to one channel.
+template <class T, int V>
+struct RowAccumulator : Accumulator {
+    __device__ __forceinline__ void add(const Words<V * sizeof(T)>& in) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) Accumulator::add(Values<T, V>::get(in, j));
     }
 };
 
+constexpr int ahead(int vector) { return vector == 8 ? 2 : kInFlight; }  // so that two blocks fit on a multiprocessor
+
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     histogram_rows_kernel(const T* x, Rows rows, BinTable table, Counters counters, int64_t* out) {
     uint32_t* memory = dynamic_shared_memory<uint32_t>();
     const int64_t channel = blockIdx.x / rows.splits, begin = blockIdx.x % rows.splits * rows.vectors_of_unit;
     counters.clear(memory);
-    Accumulator mine{table[channel], counters.of(memory, 0)};
-    // Registers for as many values that two blocks fit on a multiprocessor.
-    add_rows<T, V, V == 8 ? 2 : kInFlight>(x, rows, channel, begin,
-                                           min(begin + rows.vectors_of_unit, rows.vectors_of_channel), mine);
+    RowAccumulator<T, V> mine{{Bins(table[channel]), counters.of(memory, 0)}};
+    add_rows<T, V, ahead(V)>(x, rows, channel, begin, min(begin + rows.vectors_of_unit, rows.vectors_of_channel),
+                             mine);
     counters.add_to(out + channel * table.bins, memory, 1);
 }
 
@@ -85,31 +93,43 @@ struct Columns {
     int64_t blocks;  // side by side
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+// V neighbouring columns a thread: a block's columns begin with a whole vector, and so does every row.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2)
     histogram_columns_kernel(const T* x, Columns m, BinTable table, Counters counters, int64_t* out) {
+    constexpr int kBytes = V * sizeof(T), kAhead = ahead(V);
     uint32_t* memory = dynamic_shared_memory<uint32_t>();
     const int64_t first = blockIdx.x % m.blocks * counters.channels;
     const int present = static_cast<int>(min(int64_t{counters.channels}, m.channels - first));
     const int64_t begin = blockIdx.x / m.blocks * m.rows_of_unit, end = min(begin + m.rows_of_unit, m.rows);
-    const int width = present * static_cast<int>(m.inner);
-    const int side = min(width, static_cast<int>(blockDim.x)), step = blockDim.x / side;  // columns and rows at once
+    const int inner = static_cast<int>(m.inner), width = present * inner / V;
+    const int side = min(width, static_cast<int>(blockDim.x)), step = blockDim.x / side;  // vectors and rows at once
     const int64_t pitch = m.channels * m.inner;
     counters.clear(memory);
     const int row_thread = threadIdx.x / side;
-    for (int column = threadIdx.x % side; column < width && row_thread < step; column += side) {
-        const int channel = column / static_cast<int>(m.inner);
-        Accumulator mine{table[first + channel], counters.of(memory, channel)};
-        const T* from = x + first * m.inner + column;
-        for (int64_t row = begin + row_thread; row < end; row += kInFlight * step) {
-            T in[kInFlight];
+    for (int vector = threadIdx.x % side; vector < width && row_thread < step; vector += side) {
+        Accumulator mine[V];
 #pragma unroll
-            for (int u = 0; u < kInFlight; ++u)
-                if (row + u * step < end) in[u] = from[(row + u * step) * pitch];
-#pragma unroll
-            for (int u = 0; u < kInFlight; ++u)
-                if (row + u * step < end) mine.add(static_cast<float>(in[u]));
+        for (int j = 0; j < V; ++j) {
+            const int channel = (vector * V + j) / inner;
+            mine[j] = {Bins(table[first + channel]), counters.of(memory, channel)};
         }
+        const auto add = [&](const Words<kBytes>& in) {
+#pragma unroll
+            for (int j = 0; j < V; ++j) mine[j].add(Values<T, V>::get(in, j));
+        };
+        int64_t row = begin + row_thread;
+        const int64_t stride = step * pitch;
+        const T* from = x + row * pitch + first * m.inner + vector * V;
+        for (; row + (kAhead - 1) * step < end; row += kAhead * step, from += kAhead * stride) {
+            Words<kBytes> in[kAhead];
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) in[u] = load_words<kBytes>(from + u * stride);
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) add(in[u]);
+        }
+#pragma unroll 1
+        for (; row < end; row += step, from += stride) add(load_words<kBytes>(from));
     }
     counters.add_to(out + first * table.bins, memory, present);
 }
@@ -141,23 +161,28 @@ void count_rows(const T* x, const ChannelLayout& layout, const BinTable& table, 
     launch(histogram_rows_kernel<T, V>, grid, threads, counters.bytes(), stream, x, rows, table, counters, out);
 }
 
-template <class T>
+template <class T, int V>
 void count_columns(const T* x, const ChannelLayout& layout, const BinTable& table, int64_t* out,
                    cudaStream_t stream) {
-    const int64_t stride = Counters::stride_of(table.bins);
+    const int64_t room = std::max<int64_t>(kCounters / Counters::stride_of(table.bins), 1);  // for so many channels
+    const int64_t whole = V / std::gcd(layout.inner, int64_t{V});  // whole vectors begin every so many channels
+    if constexpr (V > 1) {
+        if (room < whole || layout.channels % whole != 0 || !is_aligned<V>(x))
+            return count_columns<T, 1>(x, layout, table, out, stream);
+    }
     Columns m;
     m.rows = layout.outer;
     m.channels = layout.channels;
     m.inner = layout.inner;
-    m.blocks = ceil_div(layout.channels, std::max<int64_t>(kCounters / stride, 1));
-    const int64_t channels = ceil_div(layout.channels, m.blocks);
+    m.blocks = ceil_div(layout.channels, room / whole * whole);
+    const int64_t channels = ceil_div(ceil_div(layout.channels, m.blocks), whole) * whole;
     const int64_t wanted = ceil_div(kBlocksWanted, m.blocks);
     m.rows_of_unit =
         std::max(ceil_div(m.rows, wanted), ceil_div(smallest_unit(channels * table.bins), channels * layout.inner));
     const int64_t grid = m.blocks * ceil_div(m.rows, m.rows_of_unit);
     check_grid(grid, layout);
     const Counters counters(channels, table.bins, std::min(m.rows, m.rows_of_unit) * channels * layout.inner);
-    launch(histogram_columns_kernel<T>, grid, kThreads, counters.bytes(), stream, x, m, table, counters, out);
+    launch(histogram_columns_kernel<T, V>, grid, kThreads, counters.bytes(), stream, x, m, table, counters, out);
 }
 
 struct Cuda {
@@ -168,7 +193,8 @@ struct Cuda {
         if (given.numel() == 0) return;
         const T* x = static_cast<const T*>(tensor.data_ptr());
         const ChannelLayout layout = given.channels == 1 ? ChannelLayout{1, 1, given.numel()} : given;
-        if (layout.inner < kShortRow && layout.channels > 1) return count_columns<T>(x, layout, table, out, stream);
+        if (layout.inner < kShortRow && layout.channels > 1)
+            return count_columns<T, 16 / sizeof(T)>(x, layout, table, out, stream);
         with_vector_width<T>(x, layout.inner,
                              [&](auto width) { count_rows<T, width>(x, layout, table, out, stream); });
     }

@@ -47,6 +47,15 @@ __device__ __forceinline__ void store_words(void* p, const Words<kBytes>& w) {
     }
 }
 
+template <class T>
+__device__ __forceinline__ uint32_t bits_of(const T& two) {
+    return *reinterpret_cast<const uint32_t*>(&two);
+}
+template <class T>
+__device__ __forceinline__ T as(uint32_t bits) {
+    return *reinterpret_cast<const T*>(&bits);
+}
+
 // The larger and the smaller of two numbers; NaN if one of them is.
 __device__ __forceinline__ float max_nan(float a, float b) {
 #if __CUDA_ARCH__ >= 800
@@ -67,19 +76,70 @@ __device__ __forceinline__ float min_nan(float a, float b) {
 #endif
 }
 
+// The same for a word of values: one float, or two of the other types.
+template <class T>
+__device__ __forceinline__ uint32_t max_nan_word(uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, float>) {
+        return __float_as_uint(max_nan(__uint_as_float(a), __uint_as_float(b)));
+    } else if constexpr (std::is_same_v<T, torch::headeronly::Half>) {
+        return bits_of(__hmax2_nan(as<__half2>(a), as<__half2>(b)));
+    } else {
+        return bits_of(__hmax2_nan(as<__nv_bfloat162>(a), as<__nv_bfloat162>(b)));
+    }
+}
+template <class T>
+__device__ __forceinline__ uint32_t min_nan_word(uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, float>) {
+        return __float_as_uint(min_nan(__uint_as_float(a), __uint_as_float(b)));
+    } else if constexpr (std::is_same_v<T, torch::headeronly::Half>) {
+        return bits_of(__hmin2_nan(as<__half2>(a), as<__half2>(b)));
+    } else {
+        return bits_of(__hmin2_nan(as<__nv_bfloat162>(a), as<__nv_bfloat162>(b)));
+    }
+}
+
+// How many values of a word are > 0.
+template <class T>
+__device__ __forceinline__ uint32_t count_positive(uint32_t word) {
+    if constexpr (std::is_same_v<T, float>) {
+        return __uint_as_float(word) > 0.0f;
+    } else {
+        uint32_t mask = 0;  // all bits of the places whose value is
+        if constexpr (std::is_same_v<T, torch::headeronly::Half>) {
+            mask = __hgt2_mask(as<__half2>(word), as<__half2>(0));
+        } else {
+            mask = __hgt2_mask(as<__nv_bfloat162>(word), as<__nv_bfloat162>(0));
+        }
+        return __dp4a(static_cast<int>(mask), 0x00ff00ff, 0);  // -1 times -1 for each place
+    }
+}
+
 // Two values in a word, rounded to T, the first one in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t word_of_two(float first, float second);
 template <>
 __device__ __forceinline__ uint32_t word_of_two<torch::headeronly::Half>(float first, float second) {
-    const __half2 two = __floats2half2_rn(first, second);
-    return *reinterpret_cast<const uint32_t*>(&two);
+    return bits_of(__floats2half2_rn(first, second));
 }
 template <>
 __device__ __forceinline__ uint32_t word_of_two<torch::headeronly::BFloat16>(float first, float second) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(first, second);
-    return *reinterpret_cast<const uint32_t*>(&two);
+    return bits_of(__floats2bfloat162_rn(first, second));
 }
+
+// Counters in shared memory.
+class SharedCounters {
+public:
+    SharedCounters() = default;
+    __device__ __forceinline__ explicit SharedCounters(uint32_t* counters)
+        : address_(static_cast<uint32_t>(__cvta_generic_to_shared(counters))) {}
+
+    __device__ __forceinline__ void count(int32_t i) const {
+        asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address_ + 4 * i) : "memory");
+    }
+
+private:
+    uint32_t address_;
+};
 
 }  // namespace ptq4cuda
 #endif

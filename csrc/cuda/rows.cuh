@@ -1,7 +1,7 @@
 // How reductions read long rows: a block takes a stretch of one channel, its threads one vector after the other.
 #pragma once
 
-#include "launch.cuh"
+#include "codes.cuh"
 
 namespace ptq4cuda {
 namespace {
@@ -21,27 +21,41 @@ struct Rows {
 template <class T, int V, int kAhead = kInFlight, class A>
 __device__ __forceinline__ void add_rows(const T* x, const Rows& rows, int64_t channel, int64_t begin, int64_t end,
                                          A& accumulator) {
-    int64_t row = (begin + threadIdx.x) / rows.vectors_of_row, place = (begin + threadIdx.x) % rows.vectors_of_row;
-    const int64_t row_step = blockDim.x / rows.vectors_of_row, place_step = blockDim.x % rows.vectors_of_row;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kAhead * blockDim.x) {
-        Vector<T, V> in[kAhead];
-#pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-            if (i + u * blockDim.x < end)
-                in[u] = load<V>(x + (row * rows.channels + channel) * rows.inner + place * V, rows.aligned);
-            row += row_step;
-            place += place_step;
-            if (place >= rows.vectors_of_row) {
-                place -= rows.vectors_of_row;
-                ++row;
-            }
+    constexpr int kBytes = V * sizeof(T);
+    // A row ends as many vectors after `from` as are left in it; the next one of the channel begins `gap` values
+    // later. No thread goes as far as 2^30 vectors, so that a longer row counts as one of 2^30.
+    const int64_t first = begin + threadIdx.x, row = first / rows.vectors_of_row, place = first % rows.vectors_of_row;
+    const auto limited = [](int64_t vectors) { return static_cast<int>(min(vectors, int64_t{1} << 30)); };
+    const int whole = limited(rows.vectors_of_row), places = limited(blockDim.x % rows.vectors_of_row);
+    int left = limited(rows.vectors_of_row - place);
+    const T* from = x + (row * rows.channels + channel) * rows.inner + place * V;
+    const int64_t gap = (rows.channels - 1) * rows.inner;
+    const int64_t step = blockDim.x / rows.vectors_of_row * rows.channels * rows.inner + places * int64_t{V};
+    const auto advance = [&] {
+        from += step;
+        left -= places;
+        if (left <= 0) {
+            left += whole;
+            from += gap;
         }
+    };
+    int64_t i = first;
+    if (rows.aligned) {
+        for (; i + (kAhead - 1) * blockDim.x < end; i += kAhead * blockDim.x) {
+            Words<kBytes> in[kAhead];
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u)
-            if (i + u * blockDim.x < end) {
-#pragma unroll
-                for (int j = 0; j < V; ++j) accumulator.add(static_cast<float>(in[u].at[j]));
+            for (int u = 0; u < kAhead; ++u) {
+                in[u] = load_words<kBytes>(from);
+                advance();
             }
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) accumulator.add(in[u]);
+        }
+    }
+#pragma unroll 1  // what is left, or all
+    for (; i < end; i += blockDim.x) {
+        accumulator.add(load_group<T, kBytes>(from, rows.aligned));
+        advance();
     }
 }
 

@@ -9,7 +9,7 @@
 // Two layouts:
 //   rows      long rows (NCHW). A unit is a stretch of one channel, and belongs to a block.
 //   columns   short rows (channels_last). The tensor is a matrix whose columns belong to one channel each. A unit is
-//             a column over a stretch of rows; a block takes 128 neighbouring columns, a thread four of them.
+//             a column over a stretch of rows; a block takes 32 vectors of neighbouring columns, a thread one.
 //
 // The mean absolute deviation needs the mean first. Where channels are small, or as many as the device has blocks, a
 // block does a whole channel: both passes in one launch, the second read from cache. Otherwise there are four
@@ -46,29 +46,86 @@ struct Sums {
     }
 };
 
-// Sums of one thread. kMoments and kDeviations say which of them a pass needs.
+// Sums of a thread's values of one column. kMoments and kDeviations say which of them a pass needs.
 template <bool kMoments, bool kDeviations>
 struct Accumulator {
-    double sum = 0.0, squares = 0.0, deviations = 0.0, shift, centre;
-    float min = INFINITY, max = -INFINITY;
+    double sum = 0.0, squares = 0.0, deviations = 0.0, shift = 0.0, centre = 0.0;
     uint32_t positive = 0;
-    bool nan = false;
 
-    __device__ Accumulator(double shift_ = 0.0, double centre_ = 0.0) : shift(shift_), centre(centre_) {}
-
+    // All but the count of what is positive.
     __device__ __forceinline__ void add(float v) {
         if constexpr (kMoments) {
             const double d = v - shift;
             sum += d;
             squares = fma(d, d, squares);
-            positive += v > 0.0f;
-            min = fminf(min, v);  // passes over NaN, which the flag remembers
-            max = fmaxf(max, v);
-            nan |= v != v;
         }
         if constexpr (kDeviations) deviations += fabs(v - centre);
     }
-    __device__ Sums sums() const { return {sum, squares, deviations, positive, nan ? NAN : min, nan ? NAN : max}; }
+};
+
+// Minima and maxima of the values in a word, place by place; NaN stays.
+template <class T>
+struct Extremes {
+    static constexpr int kPlaces = 4 / sizeof(T);
+    uint32_t low, high;
+
+    __device__ Extremes() : low(word(INFINITY)), high(word(-INFINITY)) {}
+
+    __device__ __forceinline__ void add(uint32_t values) {
+        low = min_nan_word<T>(low, values);
+        high = max_nan_word<T>(high, values);
+    }
+    // One value; the other place keeps what it has.
+    __device__ void add(float v, int place) {
+        const uint32_t mask = kPlaces == 1 ? 0xffffffff : 0xffffu << 16 * place;
+        low = (low & ~mask) | (min_nan_word<T>(low, word(v)) & mask);
+        high = (high & ~mask) | (max_nan_word<T>(high, word(v)) & mask);
+    }
+    __device__ float min(int place) const { return value_in<T>(low, place); }
+    __device__ float max(int place) const { return value_in<T>(high, place); }
+
+    // A word of this value in all places.
+    static __device__ __forceinline__ uint32_t word(float v) {
+        if constexpr (kPlaces == 1) {
+            return __float_as_uint(v);
+        } else {
+            return word_of_two<T>(v, v);
+        }
+    }
+};
+
+// Sums of a thread that reads rows: all its values are of one channel.
+template <class T, int V, bool kMoments, bool kDeviations>
+struct RowAccumulator : Accumulator<kMoments, kDeviations> {
+    using Base = Accumulator<kMoments, kDeviations>;
+    static constexpr int kBytes = V * sizeof(T);
+    Extremes<T> extremes;
+
+    __device__ RowAccumulator(double shift, double centre) {
+        Base::shift = shift;
+        Base::centre = centre;
+    }
+    __device__ __forceinline__ void add(const Words<kBytes>& in) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) Base::add(Values<T, V>::get(in, j));
+        if constexpr (kMoments) {
+#pragma unroll
+            for (int i = 0; i < ceil_div(kBytes, 4); ++i) {
+                Base::positive += count_positive<T>(in.at[i]);
+                // A half alone has no neighbour in its word.
+                extremes.add(kBytes < 4 ? __byte_perm(in.at[i], 0, 0x1010) : in.at[i]);
+            }
+        }
+    }
+    __device__ Sums sums() const {
+        constexpr int kLast = Extremes<T>::kPlaces - 1;
+        return {Base::sum,
+                Base::squares,
+                Base::deviations,
+                Base::positive,
+                nan_min(extremes.min(0), extremes.min(kLast)),
+                nan_max(extremes.max(0), extremes.max(kLast))};
+    }
 };
 
 // Combines the values of the threads of a block, a power of two and at most kMaximum, for all of them.
@@ -147,7 +204,7 @@ __global__ void __launch_bounds__(kMaximumThreads)
     const int64_t end = min(begin + rows.vectors_of_unit, rows.vectors_of_channel);
 
     const float shift = kMoments ? shift_of_rows(x, rows, channel, begin, end, V) : 0.0f;
-    Accumulator<kMoments, kDeviations> mine(shift, kDeviations ? centre_of(centre, out, channel) : 0.0);
+    RowAccumulator<T, V, kMoments, kDeviations> mine(shift, kDeviations ? centre_of(centre, out, channel) : 0.0);
     add_rows<T, V>(x, rows, channel, begin, end, mine);
     const Sums total = block_sums<kMaximumThreads>(mine.sums());
     if (threadIdx.x > 0) return;
@@ -162,11 +219,11 @@ __global__ void __launch_bounds__(kMaximumThreads)
     whole_channel_kernel(const T* x, Rows rows, const double* centre, double* out) {
     const int64_t channel = blockIdx.x, end = rows.vectors_of_channel;
     const float shift = shift_of_rows(x, rows, channel, 0, end, V);
-    Accumulator<true, false> first(shift);
+    RowAccumulator<T, V, true, false> first(shift, 0.0);
     add_rows<T, V>(x, rows, channel, 0, end, first);
     const Moments moments = block_sums<kMaximumThreads>(first.sums()).moments(end * V, shift);
 
-    Accumulator<false, true> second(0.0, centre ? centre[channel] : moments.mean);
+    RowAccumulator<T, V, false, true> second(0.0, centre ? centre[channel] : moments.mean);
     add_rows<T, V>(x, rows, channel, 0, end, second);
     const Sums total = block_sums<kMaximumThreads>(second.sums());
     if (threadIdx.x > 0) return;
@@ -190,41 +247,60 @@ struct Columns {
 };
 
 template <class T, int V, bool kMoments, bool kDeviations>
-__global__ void __launch_bounds__(kColumnThreads* kRowThreads)
+__global__ void __launch_bounds__(kColumnThreads* kRowThreads, 2)
     columns_kernel(const T* x, Columns m, const double* centre, const double* out, Partials partials) {
     const int64_t unit = kMoments ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const int column_thread = threadIdx.x % kColumnThreads, row_thread = threadIdx.x / kColumnThreads;
     const int64_t column = (unit % m.blocks * kColumnThreads + column_thread) * V, split = unit / m.blocks;
     const int64_t begin = split * m.rows_of_unit, end = min(begin + m.rows_of_unit, m.rows);
+    constexpr int kBytes = V * sizeof(T), kWords = kBytes / 4, kPlaces = Extremes<T>::kPlaces;
+    constexpr int kAhead = V == 8 ? 2 : kInFlight;  // registers are short
     // Values of this thread in a row: V, or fewer in the last row.
     const auto present = [&](int64_t row) { return column < m.width ? m.count - row * m.width - column : 0; };
 
     Accumulator<kMoments, kDeviations> mine[V];
+    Extremes<T> extremes[kWords];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         if (j >= present(begin)) continue;
         if (kMoments) mine[j].shift = static_cast<float>(x[begin * m.width + column + j]);
         if (kDeviations) mine[j].centre = centre_of(centre, out, m.channel(column + j));
     }
-    for (int64_t row = begin + row_thread; row < end; row += kInFlight * kRowThreads) {
-        Vector<T, V> in[kInFlight];
+    const auto add = [&](const Words<kBytes>& in) {
 #pragma unroll
-        for (int u = 0; u < kInFlight; ++u) {
-            const int64_t r = row + u * kRowThreads;
-            if (r < end && present(r) >= V) in[u] = load<V>(x + r * m.width + column, m.aligned);
+        for (int j = 0; j < V; ++j) {
+            const float v = Values<T, V>::get(in, j);
+            mine[j].add(v);
+            if (kMoments) mine[j].positive += v > 0.0f;
         }
 #pragma unroll
-        for (int u = 0; u < kInFlight; ++u) {
-            const int64_t r = row + u * kRowThreads;
-            if (r >= end) break;
-            if (present(r) >= V) {
+        for (int i = 0; i < kWords; ++i)
+            if (kMoments) extremes[i].add(in.at[i]);
+    };
+    int64_t row = begin + row_thread;
+    const int64_t whole = end - (present(end - 1) < V);  // only the last row may have fewer values
+    const int64_t step = kRowThreads * m.width;
+    const T* from = x + row * m.width + column;
+    if (column >= m.width) row = end;
+    if (m.aligned) {
+        for (; row + (kAhead - 1) * kRowThreads < whole; row += kAhead * kRowThreads, from += kAhead * step) {
+            Words<kBytes> in[kAhead];
 #pragma unroll
-                for (int j = 0; j < V; ++j) mine[j].add(static_cast<float>(in[u].at[j]));
-            } else {
+            for (int u = 0; u < kAhead; ++u) in[u] = load_words<kBytes>(from + u * step);
 #pragma unroll
-                for (int j = 0; j < V; ++j)
-                    if (j < present(r)) mine[j].add(static_cast<float>(x[r * m.width + column + j]));
-            }
+            for (int u = 0; u < kAhead; ++u) add(in[u]);
+        }
+    }
+#pragma unroll 1  // what is left, or all
+    for (; row < whole; row += kRowThreads, from += step) add(load_group<T, kBytes>(from, m.aligned));
+    if (row < end) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            if (j >= present(row)) continue;
+            const float v = static_cast<float>(from[j]);
+            mine[j].add(v);
+            if (kMoments) mine[j].positive += v > 0.0f;
+            if (kMoments) extremes[j / kPlaces].add(v, j % kPlaces);
         }
     }
 
@@ -233,7 +309,12 @@ __global__ void __launch_bounds__(kColumnThreads* kRowThreads)
     Sums* sums = reinterpret_cast<Sums*>(memory);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-        sums[threadIdx.x] = mine[j].sums();
+        sums[threadIdx.x] = {mine[j].sum,
+                             mine[j].squares,
+                             mine[j].deviations,
+                             mine[j].positive,
+                             extremes[j / kPlaces].min(j % kPlaces),
+                             extremes[j / kPlaces].max(j % kPlaces)};
         __syncthreads();
         if (row_thread == 0 && column + j < m.width) {
             Sums total = Sums::none();
@@ -340,16 +421,25 @@ void reduce_rows(const Tensor& tensor, const ChannelLayout& layout, const double
                });
 }
 
-template <class T>
+template <class T, int V>
 void reduce_columns(const Tensor& tensor, const ChannelLayout& layout, const double* centre, double* out,
                     cudaStream_t stream) {
-    constexpr int V = 4;  // more columns need so many registers that too few threads are resident
     constexpr int64_t kBlockColumns = kColumnThreads * V;
     const T* x = static_cast<const T*>(tensor.data_ptr());
     const int64_t period = layout.channels * layout.inner;
-    // Short rows are repeated, to fill a block and to begin each matrix row with a whole vector.
+    // Short rows are repeated, to begin each matrix row with a whole vector and to fill blocks to nine tenths or
+    // more.
     const int64_t whole = V / std::gcd(period, int64_t{V});
-    const int64_t repeats = ceil_div(kBlockColumns, period * whole) * whole;
+    int64_t repeats = whole;
+    double best = 0.0;
+    for (int64_t r = whole; r <= 16 * whole && best < 0.9; r += whole) {
+        const int64_t columns = period * r;
+        const double filled = static_cast<double>(columns) / (ceil_div(columns, kBlockColumns) * kBlockColumns);
+        if (filled > best) {
+            best = filled;
+            repeats = r;
+        }
+    }
     Columns m;
     m.count = layout.numel();
     m.width = period * repeats;
@@ -365,8 +455,9 @@ void reduce_columns(const Tensor& tensor, const ChannelLayout& layout, const dou
                     " channels are too many for one launch");
     two_stages(tensor, {layout.channels, layout.inner, repeats, m.splits}, centre, out, stream,
                [&](auto moments, auto deviations, const Partials& partials) {
-                   launch(columns_kernel<T, V, moments, deviations>, grid, kColumnThreads * kRowThreads, 0, stream, x,
-                          m, centre, out, partials);
+                   if constexpr (V < 8 || !(moments && deviations))
+                       launch(columns_kernel<T, V, moments, deviations>, grid, kColumnThreads * kRowThreads, 0,
+                              stream, x, m, centre, out, partials);
                });
 }
 
@@ -376,8 +467,11 @@ struct Cuda {
         if (given.channels == 0) return;
         const CurrentStream stream(x);
         const ChannelLayout layout = given.channels == 1 ? ChannelLayout{1, 1, given.numel()} : given;
-        if (layout.inner < kShortRow && layout.numel() > 0 && layout.channels > 1)
-            return reduce_columns<T>(x, layout, centre, out, stream);
+        if (layout.inner < kShortRow && layout.numel() > 0 && layout.channels > 1) {
+            // All sums of eight columns at once would need more registers than two blocks have.
+            if (centre) return reduce_columns<T, 4>(x, layout, centre, out, stream);
+            return reduce_columns<T, 16 / sizeof(T)>(x, layout, centre, out, stream);
+        }
         // The width follows from the shape alone, never from the address, and with it the order of the sums.
         with_vector_width<T>(nullptr, layout.inner,
                              [&](auto width) { reduce_rows<T, width>(x, layout, centre, out, stream); });

@@ -33,6 +33,7 @@ SHAPES = [
     (2, 1, 101, 103),  # one channel, an odd number of values
     (1, 2, 130, 132),  # channels that several blocks, or threads, share
     (40, 24, 6, 6),
+    (9, 56, 7, 5),  # channels_last: blocks side by side, of vectors of channels
 ]
 
 

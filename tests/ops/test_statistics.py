@@ -32,6 +32,7 @@ SHAPES = [
     (2, 1, 101, 103),  # one channel, an odd number of values
     (2, 2, 96, 96),  # channels that several blocks share
     (40, 24, 6, 6),
+    (9, 56, 7, 5),  # channels_last: blocks side by side, of vectors of channels
 ]
 
 

@@ -43,6 +43,45 @@ void store_words(void* p, const Words<kBytes>& w) {
 inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
 inline float min_nan(float a, float b) { return a < b || a != a ? a : b; }
 
+// f of each pair of values in two words.
+template <class T, class F>
+uint32_t by_value(uint32_t a, uint32_t b, const F& f) {
+    T left[4 / sizeof(T)], right[4 / sizeof(T)];
+    std::memcpy(left, &a, sizeof(a));
+    std::memcpy(right, &b, sizeof(b));
+    for (size_t i = 0; i < 4 / sizeof(T); ++i)
+        left[i] = static_cast<T>(f(static_cast<float>(left[i]), static_cast<float>(right[i])));
+    std::memcpy(&a, left, sizeof(a));
+    return a;
+}
+template <class T>
+uint32_t max_nan_word(uint32_t a, uint32_t b) {
+    return by_value<T>(a, b, max_nan);
+}
+template <class T>
+uint32_t min_nan_word(uint32_t a, uint32_t b) {
+    return by_value<T>(a, b, min_nan);
+}
+template <class T>
+uint32_t count_positive(uint32_t word) {
+    uint32_t count = 0;
+    by_value<T>(word, word, [&](float v, float) {
+        count += v > 0.0f;
+        return v;
+    });
+    return count;
+}
+
+class SharedCounters {
+public:
+    SharedCounters() = default;
+    explicit SharedCounters(uint32_t* counters) : counters_(counters) {}
+    void count(int32_t i) const { ++counters_[i]; }
+
+private:
+    uint32_t* counters_;
+};
+
 template <class T>
 uint32_t word_of_two(float first, float second) {
     return T(first).x | uint32_t{T(second).x} << 16;
