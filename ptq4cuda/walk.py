@@ -397,7 +397,7 @@ class _GraphWalk:
 
     def _added(self, node: fx.Node) -> list[tuple[Tensor, Tensor]] | None:
         """Return both streams of what is added to a node's value next, where it is known by then."""
-        users = list(node.users)
+        users = graph.readers(node)
         if len(users) != 1 or not graph.is_addition(users[0]):
             return None
         others = [operand for operand in users[0].all_input_nodes if operand is not node]
@@ -407,7 +407,7 @@ class _GraphWalk:
 
     def _set_activation(self, node: fx.Node, signal: Signal) -> None:
         """Remember what the value was before its activation, also through nodes that only move values."""
-        used = [s for n in node.all_input_nodes if not isinstance((s := self.signals[n]).streams[0][0], int)]  # sizes
+        used = [s for n in node.all_input_nodes if _has_tensors((s := self.signals[n]).streams[0][0])]  # not sizes
         activation = graph.activation_of(node, self.network)
         if activation is not None and len(used) == 1:
             signal.before = [value for value, _ in used[0].streams]
@@ -428,6 +428,10 @@ class _GraphWalk:
 
             signal.before = [run_before(i) for i in range(len(self.inputs))]
             signal.activation = used[0].activation
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 # --- by the modules -----------------------------------------------------------------------------------------

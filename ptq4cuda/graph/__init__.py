@@ -15,6 +15,7 @@ from ptq4cuda.graph.layers import (
     why_float_call,
 )
 from ptq4cuda.graph.order import prepare, shortcuts_first
+from ptq4cuda.graph.readers import readers
 from ptq4cuda.graph.residual import operands_as_codes
 from ptq4cuda.graph.trace import own_copy, trace, why_different
 from ptq4cuda.graph.wrappers import is_compiled, unwrap
@@ -35,6 +36,7 @@ __all__ = [
     "output_importance",
     "own_copy",
     "prepare",
+    "readers",
     "shortcuts_first",
     "trace",
     "unwrap",

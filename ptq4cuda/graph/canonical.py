@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ptq4cuda.graph.layers import layer_kind
+from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, layer_kind
+from ptq4cuda.graph.shapes import Shapes, infer_shapes
 
 _IDENTITIES = (nn.Identity, nn.modules.dropout._DropoutNd)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
@@ -120,9 +121,10 @@ def _reshape(node: fx.Node) -> None:
 def _make_modules(network: fx.GraphModule) -> dict[fx.Node, str]:
     """Replace functions by calls of modules with provisional names; return the names that they should have."""
     made: dict[fx.Node, str] = {}
+    shapes = infer_shapes(network)
     for node in list(network.graph.nodes):
         make = _MAKERS.get(node.target) if node.op == "call_function" else None
-        module = make(node, network) if make is not None else None
+        module = make(node, network, shapes) if make is not None else None
         if module is None:
             continue
         provisional = f"_made_{node.name}"
@@ -130,6 +132,7 @@ def _make_modules(network: fx.GraphModule) -> dict[fx.Node, str]:
         with network.graph.inserting_before(node):
             new = network.graph.call_module(provisional, (_source(node),))
         node.replace_all_uses_with(new)
+        shapes.rename(node, new)
         made[new] = _wanted_name(node)
         network.graph.erase_node(node)
     return made
@@ -166,7 +169,7 @@ def _literal(*values: Any) -> bool:
     return not any(isinstance(item, fx.Node) for item in items)
 
 
-def _conv2d(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
+def _conv2d(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> nn.Module | None:
     names = "input weight bias stride padding dilation groups"
     a = arguments(node, names, bias=None, stride=1, padding=0, dilation=1, groups=1)
     tensors = _constants(network, weight=a["weight"], bias=a["bias"])
@@ -181,7 +184,7 @@ def _conv2d(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
     return _parameters(conv, **tensors)
 
 
-def _linear(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
+def _linear(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> nn.Module | None:
     a = arguments(node, "input weight bias", bias=None)
     tensors = _constants(network, weight=a["weight"], bias=a["bias"])
     if tensors is None or tensors["weight"] is None or tensors["weight"].dim() != 2:
@@ -190,17 +193,19 @@ def _linear(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
     return _parameters(nn.Linear(in_features, out_features, device="meta"), **tensors)
 
 
-def _batch_norm(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
-    """Make nn.BatchNorm2d where a convolution is next to it: a function does not tell the dimensions of its input."""
+def _batch_norm(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> nn.Module | None:
+    """Make the BatchNorm of the input's dimensions, which a function does not tell."""
     names = "input running_mean running_var weight bias training momentum eps"
     a = arguments(node, names, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5)
     tensors = _constants(network, **{k: a[k] for k in ("running_mean", "running_var", "weight", "bias")})
-    beside = [a["input"], *node.users]
     if tensors is None or tensors["running_var"] is None or a["training"] is not False or not _literal(a["eps"]):
         return None
-    if not any(_is_conv2d(n, network) for n in beside):
+    shape = shapes.of(a["input"])
+    beside = any(_is_conv2d(n, network) for n in (a["input"], *node.users))
+    kind = BATCH_NORM_OF_RANK.get(len(shape)) if shape is not None else nn.BatchNorm2d if beside else None
+    if kind is None:
         return None
-    norm = nn.BatchNorm2d(len(tensors["running_var"]), eps=a["eps"], device="meta")
+    norm = kind(len(tensors["running_var"]), eps=a["eps"], device="meta")
     return _parameters(norm, **tensors, num_batches_tracked=None)
 
 
@@ -212,7 +217,7 @@ def _is_conv2d(node: object, network: fx.GraphModule) -> bool:
     return node.target is F.conv2d
 
 
-_MAKERS: dict[Any, Callable[[fx.Node, fx.GraphModule], nn.Module | None]] = {
+_MAKERS: dict[Any, Callable[[fx.Node, fx.GraphModule, Shapes], nn.Module | None]] = {
     F.conv2d: _conv2d,
     F.linear: _linear,
     F.batch_norm: _batch_norm,

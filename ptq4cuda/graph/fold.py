@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from ptq4cuda.graph.canonical import constant, drop_unused
-from ptq4cuda.graph.layers import BATCH_NORMS, layer_kind
+from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind
+from ptq4cuda.graph.readers import readers
+from ptq4cuda.graph.shapes import Shapes, infer_shapes, is_move, source_of
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_FOLDS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: nn.BatchNorm1d,
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-    nn.Conv3d: nn.BatchNorm3d,
-    nn.ConvTranspose1d: nn.BatchNorm1d,
-    nn.ConvTranspose2d: nn.BatchNorm2d,
-    nn.ConvTranspose3d: nn.BatchNorm3d,
-}
-
+_FOLDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _MULTIPLY = (operator.mul, torch.mul, "mul")
 _DIVIDE = (operator.truediv, torch.div, "div")
 _ADD = (operator.add, torch.add, "add")
@@ -31,60 +25,126 @@ _SUBTRACT = (operator.sub, torch.sub, "sub")
 def fold_batch_norm(network: fx.GraphModule) -> int:
     """Fold BatchNorms that use running statistics, in a graph in canonical form.
 
-    One that alone reads the output of a layer is folded into that layer, and so are products with and sums of
+    One that alone reads the values of a layer is folded into that layer, and so are products with and sums of
     constants per channel: a BatchNorm that is written out. One that only convolutions without zero padding or linear
-    layers read is folded into those. A BatchNorm1d beside a linear layer with as many features is taken to see
-    [N, C].
+    layers read is folded into those. Between the two the values may be moved, as long as it is certain where the
+    channels are. Where the shape is not known, a BatchNorm1d beside a linear layer is taken to see [N, C].
 
     Returns:
         The number of BatchNorms folded.
     """
+    shapes = infer_shapes(network)
     folded = 0
     for node in list(network.graph.nodes):
-        folded += _fold_into_previous(node, network) or _fold_into_next(node, network)
+        folded += _fold_into_previous(node, network, shapes) or _fold_into_next(node, network, shapes)
     drop_unused(network)
     return folded
 
 
-def _fold_into_previous(node: fx.Node, network: fx.GraphModule) -> bool:
+def fold_sizes(network: fx.GraphModule) -> None:
+    """Put numbers in the place of what a graph computes from shapes and is the same for all inputs.
+
+    Checks that always hold go, as `torch._assert(x.ndim == 4, ...)` of a convolution's output.
+    """
+    shapes = infer_shapes(network)
+    for node in list(network.graph.nodes):
+        number = shapes.known(node)
+        if number is not None:
+            for user in list(node.users):
+                arguments = (user.args, user.kwargs)
+                user.args, user.kwargs = fx.node.map_arg(arguments, {**_same(user), node: number}.__getitem__)
+        if node.target is torch._assert and node.args and node.args[0] is True:
+            network.graph.erase_node(node)
+    drop_unused(network)
+
+
+def _same(user: fx.Node) -> dict[fx.Node, fx.Node]:
+    return {node: node for node in user.all_input_nodes}
+
+
+@dataclass
+class _Path:
+    """From the values of a layer to a node, by nodes that only move them.
+
+    Attributes:
+        layer: the node of the layer.
+        end: what the node reads.
+        rank: of what the node reads, None where it is not known.
+        axis: of the channels there, counted from the back.
+    """
+
+    layer: fx.Node
+    end: fx.Node
+    rank: int | None
+    axis: int
+
+
+def _fold_into_previous(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> bool:
     """Fold a node into the layer before it; tell whether that was a BatchNorm, or the scale of one."""
-    operands = [n for n in node.all_input_nodes if n.op == "call_module"]
-    source = operands[0] if len(operands) == 1 else None
-    layer = _layer(source, network)
-    if source is None or layer is None or len(source.users) != 1:
+    path = next((p for n in node.all_input_nodes if (p := _path_from_layer(n, node, network, shapes))), None)
+    if path is None:
         return False
-    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    layer = _layer(path.layer, network)
+    assert layer is not None
+    channels = layer.weight.shape[1 if isinstance(layer, _TRANSPOSED) else 0]
     if node.op == "call_module":
-        affine = _batch_norm_of(node, type_before(layer), network)
+        affine = _batch_norm_of(node, network, path.rank, path.axis, layer)
     else:
-        affine = _constants_of(node, source, -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim(), network)
+        affine = _constants_of(node, path, network)
     if affine is None or any(t.numel() not in (1, channels) for t in affine):
         return False
     scale, shift = (t.double().expand(channels) for t in affine)
     bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(scale)
     shape = (1, -1) if isinstance(layer, _TRANSPOSED) else (-1, 1)
     _set(layer, layer.weight.double() * _expand(scale.view(shape), layer.weight), bias * scale + shift)
-    node.replace_all_uses_with(source)
+    node.replace_all_uses_with(path.end)
     network.graph.erase_node(node)
     return node.op == "call_module" or node.target in (*_MULTIPLY, *_DIVIDE)
 
 
-def _fold_into_next(node: fx.Node, network: fx.GraphModule) -> bool:
+def _path_from_layer(end: fx.Node, reader: fx.Node, network: fx.GraphModule, shapes: Shapes) -> _Path | None:
+    """Return how the values of a layer come to a node that alone reads them, None where they do not."""
+    moves: list[fx.Node] = []
+    node = end
+    while readers(node) == [reader] and is_move(node, network):
+        moves.append(node)
+        node, reader = source_of(node), node
+    layer = _layer(node, network)
+    if layer is None or readers(node) != [reader]:
+        return None
+    shape, axis = shapes.of(node), -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()
+    for move in reversed(moves):
+        if shape is None:
+            return None
+        kept = shapes.kept_axis(move, len(shape) + axis)
+        shape = shapes.of(move)
+        if kept is None or shape is None:
+            return None
+        axis = kept - len(shape)
+    return _Path(node, end, None if shape is None else len(shape), axis)
+
+
+def _fold_into_next(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> bool:
     """Fold a BatchNorm into the layers that read it; tell whether it was done."""
-    layers = [_layer(user, network) for user in node.users]
     source = node.args[0] if node.args else None
-    if node.op != "call_module" or not layers or not isinstance(source, fx.Node):
+    if node.op != "call_module" or not isinstance(source, fx.Node):
         return False
-    readers = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear)) and not pads_with_zeros(layer)]
-    if len(readers) < len(layers):
+    norm = network.get_submodule(str(node.target))
+    if not isinstance(norm, BATCH_NORMS):
         return False
-    norms = [_batch_norm_of(node, type_before(layer), network) for layer in readers]
-    channels = [r.in_features if isinstance(r, nn.Linear) else r.in_channels for r in readers]
-    if any(n is None or len(n[0]) != c for n, c in zip(norms, channels, strict=True)):
+    found = [_path_to_layer(reader, node, network, shapes) for reader in readers(node)]
+    paths = [path for path in found if path is not None]
+    if not paths or len(paths) < len(found):
         return False
-    assert norms[0] is not None
-    scale, shift = norms[0]
-    for layer in readers:
+    shape = shapes.of(node)
+    affine = _batch_norm_of(node, network, None if shape is None else len(shape), 1 - len(shape or "NC"), paths[0][0])
+    if affine is None or any(_inputs(layer) % len(affine[0]) for layer, _ in paths):
+        return False
+    repeats = [_inputs(layer) // len(affine[0]) for layer, _ in paths]
+    if any(repeat > 1 and not merged for repeat, (_, merged) in zip(repeats, paths, strict=True)):
+        return False
+    for repeat, (layer, _) in zip(repeats, paths, strict=True):
+        scale, shift = (t.repeat_interleave(repeat) for t in affine)
         weight = layer.weight.double()
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         # Output channel o of group g reads the input channels of group g.
@@ -97,6 +157,33 @@ def _fold_into_next(node: fx.Node, network: fx.GraphModule) -> bool:
     return True
 
 
+def _path_to_layer(
+    reader: fx.Node, node: fx.Node, network: fx.GraphModule, shapes: Shapes
+) -> tuple[nn.Conv2d | nn.Linear, bool] | None:
+    """Return the layer that reads the channels of axis 1, after moves, and whether others were merged into these."""
+    shape, axis, merged = shapes.of(node), 1, False
+    while is_move(reader, network):
+        after = shapes.of(reader)
+        if shape is None or after is None or len(readers(reader)) != 1:
+            return None
+        kept = shapes.kept_axis(reader, axis)
+        if kept is None and not merged and shapes.merges_from(reader, axis):
+            kept, merged = axis, True
+        if kept is None:
+            return None
+        shape, axis, reader = after, kept, readers(reader)[0]
+    layer = _layer(reader, network)
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or pads_with_zeros(layer):
+        return None
+    if shape is not None and axis != (len(shape) - 1 if isinstance(layer, nn.Linear) else 1):
+        return None
+    return layer, merged
+
+
+def _inputs(layer: nn.Conv2d | nn.Linear) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
 def pads_with_zeros(layer: nn.Module) -> bool:
     """Tell whether a layer sees zeros beyond the border of its input, which a shift would have to move."""
     if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or layer.padding == "valid":
@@ -104,9 +191,9 @@ def pads_with_zeros(layer: nn.Module) -> bool:
     return max(layer.kernel_size) > 1 if layer.padding == "same" else any(layer.padding)
 
 
-def type_before(layer: nn.Module) -> type[nn.Module]:
+def _norm_beside(layer: nn.Module) -> type[nn.Module]:
     """Return the class of BatchNorm for the dimensions of a layer's tensors."""
-    return next(norm for kind, norm in _FOLDS.items() if isinstance(layer, kind))
+    return BATCH_NORM_OF_RANK[2 if isinstance(layer, nn.Linear) else layer.weight.dim()]  # type: ignore[operator]
 
 
 def _layer(node: fx.Node | None, network: fx.GraphModule) -> nn.Conv2d | nn.Linear | None:
@@ -122,10 +209,23 @@ def _layer(node: fx.Node | None, network: fx.GraphModule) -> nn.Conv2d | nn.Line
     return layer if calls[node.target] == 1 else None  # type: ignore[return-value]
 
 
-def _batch_norm_of(node: fx.Node, kind: type[nn.Module], network: fx.GraphModule) -> tuple[Tensor, Tensor] | None:
-    """Return scale and shift per channel of a BatchNorm, float64, or None."""
+def _batch_norm_of(
+    node: fx.Node, network: fx.GraphModule, rank: int | None, axis: int, layer: nn.Module
+) -> tuple[Tensor, Tensor] | None:
+    """Return scale and shift per channel of a BatchNorm, float64, or None.
+
+    Args:
+        node: of the BatchNorm.
+        network: of the node.
+        rank: of its input, None where it is not known: then it is taken to be what the layer beside it has.
+        axis: of the layer's channels in its input, counted from the back.
+        layer: beside it.
+    """
     norm = network.get_submodule(str(node.target))
-    if type(norm) not in (kind, nn.SyncBatchNorm) or not isinstance(norm, BATCH_NORMS) or norm.training:
+    kind = BATCH_NORM_OF_RANK.get(rank) if rank is not None else _norm_beside(layer)
+    if kind is None or type(norm) not in (kind, nn.SyncBatchNorm) or not isinstance(norm, BATCH_NORMS):
+        return None
+    if norm.training or (rank is not None and rank + axis != 1):
         return None
     if norm.running_var is None or norm.running_mean is None:
         return None
@@ -135,22 +235,19 @@ def _batch_norm_of(node: fx.Node, kind: type[nn.Module], network: fx.GraphModule
     return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
-def _constants_of(
-    node: fx.Node, source: fx.Node, channel_axis: int, network: fx.GraphModule
-) -> tuple[Tensor, Tensor] | None:
+def _constants_of(node: fx.Node, path: _Path, network: fx.GraphModule) -> tuple[Tensor, Tensor] | None:
     """Return scale and shift of a product or a sum of a layer's output and a constant per channel, or None.
 
     Args:
         node: of the operation.
-        source: of the layer.
-        channel_axis: of the layer's output, counted from the back.
+        path: from the layer.
         network: of both.
     """
     if len(node.args) != 2 or node.kwargs or node.op not in ("call_function", "call_method"):
         return None
-    backwards = node.args[1] is source
+    backwards = node.args[1] is path.end
     other = node.args[0] if backwards else node.args[1]
-    weight = network.get_parameter(f"{source.target}.weight")
+    weight = network.get_parameter(f"{path.layer.target}.weight")
     if isinstance(other, (int, float)) and not isinstance(other, bool):
         value = torch.tensor(float(other), dtype=torch.float64, device=weight.device)
     else:
@@ -159,8 +256,9 @@ def _constants_of(
             return None
         value = found.double()
     # Only the channel axis may be longer than one, and the result must have the layer's dimensions.
-    shape = (1,) * (-channel_axis) + tuple(value.shape)
-    if value.dim() > -channel_axis + 1 or value.numel() != shape[channel_axis]:
+    shape = (1,) * -path.axis + tuple(value.shape)
+    rank = 1 - path.axis if path.rank is None else path.rank
+    if value.dim() > rank or value.numel() != shape[path.axis]:
         return None
     value = value.flatten()
     one, zero = torch.ones_like(value), torch.zeros_like(value)

@@ -17,6 +17,8 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 from torch.nn import functional as F
 
+from ptq4cuda.graph.readers import is_number
+
 INPLACE_OPERATORS = {
     getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor")
@@ -32,8 +34,6 @@ _VIEW_NAMES = (
 )
 _VIEWS = frozenset(_VIEW_NAMES.split())
 _SEVERAL = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}  # views that do not overlap
-_NUMBERS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "item", "get_device", "is_floating_point"}
-_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"}
 _ASSIGNMENTS = {"copy_", "fill_", "zero_"}
 
 
@@ -63,7 +63,8 @@ class _Functionalizer:
         self.order: dict[fx.Node, int] = {node: i for i, node in enumerate(network.graph.nodes)}
         self.numbers: set[fx.Node] = set()  # nodes that compute sizes and the like rather than tensors
         for node in network.graph.nodes:
-            if _is_size(node) or (_is_arithmetic(node) and self.numbers.issuperset(node.all_input_nodes)):
+            computed = _is_arithmetic(node) and self.numbers.issuperset(node.all_input_nodes)
+            if computed or is_number(node) or node.target == "item":
                 self.numbers.add(node)
 
     def run(self) -> None:
@@ -72,7 +73,7 @@ class _Functionalizer:
             if self._make_pure(node) and isinstance(target, fx.Node):
                 self._rebind(target, node, self.order[node])
         for module in self.network.modules():
-            if isinstance(getattr(module, "inplace", None), bool):
+            if getattr(module, "inplace", None) is True:
                 module.inplace = False  # type: ignore[assignment]
 
     def _make_pure(self, node: fx.Node) -> bool:
@@ -198,12 +199,6 @@ class _Functionalizer:
     @staticmethod
     def _shared(node: fx.Node) -> InPlaceError:
         return InPlaceError(f"it changes {node.name!r} or a view of it in place while the other is still used")
-
-
-def _is_size(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _NUMBERS
-    return node.target is getattr and node.args[1] in _ATTRIBUTES
 
 
 def _is_arithmetic(node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from ptq4cuda.graph.bind import Interpreter
 from ptq4cuda.graph.layers import activation_of, layer_kind
+from ptq4cuda.graph.readers import readers
 
 
 @dataclass
@@ -101,7 +102,7 @@ def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx
                     _add(costs, source, torch.ones_like(seen[source].positive))
         elif node in costs:
             for source in node.all_input_nodes:
-                if source in seen:
+                if source in seen and node in readers(source):
                     _add(costs, source, _back(network, node, source, seen, costs[node]))
     return costs
 

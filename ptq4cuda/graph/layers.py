@@ -12,9 +12,16 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ptq4cuda.clipping import Activation
+from ptq4cuda.graph.readers import readers
 
 _QUANTIZABLE = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+BATCH_NORM_OF_RANK: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
 _FUNCTIONS = (
     *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear),
     *(torch.matmul, operator.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
@@ -104,8 +111,9 @@ def _why_not_folded(node: fx.Node, norm: nn.modules.batchnorm._BatchNorm, networ
     source = node.all_input_nodes[0]
     if norm.running_var is None:
         return "it normalizes with the statistics of each batch"
-    before, after = call_name(source, network), ", ".join(dict.fromkeys(call_name(n, network) for n in node.users))
-    if before.startswith(("Conv", "Linear")) and len(source.users) > 1:
+    after = ", ".join(dict.fromkeys(call_name(n, network) for n in readers(node)))
+    before = call_name(source, network)
+    if before.startswith(("Conv", "Linear")) and len(readers(source)) > 1:
         return f"layer {source.target!r} before it has other readers"
     if after == "Conv2d":
         return "the convolution after it pads with zeros, which a shift would move"

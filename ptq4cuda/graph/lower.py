@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.graph.layers import activation_of, is_addition
+from ptq4cuda.graph.readers import reads_shape
 from ptq4cuda.integer import IntegerConv2d, IntegerLinear, max_pool_codes
 from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
 from ptq4cuda.ops import panels
@@ -164,11 +165,15 @@ def _key(params: QuantParams | None) -> Key | None:
 
 @dataclass(eq=False)
 class _Chain:
-    """A quantized layer and what its epilogue computes; `end` is the node whose value it returns."""
+    """A quantized layer and what its epilogue computes; `end` is the node whose value it returns.
+
+    The values of the nodes before it (`inner`) exist nowhere, but they have the shape of the end's.
+    """
 
     node: fx.Node
     layer: QuantModule
     end: fx.Node
+    inner: list[fx.Node] = field(default_factory=list)
     residual: fx.Node | None = None  # of the QuantTensor
     activation: Activation = IDENTITY
 
@@ -177,15 +182,18 @@ class _Lowering:
     def __init__(self, network: fx.GraphModule, reasons: dict[str, str], dtype: torch.dtype, pack: bool) -> None:
         self.network, self.dtype, self.pack = network, dtype, pack
         self.chains: dict[fx.Node, _Chain] = {}  # by their ends
+        self.ends: dict[fx.Node, fx.Node] = {}  # by the inner nodes of chains
         for node in network.graph.nodes:
             module = self._module(node)
             if isinstance(module, QuantModule) and str(node.target) not in reasons:
                 chain = self._chain(node, module)
                 self.chains[chain.end] = chain
+                self.ends |= dict.fromkeys(chain.inner, chain.end)
         # What is wanted of each node: None for values, else the quantizer of the codes.
         self.wanted: dict[fx.Node, dict[Key | None, QuantParams | None]] = defaultdict(dict)
         # Who reads that: a layer's input, or None for whatever else.
         self.readers: dict[tuple[fx.Node, Key | None], set[QuantModule | None]] = defaultdict(set)
+        self.measured: dict[fx.Node, None] = {}  # whose shape is read, of values or codes
         self.graph = fx.Graph()
         self.made: dict[tuple[fx.Node, Key | None], fx.Node] = {}
 
@@ -195,13 +203,41 @@ class _Lowering:
         for node in nodes:
             if node.op in ("placeholder", "output"):
                 self._want(node, None)
-        for node in nodes:
-            for key, params in self.wanted[node].items():
-                if (node, key) not in self.made:
-                    self.made[node, key] = self._make(node, params)
+        while unknown := [node for node in self.measured if not self.wanted[node]]:
+            self._want(unknown[0], None)
+        for node in self.measured:
+            for key in self.wanted[node]:
+                self.readers[node, key].add(None)
+        done: set[fx.Node] = set()
+        while nodes:  # in order, but for what reads the shape of a chain before its end
+            late = [node for node in nodes if not self._make_all(node, done)]
+            assert len(late) < len(nodes)
+            nodes = late
         self.graph.lint()
         self.network.graph = self.graph
         self.network.recompile()
+
+    def _make_all(self, node: fx.Node, done: set[fx.Node]) -> bool:
+        """Make what is wanted of a node; tell whether it could be done by now."""
+        wanted = self.wanted[node]
+        if wanted and not done.issuperset(self._before(node)):
+            return False
+        for key, params in wanted.items():
+            if (node, key) not in self.made:
+                self.made[node, key] = self._make(node, params)
+        done.add(node)
+        return True
+
+    def _before(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that must be made before a node."""
+        chain = self.chains.get(node)
+        if chain is None:
+            return [self._measured(node, n) or n for n in node.all_input_nodes]
+        return [_source(n) for n in (chain.node, chain.residual) if n is not None]
+
+    def _measured(self, node: fx.Node, source: fx.Node) -> fx.Node | None:
+        """Return what has the shape of a node's source if the node reads nothing else of it."""
+        return self.ends.get(source, source) if reads_shape(node, source) else None
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -210,19 +246,26 @@ class _Lowering:
         chain = _Chain(node, layer, node)
 
         def only_reader() -> fx.Node | None:
-            return next(iter(chain.end.users)) if len(chain.end.users) == 1 else None
+            found = [user for user in chain.end.users if not reads_shape(user, chain.end)]
+            return found[0] if len(found) == 1 else None
+
+        def extend(end: fx.Node) -> None:
+            chain.inner.append(chain.end)
+            chain.end = end
 
         reader = only_reader()
         if reader is not None and isinstance(layer, QuantConv2d) and is_addition(reader):
             others = [n for n in reader.all_input_nodes if n is not node]
             marked = self._module(others[0]) if len(others) == 1 else None
-            if isinstance(marked, QuantTensor) and marked.scale.numel():
-                chain.residual, chain.end = others[0], reader
+            if isinstance(marked, QuantTensor) and marked.scale.numel() and not _depends_on_shape(others[0], node):
+                chain.residual = others[0]
+                extend(reader)
                 reader = only_reader()
         if reader is not None:
             activation = activation_of(reader, self.network)
             if activation is not None:
-                chain.activation, chain.end = activation, reader
+                chain.activation = activation
+                extend(reader)
         return chain
 
     # --- what is wanted -----------------------------------------------------------------------------------
@@ -249,7 +292,9 @@ class _Lowering:
                 needs.append((_source(chain.residual), self._residual_params(chain)))
             return needs
         if params is None:
-            return [(n, None) for n in node.all_input_nodes]
+            measured = {n: end for n in node.all_input_nodes if (end := self._measured(node, n)) is not None}
+            self.measured |= dict.fromkeys(measured.values())
+            return [(n, None) for n in node.all_input_nodes if n not in measured]
         operands = self._operands(node, params)
         return [(node, None)] if operands is None else list(operands)
 
@@ -336,7 +381,7 @@ class _Lowering:
             self.made |= {(node, _key(output)): part for output, part in zip(outputs, parts, strict=True)}
             return self._codes(node, params)
         if params is None:
-            return self.graph.node_copy(node, lambda n: self.made[n, None])
+            return self.graph.node_copy(node, lambda n: self._copied(node, n))
         operands = self._operands(node, params)
         if operands is None:
             return self._quantize(node, params)
@@ -345,6 +390,12 @@ class _Lowering:
         if pooling is not None:
             return self.graph.call_function(max_pool_codes, (codes[0],), pooling)
         return self.graph.call_function(torch.cat, (codes, 1))  # a tensor may be in it twice, in other codes
+
+    def _copied(self, node: fx.Node, source: fx.Node) -> fx.Node:
+        measured = self._measured(node, source)
+        if measured is None:
+            return self.made[source, None]
+        return self.made[measured, None if None in self.wanted[measured] else next(iter(self.wanted[measured]))]
 
     def _outputs(self, node: fx.Node) -> list[QuantParams | None]:
         """Return the one or two outputs of an integer layer; values, of which all else can be made, are the first."""
@@ -404,6 +455,19 @@ class _Lowering:
             name += "_"
         self.network.add_submodule(name, Quantize(params))
         return self.graph.call_module(name, (values,))
+
+
+def _depends_on_shape(node: fx.Node, layer: fx.Node) -> bool:
+    """Tell whether a node's value is computed from the shape of a layer's output."""
+    reading = {user for user in layer.users if reads_shape(user, layer)}
+    seen: set[fx.Node] = set()
+    waiting = [node] if reading else []
+    while waiting:
+        n = waiting.pop()
+        if n not in seen:
+            seen.add(n)
+            waiting += n.all_input_nodes
+    return not reading.isdisjoint(seen)
 
 
 def _source(node: fx.Node) -> fx.Node:

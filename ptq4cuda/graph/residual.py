@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from ptq4cuda.graph.bind import Interpreter
 from ptq4cuda.graph.canonical import constant
 from ptq4cuda.graph.layers import is_addition, layer_kind, why_float_call
+from ptq4cuda.graph.readers import readers
 from ptq4cuda.nn import QuantTensor
 
 
@@ -29,7 +30,7 @@ def mark_residuals(network: fx.GraphModule, quantized: Callable[[str], bool]) ->
         if not is_addition(addition) or len(addition.all_input_nodes) != 2:
             continue
         other, layer = sorted(addition.all_input_nodes, key=order.__getitem__)
-        if why_float_call(layer, network) != "" or not quantized(str(layer.target)) or len(layer.users) != 1:
+        if why_float_call(layer, network) != "" or not quantized(str(layer.target)) or readers(layer) != [addition]:
             continue
         if layer_kind(network.get_submodule(str(layer.target))) != "Conv2d":
             continue

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from ptq4cuda.graph.canonical import canonicalize
+from ptq4cuda.graph.fold import fold_sizes
 from ptq4cuda.graph.functionalize import InPlaceError, functionalize
 from ptq4cuda.graph.layers import layer_kind
 from ptq4cuda.graph.network import Network
@@ -78,6 +79,7 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:
     except Exception as error:
         return None, f"torch.fx cannot trace it ({_first_sentence(error)})"
     canonicalize(traced)
+    fold_sizes(traced)
     return traced, ""
 
 

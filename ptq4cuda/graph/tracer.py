@@ -27,27 +27,31 @@ from torch.fx import _symbolic_trace
 
 from ptq4cuda.graph.functionalize import INPLACE_OPERATORS
 from ptq4cuda.graph.layers import layer_kind
+from ptq4cuda.graph.shapes import Shapes
 
 
 class _Proxy(fx.Proxy):
     """Records `x += y` and `x[i] = y` as what they are; fx.Proxy reads x = x + y and refuses the second.
 
-    The pieces of a tensor can be counted and iterated over where the call says how many there are.
+    Sizes that are the same for all inputs are numbers: code may count with them and decide by them. The pieces of a
+    tensor can be counted and iterated over where the call says how many there are.
     """
 
+    tracer: Tracer
+
     def __len__(self) -> int:
-        pieces = _pieces(self.node)
-        return super().__len__() if pieces is None else pieces
+        count = self.tracer.length_of(self.node)
+        return super().__len__() if count is None else count
+
+    def __getattr__(self, k: str) -> _Attribute:
+        return _Attribute(self, k)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
-def _pieces(node: fx.Node) -> int | None:
-    count = node.args[1] if len(node.args) > 1 else None
-    if node.target in (torch.chunk, "chunk") and isinstance(count, int):
-        return count
-    return len(count) if node.target in (torch.split, "split") and isinstance(count, (tuple, list)) else None
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """An attribute or a method of a value: the first who uses it makes it a node."""
 
 
 def _inplace(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
@@ -81,6 +85,7 @@ class Tracer(fx.Tracer):
         self.root_module_name = root._get_name()
         self.submodule_paths = {module: name for name, module in root.named_modules()}
         self.graph = fx.Graph(tracer_cls=type(self))
+        self.shapes = Shapes(root)
         self.tensor_attrs = {}
         self._name_tensors(root, "")
         with self._listening(root) as doubles:
@@ -150,7 +155,22 @@ class Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         if self.module_stack:
             node.meta["nn_module_stack"] = copy.copy(self.module_stack)
+        self.shapes.visit(node)
         return node
+
+    def length_of(self, node: fx.Node) -> int | None:
+        """Return how many pieces a value has, or a shape dimensions, where that is known."""
+        shape, count = self.shapes.numbers.get(node), node.args[1] if len(node.args) > 1 else None
+        if isinstance(shape, tuple):
+            return len(shape)
+        if node.target in (torch.chunk, "chunk") and isinstance(count, int):
+            return count
+        return len(count) if node.target in (torch.split, "split") and isinstance(count, (tuple, list)) else None
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Decide a branch where all inputs would take the same."""
+        known = self.shapes.known(obj.node)
+        return super().to_bool(obj) if known is None else bool(known)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what code gets in place of a value."""
@@ -158,8 +178,8 @@ class Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over the pieces of a value where their number is known."""
-        pieces = _pieces(obj.node)
-        return super().iter(obj) if pieces is None else iter([obj[i] for i in range(pieces)])  # type: ignore[index]
+        count = self.length_of(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])  # type: ignore[index]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is one node."""

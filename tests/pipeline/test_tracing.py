@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.bench import architectures
+from ptq4cuda.graph.shapes import Shapes
 from ptq4cuda.graph.trace import own_copy, trace
 from ptq4cuda.graph.tracer import Tracer
 from ptq4cuda.metrics import Noise
@@ -85,6 +86,7 @@ def nodes_of(graph: fx.Graph) -> list[tuple[str, ...]]:
 def test_the_graph_is_that_of_torch_fx(name: str) -> None:
     model = (Outer() if name == "outer" else architectures.ARCHITECTURES[name](num_classes=4, width=0.125)).eval()
     ours, theirs = Tracer(), Tracer()
+    theirs.shapes = Shapes(model)
     found = ours.trace(own := own_copy(model))
     assert nodes_of(found) == nodes_of(fx.Tracer.trace(theirs, own_copy(model)))
     attributes = {"_compiled_call_impl", "forward", "scaled", "helper"}
