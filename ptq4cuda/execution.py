@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ptq4cuda import graph
 from ptq4cuda.graph.lower import lower_layers
 from ptq4cuda.inputs import Batch, Inputs
 from ptq4cuda.metrics import Noise
@@ -38,7 +38,7 @@ def lower(network: nn.Module, model: nn.Module, inputs: Inputs | None = None) ->
     tried = inputs is not None or any(layer.execution == "integer" for layer in record.layers)
     if record.config.execution == "simulate" or not tried:
         return network
-    lowered = copy.deepcopy(network)
+    lowered = graph.copy_model(network)
     reasons = lower_layers(lowered, dtype_of(model), by_graph=record.walked_by == "graph")
     quantized = [layer for layer in record.layers if layer.execution != "float"]
     failure = ""

@@ -59,6 +59,11 @@ def check_float_model(model: nn.Module) -> None:
         raise TypeError("the model is a torch.jit.ScriptModule: take the torch.nn.Module that it was made from")
     if any(isinstance(module, QuantModule) for module in model.modules()):
         raise ValueError("the model is quantized already")
+    if torch.nn.modules.module._has_any_global_hook():
+        raise ValueError(
+            "torch has hooks on all modules (register_module_forward_hook and the like), which may change what any "
+            "layer computes: remove them while a network is quantized or loaded"
+        )
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"the model's {name!r} has no shape yet: call the model once")

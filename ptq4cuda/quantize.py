@@ -148,13 +148,36 @@ def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.M
         The copy, the number of BatchNorms folded and, where it is not traced, why not.
     """
     traced, reason = graph.trace(model)
-    if not any(graph.layer_kind(module) == "Conv2d" for module in (traced or model).modules()):
-        raise ValueError(f"the model has no nn.Conv2d to quantize ({type(model).__name__})")
+    network = traced or graph.own_copy(model)
+    if not any(graph.layer_kind(module) == "Conv2d" for module in network.modules()):
+        left = [f": {name!r} stays, {why}" for name, m in network.named_modules() if (why := graph.why_left(m))]
+        raise ValueError(f"the model has no nn.Conv2d to quantize ({type(model).__name__}){''.join(left[:1])}")
     if traced is not None:
         reason = graph.why_different(model, traced, *inputs[0])
-    if traced is None or reason:
-        return graph.own_copy(model), 0, reason
-    return traced, graph.prepare(traced, config.quantizes, config.fold_activation_scale), ""
+        if not reason:
+            return traced, graph.prepare(traced, config.quantizes, config.fold_activation_scale), ""
+        network = graph.own_copy(model)
+    if any(graph.why_left(module) for module in network.modules()):
+        check_copy(model, network, inputs)
+    return network, 0, reason
+
+
+def check_copy(model: nn.Module, network: nn.Module, inputs: Inputs) -> None:
+    """Raise ValueError if a copy of a model with hooks or replaced methods still reads what these do to the model.
+
+    The samples are not those that the model may have seen last.
+    """
+
+    def other(x: Tensor) -> Tensor:
+        return x.flip(0) * 0.5 if x.is_floating_point() else x.flip(0)
+
+    args, kwargs = tree_map_only(Tensor, other, inputs[0])
+    different = graph.why_different(model, network, args, kwargs, "a copy of it")
+    if different:
+        raise ValueError(
+            f"the model has hooks or replaced methods that work on this very object: {different}; let them reach the "
+            "model's parts through their arguments"
+        )
 
 
 def raise_layers(

@@ -1,6 +1,7 @@
 """torch.fx passes: trace into canonical form, fold BatchNorm, find what to quantize and how tensors come about."""
 
 from ptq4cuda.graph.bind import bind
+from ptq4cuda.graph.copying import copy_model
 from ptq4cuda.graph.fold import fold_batch_norm
 from ptq4cuda.graph.importance import layer_importance, output_importance
 from ptq4cuda.graph.layers import (
@@ -13,6 +14,7 @@ from ptq4cuda.graph.layers import (
     module_activation,
     why_float,
     why_float_call,
+    why_left,
 )
 from ptq4cuda.graph.order import prepare, shortcuts_first
 from ptq4cuda.graph.readers import readers
@@ -24,6 +26,7 @@ __all__ = [
     "activation_of",
     "bind",
     "call_name",
+    "copy_model",
     "fold_batch_norm",
     "is_addition",
     "is_compiled",
@@ -43,4 +46,5 @@ __all__ = [
     "why_different",
     "why_float",
     "why_float_call",
+    "why_left",
 ]

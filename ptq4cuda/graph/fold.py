@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq4cuda.graph.canonical import constant, drop_unused
-from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind
+from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, why_left
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.graph.shapes import Shapes, infer_shapes, is_move, source_of
 
@@ -201,7 +201,7 @@ def _layer(node: fx.Node | None, network: fx.GraphModule) -> nn.Conv2d | nn.Line
     if node is None or node.op != "call_module":
         return None
     layer = network.get_submodule(str(node.target))
-    if type(layer) not in _FOLDS and layer_kind(layer) is None:
+    if why_left(layer) or (type(layer) not in _FOLDS and layer_kind(layer) is None):
         return None
     if isinstance(layer, _TRANSPOSED) and layer.groups > 1:
         return None

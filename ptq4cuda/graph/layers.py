@@ -12,9 +12,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ptq4cuda.clipping import Activation
+from ptq4cuda.graph.copying import hooks_of
 from ptq4cuda.graph.readers import readers
 
 _QUANTIZABLE = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
+_LEFT = "_ptq4cuda_left"  # an attribute of a module of a copied model: why it stays as it is
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 BATCH_NORM_OF_RANK: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
     2: nn.BatchNorm1d,
@@ -46,11 +48,33 @@ _TRANSPARENT_METHODS = (
 )
 
 
+def leave(module: nn.Module, reason: str) -> None:
+    """Let a module of a copied model stay as it is, in float: nothing is folded into it or replaces it."""
+    setattr(module, _LEFT, reason)
+
+
+def why_left(module: nn.Module) -> str:
+    """Return why a module stays as it is, or ""."""
+    return str(vars(module).get(_LEFT, ""))
+
+
+def leave_what_is_patched(model: nn.Module) -> None:
+    """Leave the modules of a copied model that may not compute what their class does."""
+    for module in model.modules():
+        replaced = next((name for name in ("forward", "_conv_forward") if name in vars(module)), None)
+        if hooks_of(module):
+            leave(module, "it has hooks")
+        elif replaced is not None:
+            leave(module, f"its {replaced} was replaced")
+
+
 def layer_kind(module: nn.Module) -> str | None:
     """Return "Conv2d" or "Linear" for a module that is quantized, else None.
 
     A subclass counts if it computes what its base does; one with a forward of its own is left alone.
     """
+    if why_left(module):
+        return None
     for base, kind in _QUANTIZABLE.items():
         if not isinstance(module, base):
             continue
@@ -72,7 +96,7 @@ def why_float(module: nn.Module) -> str | None:
     if own is None or layer_kind(module) is not None or isinstance(module, nn.PReLU) or not known:
         return None
     if isinstance(module, (nn.Conv2d, nn.Linear)):
-        return f"{type(module).__name__} has a forward of its own"
+        return why_left(module) or f"{type(module).__name__} has a forward of its own"
     return f"{type(module).__name__} is not supported"
 
 
@@ -137,6 +161,8 @@ def _leaky(slope: Any) -> Activation | None:
 
 def module_activation(module: nn.Module) -> Activation | None:
     """Return the piecewise linear activation that a module computes, or None."""
+    if why_left(module):
+        return None
     if type(module) is nn.ReLU:
         return Activation()
     if type(module) in (nn.ReLU6, nn.Hardtanh):

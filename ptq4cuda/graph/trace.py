@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,27 +18,33 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from ptq4cuda.graph.canonical import canonicalize
+from ptq4cuda.graph.copying import copy_model, hooks_of
 from ptq4cuda.graph.fold import fold_sizes
 from ptq4cuda.graph.functionalize import InPlaceError, functionalize
-from ptq4cuda.graph.layers import layer_kind
+from ptq4cuda.graph.layers import layer_kind, leave_what_is_patched
 from ptq4cuda.graph.network import Network
 from ptq4cuda.graph.tracer import Tracer
 from ptq4cuda.graph.wrappers import unwrap_parts
 
+_COMPUTED_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks
+_GRAPH = "its torch.fx graph"
+
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """Copy a model, with plain tensors for weights that are computed from others (weight norm, pruning)."""
-    # Hooks leave computed weights as attributes, which deepcopy refuses to copy.
-    computed = (t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
-    model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    """Copy a model, with plain tensors for weights that are computed from others (weight norm, pruning).
+
+    Modules of the copy with hooks or with methods of their own are marked: layers among them stay in float.
+    """
+    model = copy_model(model)
     unwrap_parts(model)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             _unparametrize(module)
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+            if isinstance(hook, _COMPUTED_WEIGHTS):
                 hook.remove(module)
                 del module._forward_pre_hooks[key]
+    leave_what_is_patched(model)
     return model
 
 
@@ -70,6 +76,9 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:
     Returns:
         A graph module of its own in canonical form, or None and the reason.
     """
+    reason = _why_not(model)
+    if reason:
+        return None, reason
     # Whatever torch.fx cannot express surfaces as some exception from the model's own code.
     try:
         traced = _trace_somehow(model)
@@ -81,6 +90,17 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:
     canonicalize(traced)
     fold_sizes(traced)
     return traced, ""
+
+
+def _why_not(model: nn.Module) -> str:
+    """Return why a graph would leave out what the model does, or ""."""
+    for name, module in model.named_modules():
+        if not all(isinstance(hook, _COMPUTED_WEIGHTS) for hook in hooks_of(module)):
+            return f"{f'its module {name!r}' if name else 'it'} has hooks, which a graph would not call"
+    forward = vars(model).get("forward")
+    if forward is None or (isinstance(forward, MethodType) and forward.__self__ is model):
+        return ""
+    return "its forward was replaced by a function that is no method of it"
 
 
 def _trace_somehow(model: nn.Module) -> fx.GraphModule:
@@ -107,8 +127,10 @@ def _trace_somehow(model: nn.Module) -> fx.GraphModule:
     raise first
 
 
-def why_different(model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Compare a trace with its model on an example; return "" or what is wrong with it.
+def why_different(
+    model: nn.Module, other: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = _GRAPH
+) -> str:
+    """Compare a trace, or whatever is to compute the same, with its model on an example; return "" or what is wrong.
 
     A trace bakes in every decision of the model's code that does not depend on tensors. Compare before BatchNorm is
     folded: that rounds weights anew, and deep networks in 16 bits or TF32 then differ more than a wrong trace might.
@@ -127,17 +149,17 @@ def why_different(model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...
     except Exception as error:
         raise ValueError(f"the model fails on the first calibration batch ({_first_sentence(error)})") from error
     try:
-        with _changes_of_inputs(traced) as changes:
-            found = run(traced)
+        with _changes_of_inputs(other) as changes:
+            found = run(other)
     except Exception as error:
-        return f"its torch.fx graph fails on the calibration data ({_first_sentence(error)})"
+        return f"{what} fails on the calibration data ({_first_sentence(error)})"
     if changes:
         return f"its module {changes[0]!r}, which torch.fx cannot trace, changes its input in place"
-    return "" if _same(expected, found) else "its torch.fx graph computes something else than the model"
+    return "" if _same(expected, found) else f"{what} computes something else than the model"
 
 
 @contextmanager
-def _changes_of_inputs(traced: fx.GraphModule) -> Iterator[list[str]]:
+def _changes_of_inputs(traced: nn.Module) -> Iterator[list[str]]:
     """List the opaque modules that write into their inputs when they are called: functionalize() cannot see that."""
     found: list[str] = []
     hooks: list[RemovableHandle] = []
@@ -157,7 +179,8 @@ def _changes_of_inputs(traced: fx.GraphModule) -> Iterator[list[str]]:
         hooks.append(module.register_forward_hook(after))
 
     try:
-        for name in {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}:
+        nodes = traced.graph.nodes if isinstance(traced, fx.GraphModule) else ()
+        for name in {str(node.target) for node in nodes if node.op == "call_module"}:
             module = traced.get_submodule(name)
             if layer_kind(module) is None and not type(module).__module__.startswith("torch.nn."):
                 watch(name, module)
@@ -169,6 +192,9 @@ def _changes_of_inputs(traced: fx.GraphModule) -> Iterator[list[str]]:
 
 def _symbolic_trace(model: nn.Module, constants: dict[str, Any], tracer: Tracer) -> fx.GraphModule:
     """Trace a model with constants for some of its arguments, which the result does not take."""
+    forward = vars(model).pop("forward", None)
+    if isinstance(forward, MethodType):  # torch.fx looks for it in the class
+        model.__class__ = type(type(model).__name__, (type(model),), {"forward": forward.__func__})
     graph = tracer.trace(model, constants)
     parameters = inspect.signature(model.forward).parameters
     for node in list(graph.nodes):

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
 from ptq4cuda.graph.functionalize import INPLACE_OPERATORS
-from ptq4cuda.graph.layers import layer_kind
+from ptq4cuda.graph.layers import layer_kind, why_left
 from ptq4cuda.graph.shapes import Shapes
 
 
@@ -183,6 +183,8 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is one node."""
+        if why_left(m):  # a method was replaced: its code is traced, as that of a class of one's own
+            return False
         if layer_kind(m) is not None or super().is_leaf_module(m, module_qualified_name):
             return True
         return type(m) in self.opaque and self._may_be_leaf(m)
