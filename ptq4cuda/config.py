@@ -29,7 +29,8 @@ class QuantConfig:
     Attributes:
         weight_bits: bits of weights, 1 to 8 (with weight_allocation: the mean over a layer's output channels).
         activation_bits: bits of the inputs of layers, 1 to 8 (with activation_allocation: the mean over channels).
-        first_last_bits: bits of weights and input of the first convolution and of the last layer, 1 to 8.
+        first_last_bits: bits of weights and input of first and last layers, 1 to 8: those that read an image, and
+            those behind which no other lies.
         depthwise_bits: bits of weights and input of depthwise convolutions, 1 to 8; None: those of other layers.
             They are few of the weights and most of the damage.
         overrides: by the name of a layer or a pattern ("layer1.*"): "float" leaves it in float, {"weight_bits": 8,

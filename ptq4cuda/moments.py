@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ptq4cuda.nn import QuantModule
+from ptq4cuda.nn import QuantConv2d, QuantModule
 
 MAX_SAMPLES = 65536  # positions of output maps that are looked at; neighbours tell much the same
 MIN_SAMPLES = 32768
@@ -92,25 +92,19 @@ class Moments:
         return self.mean_t - (weight.double() @ self.mean_u[:, :, None]).squeeze(2)
 
 
-def layer_moments(
-    module: QuantModule,
-    layer: nn.Conv2d | nn.Linear,
-    inputs: list[Tensor],
-    targets: list[Tensor],
-) -> tuple[Moments, Moments]:
+def layer_moments(module: QuantModule, inputs: list[Tensor], targets: list[Tensor]) -> tuple[Moments, Moments]:
     """Measure a layer over all chunks, once for the samples of even and once for those of odd number.
 
     Two halves of different samples let a solver judge on one what it fitted on the other.
 
     Args:
-        module: quantizes the input.
-        layer: the float layer, for its geometry.
+        module: quantizes the input, and has the layer's geometry.
         inputs: the input of each chunk, on any device.
         targets: the output to reproduce, [N, O, H, W] or [..., O] for each chunk.
     """
-    groups = getattr(layer, "groups", 1)
-    width = layer.weight[0].numel()
-    positions = sum(t.numel() // layer.weight.shape[0] for t in targets)
+    outputs, groups, device = module.weight_shape[0], module.groups, module.weight_scale.device
+    width = module.weight_shape[1:].numel()
+    positions = sum(t.numel() // outputs for t in targets)
     limit = min(MAX_SAMPLES, max(MIN_SAMPLES, SAMPLES_PER_INPUT * width))
     picked = torch.arange(positions)
     if positions > limit:  # one of each of equal parts, wherever the chunks are cut
@@ -120,11 +114,11 @@ def layer_moments(
     halves: list[Moments | None] = [None, None]
     first = first_sample = 0
     for x, target in zip(inputs, targets, strict=True):
-        u = module.quantized_input(x.to(layer.weight.device))
-        t = target.to(layer.weight.device)
-        if isinstance(layer, nn.Conv2d) and u.dim() == 3:
+        u = module.quantized_input(x.to(device))
+        t = target.to(device)
+        if isinstance(module, QuantConv2d) and u.dim() == 3:
             u, t = u.unsqueeze(0), t.unsqueeze(0)
-        t = t.movedim(1, -1) if isinstance(layer, nn.Conv2d) else t
+        t = t.movedim(1, -1) if isinstance(module, QuantConv2d) else t
         rows = t[..., 0].numel()
         low, high = torch.searchsorted(picked, torch.tensor([first, first + rows])).tolist()
         here = picked[low:high] - first
@@ -134,7 +128,7 @@ def layer_moments(
         for half, part in enumerate((here[~odd], here[odd])):
             for some in part.split(_CHUNK):
                 if len(some):
-                    moments = _moments_at(layer, u, t, some.to(u.device), groups)
+                    moments = _moments_at(module, u, t, some.to(u.device), groups)
                     previous = halves[half]
                     halves[half] = moments if previous is None else previous + moments
     a, b = halves
@@ -142,9 +136,9 @@ def layer_moments(
     return a, b if b is not None else a  # a single sample cannot be halved
 
 
-def _moments_at(layer: nn.Conv2d | nn.Linear, u: Tensor, t: Tensor, rows: Tensor, groups: int) -> Moments:
-    if isinstance(layer, nn.Conv2d):
-        patches = _patches(layer, u)
+def _moments_at(module: QuantModule, u: Tensor, t: Tensor, rows: Tensor, groups: int) -> Moments:
+    if isinstance(module, QuantConv2d):
+        patches = _patches(module, u)
         _, height, width = t.shape[:3]
         inputs = patches[rows // (height * width), rows // width % height, rows % width]  # [n, R, S, C]
     else:
@@ -156,14 +150,14 @@ def _moments_at(layer: nn.Conv2d | nn.Linear, u: Tensor, t: Tensor, rows: Tensor
     return Moments.of(inputs.float(), outputs.float())
 
 
-def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def _patches(module: QuantConv2d, x: Tensor) -> Tensor:
     """View the patches that a convolution reads of x [N, C, H, W] as [N, H', W', R, S, C]."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padding = layer._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padding = module._reversed_padding_repeated_twice
     x = F.pad(x, padding, mode=mode) if any(padding) else x
     x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
     n, height, width, channels = x.shape
-    (r, s), (sy, sx), (dy, dx) = layer.kernel_size, layer.stride, layer.dilation
+    (r, s), (sy, sx), (dy, dx) = module.kernel_size, module.stride, module.dilation
     out = ((height - dy * (r - 1) - 1) // sy + 1, (width - dx * (s - 1) - 1) // sx + 1)
     steps = x.stride()
     return x.as_strided(

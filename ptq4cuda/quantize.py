@@ -121,7 +121,7 @@ def try_once(network: nn.Module, inputs: Inputs) -> None:
     args, kwargs = tree_map_only(Tensor, torch.clone, inputs[0])  # the model may write into them
     try:
         network(*args, **kwargs)
-    except AttributeError as error:
+    except (AttributeError, StopIteration) as error:  # or iterates over parameters, of which there are none
         raise ValueError(
             f"the model's own code reads what a quantized layer does not have ({error}): leave that layer in float "
             "by overrides"
@@ -234,7 +234,7 @@ def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
     halves = None
     if config.rounding != "nearest" or config.target != "weights":
         inputs = [quantized for _, quantized in call.signal.streams]
-        halves = layer_moments(module, call.layer, inputs, target_outputs(call, config))
+        halves = layer_moments(module, inputs, target_outputs(call, config))
     module.set_weight(quantize_weight(weight, weight_bits, config, call.layer, halves), call.layer.bias)
     if config.bias_correction == "output":
         match_output(module, call, config)

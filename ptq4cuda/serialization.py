@@ -27,7 +27,7 @@ from ptq4cuda.files import write_whole
 from ptq4cuda.inputs import check_float_model, not_finite
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.record import QuantRecord, attach_record, record_of
-from ptq4cuda.structure import structure_of
+from ptq4cuda.structure import replace_module, structure_of
 
 FORMAT = 3
 _KEY = "ptq4cuda"  # one key only: safetensors writes several in no fixed order
@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     for name, quantized in header.modules.items():
         if not isinstance(layers.get(name), getattr(nn, quantized.kind)):
             raise ValueError(f"{misfit}: in the file {name!r} is a {quantized.kind}, in the model it is not")
-        network.set_submodule(name, quantized.like(layers[name]))
+        replace_module(network, layers[name], quantized.like(layers[name]))
     # With the versions of its modules, or BatchNorm takes the tensors for those of an old one that it must complete.
     state = network.state_dict()
     like = {name: value for name, value in state.items() if isinstance(value, Tensor)}

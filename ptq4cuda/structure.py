@@ -25,5 +25,12 @@ def structure_of(network: nn.Module) -> list[str]:
     return lines
 
 
+def replace_module(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, under every name that this one has."""
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if module is old:
+            network.set_submodule(name, new)
+
+
 def _class(module: nn.Module) -> str:
     return module.kind if isinstance(module, QuantModule) else type(module).__name__

@@ -11,7 +11,6 @@ batch, each layer solved when it is first called.
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 import weakref
@@ -23,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 from ptq4cuda import graph
 from ptq4cuda.clipping import IDENTITY, Activation, ClipRule
+from ptq4cuda.flow import Flow
 from ptq4cuda.inputs import Inputs, batch_size, device_of
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule, QuantTensor, quant_module_for
@@ -37,6 +36,7 @@ from ptq4cuda.outliers import find_outliers
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.record import LayerRecord, tensor_bytes
 from ptq4cuda.statistics import ChannelHistogram, ChannelStatistics
+from ptq4cuda.structure import replace_module
 
 Layer = nn.Conv2d | nn.Linear
 _LEAST_ALONE = 30.0  # dB between float outputs of one batch and of all at once, which differ by rounding
@@ -104,7 +104,7 @@ class LayerCall:
         layer: the float layer.
         kind: "Conv2d" or "Linear".
         signal: its input.
-        first_or_last: True for the first convolution and the last layer.
+        first_or_last: True for layers that read an image and for those behind which no other lies.
         outputs: its float output, for each chunk.
         added: what is added to the output next (the shortcut of a residual block), both streams for each chunk, where
             it is known by then.
@@ -266,8 +266,7 @@ class _GraphWalk:
         self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
         # A tensor's readers are weighed together, also when the first of them is quantized already.
         self.float_layers: dict[fx.Node, Any] = {node: self._module(node) for node in self.layers}
-        convolutions = [node for node in self.layers if isinstance(self._module(node), nn.Conv2d)]
-        self.ends = {*convolutions[:1], *self.layers[-1:]}
+        self.ends = graph.ends_of(network, self.layers)
         self.costs = graph.output_importance(network, inputs)
         self.as_codes = graph.operands_as_codes(network, *inputs[0])
         # The values that are not needed any more once a node has run.
@@ -442,9 +441,8 @@ def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, 
 
     BatchNorm is not folded, and an activation before a layer is known only where it is a module.
     """
-    names = {module: name for name, module in network.named_modules() if graph.layer_kind(module) and not kept(name)}
-    order, functions, alone = _calling_order(network, names, inputs[0])
-    walk = _ModuleWalk(names, order, solve, samples=sum(map(batch_size, inputs)))
+    names, flow = _observe(network, kept, inputs[0])
+    walk = _ModuleWalk(names, flow.ends, solve, samples=sum(map(batch_size, inputs)))
     hooks = [module.register_forward_hook(walk.on_layer, with_kwargs=True) for module in names]
     for module in network.modules():
         if graph.module_activation(module) is not None:
@@ -452,27 +450,30 @@ def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, 
             hooks += [module.register_forward_hook(walk.on_activation)]
     try:
         args, kwargs = _side_by_side(inputs)
-        with torch.no_grad(), _progress(len(order), progress) as walk.bar:
+        with torch.no_grad(), _progress(len(flow.order), progress) as walk.bar:
             output = network(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
     for module, solution in walk.solved.items():
-        network.set_submodule(names[module], solution.module)
+        replace_module(network, module, solution.module)
     records = walk.records()
+    hidden = graph.hidden_modules(network)
     for name, module in network.named_modules():
+        if module in hidden:
+            continue
         reason = graph.why_float(module) or (kept(name) if graph.layer_kind(module) else "")
         if module in names and module not in walk.solved:
             reason = walk.left.get(module, "never called as a module")
         if reason:
             records.append(record_float(name, module, type(module).__name__, reason))
-    for function in functions:
+    for function in flow.functions:
         reason = f"a call of {function}; only modules are quantized where torch.fx cannot trace the model"
         records.append(record_float(function, None, function, reason))
     noise = Noise()
     noise.add(*_split(output), walk.samples)
     clipped = any(call.signal.outliers for call in walk.calls.values())
-    return WalkResult(records, noise, clipped, _mixing(alone, output))
+    return WalkResult(records, noise, clipped, _mixing(flow.output, output))
 
 
 def _mixing(alone: Any, together: Any) -> str:
@@ -489,46 +490,18 @@ def _mixing(alone: Any, together: Any) -> str:
     )
 
 
-class _Functions(TorchFunctionMode):
-    """Records the weighted functions that are called with anything but a listed module's own weights."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        listed = [m for m in network.modules() if graph.layer_kind(m) is not None or graph.why_float(m) is not None]
-        self.weights = {id(t) for m in listed for t in itertools.chain(m.parameters(), m.buffers())}
-        self.found: dict[str, None] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        used = (*args[1:], *(kwargs or {}).values())
-        if graph.is_weighted(func) and not any(id(value) in self.weights for value in used):
-            self.found[func.__name__] = None
-        return func(*args, **(kwargs or {}))
-
-
-def _calling_order(
-    network: nn.Module, names: dict[nn.Module, str], example: Any
-) -> tuple[list[nn.Module], list[str], Any]:
-    """Return the layers in the order of their first call, the weighted functions that are called, and the output.
-
-    Raises:
-        ValueError: a convolution gets a single image without a batch dimension.
-    """
-    order: dict[nn.Module, None] = {}
-
-    def on_call(module: nn.Module, _: Any, output: Tensor) -> None:
-        order.setdefault(module)
-        if isinstance(module, nn.Conv2d) and output.dim() == 3:
-            raise ValueError(f"layer {names[module]!r} returns a single image, {list(output.shape)}, and no batch")
-
-    hooks = [module.register_forward_hook(on_call) for module in names]
-    try:
-        args, kwargs = tree_map_only(Tensor, torch.clone, example)  # the model may write into them
-        with torch.no_grad(), _Functions(network) as functions:
-            output = network(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(order), list(functions.found), output
+def _observe(network: nn.Module, kept: Kept, example: Any) -> tuple[dict[nn.Module, str], Flow]:
+    """Return the layers to quantize, with their names, and what a forward tells about them."""
+    while True:
+        hidden = graph.hidden_modules(network)
+        modules = {module: name for name, module in network.named_modules() if module not in hidden}
+        names = {m: name for m, name in modules.items() if graph.layer_kind(m) and not kept(name)}
+        others = [m for m in modules if m not in names and (graph.layer_kind(m) or graph.why_float(m))]
+        flow = Flow(names, others).run(network, *example)
+        for module in flow.read:
+            graph.leave(module, "other code than its own reads its parameters")
+        if not flow.read:
+            return names, flow
 
 
 def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:
@@ -567,10 +540,8 @@ def _split(value: Any) -> tuple[Any, Any]:
 
 
 class _ModuleWalk:
-    def __init__(self, names: dict[nn.Module, str], order: list[nn.Module], solve: Solver, samples: int) -> None:
-        self.names, self.solve, self.samples = names, solve, samples
-        convolutions = [module for module in order if isinstance(module, nn.Conv2d)]
-        self.ends = {*convolutions[:1], *order[-1:]}
+    def __init__(self, names: dict[nn.Module, str], ends: set[nn.Module], solve: Solver, samples: int) -> None:
+        self.names, self.ends, self.solve, self.samples = names, ends, solve, samples
         self.calls: dict[nn.Module, LayerCall] = {}
         self.solved: dict[nn.Module, Solution] = {}
         self.noise: dict[nn.Module, Noise] = {}

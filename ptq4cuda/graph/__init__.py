@@ -2,15 +2,18 @@
 
 from ptq4cuda.graph.bind import bind
 from ptq4cuda.graph.copying import copy_model
+from ptq4cuda.graph.ends import ends_of
 from ptq4cuda.graph.fold import fold_batch_norm
 from ptq4cuda.graph.importance import layer_importance, output_importance
 from ptq4cuda.graph.layers import (
     activation_of,
     call_name,
+    hidden_modules,
     is_addition,
     is_transparent,
     is_weighted,
     layer_kind,
+    leave,
     module_activation,
     why_float,
     why_float_call,
@@ -27,13 +30,16 @@ __all__ = [
     "bind",
     "call_name",
     "copy_model",
+    "ends_of",
     "fold_batch_norm",
+    "hidden_modules",
     "is_addition",
     "is_compiled",
     "is_transparent",
     "is_weighted",
     "layer_importance",
     "layer_kind",
+    "leave",
     "module_activation",
     "operands_as_codes",
     "output_importance",

@@ -8,14 +8,15 @@ x.view(len(x), -1) is no view. The graph must be free of in-place operations.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, layer_kind
+from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, leave
+from ptq4cuda.graph.readers import is_number, readers
 from ptq4cuda.graph.shapes import Shapes, infer_shapes
 
 _IDENTITIES = (nn.Identity, nn.modules.dropout._DropoutNd)
@@ -33,6 +34,7 @@ _DROPOUTS = (
 
 def canonicalize(network: fx.GraphModule) -> None:
     """Bring a traced network into canonical form."""
+    _answer_questions(network)
     for node in list(network.graph.nodes):
         if _does_nothing(node, network):
             node.replace_all_uses_with(_source(node))
@@ -52,6 +54,7 @@ def canonicalize(network: fx.GraphModule) -> None:
         _call(node, name, module, network, taken)
     _separate_calls(network, taken)
     drop_unused(network)
+    _leave_what_is_read(network)
 
 
 def drop_unused(network: fx.GraphModule) -> None:
@@ -113,6 +116,94 @@ def _reshape(node: fx.Node) -> None:
     size = node.args[1:] or (node.kwargs.get("size"),)
     if size[0] is not None and not isinstance(size[0], torch.dtype):  # a view of another dtype stays one
         node.target, node.args, node.kwargs = "reshape", (node.args[0], *size), {}
+
+
+# --- parameters that other code reads -------------------------------------------------------------------------
+
+
+class Like(nn.Module):
+    """Has the dtype and the device that a parameter would have: it follows .to() and .half() with the network."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        super().__init__()
+        empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        self.register_buffer("empty", empty, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Return an empty tensor."""
+        assert isinstance(self.empty, Tensor)
+        return self.empty
+
+
+_ABOUT_DTYPE_OR_DEVICE = (
+    *("dtype", "device", "itemsize", "is_cuda", "is_cpu", "is_mps", "is_xpu", "element_size", "get_device"),
+    *("is_floating_point", "is_complex", "is_signed"),
+)
+
+
+def _answer_questions(network: fx.GraphModule) -> None:
+    """Let what the code asks about parameters of modules that are called not depend on them: they may be replaced."""
+    called = {node.target for node in network.graph.nodes if node.op == "call_module"}
+    for node in list(network.graph.nodes):
+        if node.op == "get_attr" and str(node.target).rpartition(".")[0] in called:
+            parameter = constant(node, network)
+            questions = list(_questions_about(node))
+            if parameter is None or not questions:
+                continue
+            name = f"{node.name}_like"
+            while hasattr(network, name):
+                name += "_"
+            network.add_submodule(name, Like(parameter))
+            for question in questions:
+                _answer(question, parameter, name, network.graph)
+    network.graph.eliminate_dead_code()
+
+
+def _questions_about(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes that ask about a parameter, or about what is the same without a gradient."""
+    for user in list(node.users):
+        if (user.target is getattr and user.args[1] == "data") or user.target == "detach":
+            yield from _questions_about(user)
+        elif is_number(user) and len(user.all_input_nodes) == 1:
+            yield user
+
+
+def _answer(question: fx.Node, parameter: Tensor, like: str, graph: fx.Graph) -> None:
+    if question.target is getattr:
+        name, answer = str(question.args[1]), getattr(parameter, str(question.args[1]), None)
+    else:
+        name = str(question.target)
+        answer = getattr(parameter, name)(*question.args[1:], **question.kwargs)
+    if name in _ABOUT_DTYPE_OR_DEVICE:
+        with graph.inserting_before(question):
+            question.replace_input_with(question.all_input_nodes[0], graph.call_module(like))
+        return
+    answer = tuple(answer) if isinstance(answer, torch.Size) else answer
+    for reader in list(question.users):
+        _substitute(reader, question, answer)
+
+
+def _substitute(reader: fx.Node, node: fx.Node, value: Any) -> None:
+    """Let a node read a value instead of another node."""
+
+    def replaced(n: fx.Node) -> Any:
+        return value if n is node else n
+
+    reader.args, reader.kwargs = fx.node.map_arg((reader.args, reader.kwargs), replaced)
+
+
+def _leave_what_is_read(network: fx.GraphModule) -> None:
+    """Leave layers whose parameters are read by other code than their own: nothing may be folded into them."""
+    called = {
+        str(n.target): network.get_submodule(str(n.target)) for n in network.graph.nodes if n.op == "call_module"
+    }
+    for node in network.graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and owner in called and readers(node) and not isinstance(called[owner], BATCH_NORMS):
+            leave(called[owner], f"the model reads its {name} elsewhere")
+    inside = {part for module in called.values() for part in module.modules() if part is not module}
+    for module in inside.intersection(called.values()):
+        leave(module, "it is a part of another module, too")
 
 
 # --- functions ------------------------------------------------------------------------------------------------

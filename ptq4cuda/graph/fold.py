@@ -13,6 +13,7 @@ from ptq4cuda.graph.canonical import constant, drop_unused
 from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, why_left
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.graph.shapes import Shapes, infer_shapes, is_move, source_of
+from ptq4cuda.nn.conv import pair
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FOLDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -181,14 +182,16 @@ def _path_to_layer(
 
 
 def _inputs(layer: nn.Conv2d | nn.Linear) -> int:
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    return layer.weight.shape[1] * (layer.groups if isinstance(layer, nn.Conv2d) else 1)
 
 
 def pads_with_zeros(layer: nn.Module) -> bool:
     """Tell whether a layer sees zeros beyond the border of its input, which a shift would have to move."""
-    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros" or layer.padding == "valid":
+    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros":
         return False
-    return max(layer.kernel_size) > 1 if layer.padding == "same" else any(layer.padding)
+    if isinstance(layer.padding, str):
+        return layer.padding == "same" and max(layer.weight.shape[2:]) > 1
+    return any(pair(layer.padding))
 
 
 def _norm_beside(layer: nn.Module) -> type[nn.Module]:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ptq4cuda.graph.bind import Interpreter
 from ptq4cuda.graph.layers import activation_of, layer_kind
 from ptq4cuda.graph.readers import readers
+from ptq4cuda.nn.conv import pair
 
 
 @dataclass
@@ -72,7 +73,7 @@ def layer_importance(layer: nn.Conv2d | nn.Linear, outputs: Tensor) -> Tensor:
         return outputs @ squares
     energy = squares.sum((2, 3)).view(layer.groups, -1, squares.shape[1])  # [G, O / G, C / G]
     cost = (outputs.view(layer.groups, -1, 1) * energy).sum(1).flatten()
-    return cost / (layer.stride[0] * layer.stride[1])
+    return cost / math.prod(pair(layer.stride))
 
 
 def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:

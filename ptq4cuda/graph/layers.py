@@ -91,6 +91,8 @@ def why_float(module: nn.Module) -> str | None:
     """Return why a module with weights stays in float; None for quantizable modules and those without weights."""
     if isinstance(module, BATCH_NORMS):
         return f"{type(module).__name__} is folded in a traced graph only"
+    if _is_whole(module) and any(module.children()) and any(True for _ in module.parameters()):
+        return f"{type(module).__name__} is not supported"
     own = next(module.parameters(recurse=False), None)
     known = isinstance(module, (nn.Conv2d, nn.Linear)) or type(module).__module__.startswith("torch.nn.")
     if own is None or layer_kind(module) is not None or isinstance(module, nn.PReLU) or not known:
@@ -98,6 +100,18 @@ def why_float(module: nn.Module) -> str | None:
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         return why_left(module) or f"{type(module).__name__} has a forward of its own"
     return f"{type(module).__name__} is not supported"
+
+
+def hidden_modules(network: nn.Module) -> set[nn.Module]:
+    """Return the modules inside of modules of torch.nn, which may compute without calling them, containers aside."""
+    whole = [module for module in network.modules() if _is_whole(module)]
+    return {child for module in whole for child in module.modules() if child is not module}
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Tell whether a module of torch.nn is more than a container."""
+    home = type(module).__module__
+    return home.startswith("torch.nn.modules.") and home not in (nn.Sequential.__module__, nn.Module.__module__)
 
 
 def is_weighted(function: object) -> bool:
@@ -135,6 +149,9 @@ def _why_not_folded(node: fx.Node, norm: nn.modules.batchnorm._BatchNorm, networ
     source = node.all_input_nodes[0]
     if norm.running_var is None:
         return "it normalizes with the statistics of each batch"
+    left = why_left(network.get_submodule(str(source.target))) if source.op == "call_module" else ""
+    if left:
+        return f"layer {source.target!r} before it stays as it is: {left}"
     after = ", ".join(dict.fromkeys(call_name(n, network) for n in readers(node)))
     before = call_name(source, network)
     if before.startswith(("Conv", "Linear")) and len(readers(source)) > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -10,6 +12,10 @@ _SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "is_cuda"}
 _SHAPE_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "get_device"}
 _OTHER_ATTRIBUTES = {"dtype", "layout", "requires_grad", "is_leaf", "itemsize", "is_sparse", "is_quantized"}
 _OTHER_METHODS = {"stride", "storage_offset", "element_size", "is_contiguous", "is_floating_point", "is_complex"}
+_ATTRIBUTES = (
+    _SHAPE_ATTRIBUTES | _OTHER_ATTRIBUTES | {"is_cpu", "is_mps", "is_xpu", "is_meta", "nbytes", "grad", "grad_fn"}
+)
+_METHODS = _SHAPE_METHODS | _OTHER_METHODS | {"is_signed", "data_ptr", "__len__", "__hash__", "__repr__"}
 _NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}  # with the dtype and device of self
 _LIKE = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like}
 _FUNCTIONS: set[object] = {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor}
@@ -25,10 +31,18 @@ def readers(node: fx.Node) -> list[fx.Node]:
 def is_number(node: fx.Node) -> bool:
     """Tell whether a node asks a tensor for numbers or for what it is, rather than for values."""
     if node.op == "call_method":
-        return node.target in _SHAPE_METHODS | _OTHER_METHODS
+        return node.target in _METHODS
     if node.target is getattr:
-        return node.args[1] in _SHAPE_ATTRIBUTES | _OTHER_ATTRIBUTES
+        return node.args[1] in _ATTRIBUTES
     return node.op == "call_function" and node.target in _FUNCTIONS
+
+
+def is_question(function: Any) -> bool:
+    """The same of a function, as torch function modes see it: a method of Tensor, or what reads an attribute."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(function, "__self__", None), "__name__", "") in _ATTRIBUTES
+    return name in _METHODS or function in _FUNCTIONS
 
 
 def reads_shape(user: fx.Node, node: fx.Node) -> bool:

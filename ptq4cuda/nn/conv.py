@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +13,12 @@ from ptq4cuda.nn.quant_module import Outputs, QuantModule
 from ptq4cuda.quantizer import QuantParams
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Return an argument of a convolution for rows and columns, as PyTorch reads it: one number counts for both."""
+    first, second = (value, value) if isinstance(value, int) else (value[0], value[-1])
+    return first, second
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -69,14 +76,18 @@ class QuantConv2d(QuantModule):
 
     @classmethod
     def like(cls, conv: nn.Conv2d, *, quantized_input: bool = True, folded: bool = True) -> QuantConv2d:
-        """Return a layer of the same geometry, on the same device, with weights zero."""
-        return cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
+        """Return a layer that computes as this one does when it is called, on the same device, with weights zero.
+
+        Sizes are those of the weight; what __init__ made of its arguments may have changed since.
+        """
+        out_channels, per_group, *kernel_size = conv.weight.shape
+        layer = cls(
+            per_group * conv.groups,
+            out_channels,
+            (kernel_size[0], kernel_size[1]),
+            pair(conv.stride),
+            conv.padding if isinstance(conv.padding, str) else pair(conv.padding),
+            pair(conv.dilation),
             conv.groups,
             conv.bias is not None,
             conv.padding_mode,
@@ -84,6 +95,10 @@ class QuantConv2d(QuantModule):
             folded=folded,
             device=conv.weight.device,
         )
+        layer.dtype = conv.weight.dtype
+        if conv.padding_mode != "zeros":  # padding was read by __init__ alone
+            layer._reversed_padding_repeated_twice = list(conv._reversed_padding_repeated_twice)
+        return layer
 
     @classmethod
     def from_float(

@@ -37,14 +37,17 @@ class QuantLinear(QuantModule):
     @classmethod
     def like(cls, linear: nn.Linear, *, quantized_input: bool = True, folded: bool = True) -> QuantLinear:
         """Return a layer of the same size, on the same device, with weights zero."""
-        return cls(
-            linear.in_features,
-            linear.out_features,
+        out_features, in_features = linear.weight.shape  # its attributes may have other numbers, after pruning
+        layer = cls(
+            in_features,
+            out_features,
             linear.bias is not None,
             quantized_input=quantized_input,
             folded=folded,
             device=linear.weight.device,
         )
+        layer.dtype = linear.weight.dtype
+        return layer
 
     @classmethod
     def from_float(

@@ -68,6 +68,7 @@ class QuantModule(QuantizerState):
 
     Attributes:
         engine: what computes the layer in integers, from codes; None where it is simulated.
+        dtype: of the weights in the float network, which follows .half() and the like.
         reads_codes: in a lowered network: the input is codes; else it is values, which an engine cannot tell from
             codes where they are whole numbers.
     """
@@ -97,6 +98,7 @@ class QuantModule(QuantizerState):
         super().__init__()
         self.engine: IntegerEngine | None = None
         self.reads_codes = False
+        self.dtype = torch.float32
         self.folded = folded
         self.weight_shape = torch.Size(weight_shape)
         self.groups = groups
@@ -113,6 +115,17 @@ class QuantModule(QuantizerState):
                 activation_zero_point=torch.zeros(1, dtype=torch.int32) if quantized_input else None,
             )
         self._locate_rows()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but for the weight."""
+        if name == "weight":
+            raise AttributeError("the weight of a quantized layer is packed, it cannot be set: quantize a layer anew")
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_scale.device)).dtype
+        super()._apply(fn, recurse)
+        return self
 
     def _set_buffers(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
@@ -271,6 +284,11 @@ class QuantModule(QuantizerState):
         if self.folded and self.activation_scale is not None:
             weight = weight / input_scale_of_weights(self.activation_scale, self.weight_shape, self.groups)
         return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights [O, C / groups, *kernel], dequantized: a copy for code that asks about a layer's weights."""
+        return self.dequantized_weight().to(self.dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return the quantized input, in units of its codes (q - z) where the scale is folded into the weights."""

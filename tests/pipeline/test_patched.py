@@ -251,7 +251,7 @@ def test_replaced_methods(net: Net, images: Tensor, replaced: str, walk: str, ex
     if walk == "modules":
         branching(net)
     network = checked(net, images, execution, tmp_path)
-    untraceable = replaced in ("forward of a BatchNorm", "forward of the model, a function")
+    untraceable = replaced == "forward of the model, a function"
     assert record_of(network).walked_by == ("modules" if untraceable else walk)
     if walk == "modules" and replaced == "_conv_forward":
         assert layers(network)["conv2"].reason == "its _conv_forward was replaced"

@@ -211,11 +211,11 @@ class Untraceable(nn.Module):
         return self.fc(self.up(x).mean((2, 3)))
 
 
-class OwnWeights(Untraceable):
-    """Calls a function with the weights of a layer, which its own code cannot do once the layer is quantized."""
+class OwnAttributes(Untraceable):
+    """Reads an attribute of a layer that a quantized one does not have."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(super().forward(x)[:, :3, None, None], self.shared.weight[:, :3, :1, :1])
+        return super().forward(x) * (1 + self.shared.transposed)
 
 
 def test_untraceable_model_is_walked_by_its_modules(images: Tensor) -> None:
@@ -423,10 +423,10 @@ BAD = {
         ValueError,
         "torch.fx cannot trace the model, and it fails on all calibration batches at once",
     ),
-    "weights of a layer": (
-        lambda m, x: (OwnWeights().eval(), [x]),
+    "attributes of a layer": (
+        lambda m, x: (OwnAttributes().eval(), [x]),
         ValueError,
-        "own code reads what a quantized layer does not have .*'weight'.*: leave that layer in float",
+        "own code reads what a quantized layer does not have .*'transposed'.*: leave that layer in float",
     ),
     "empty batch": (lambda m, x: (m, [x, x[:0]]), ValueError, "batch 1 has the shape"),
     "NaN batch": (lambda m, x: (m, [x, x * math.nan]), ValueError, "batch 1 contains NaN or Inf"),

@@ -1,0 +1,114 @@
+"""What can be known of a model's forward without a graph: which layers it calls, and what flows where.
+
+A walk by modules sees calls of modules only. One forward of one batch, with every torch function recorded, tells
+which layers are first and last ones, which functions with weights there are, and whether other code than a layer's
+own reads its parameters. Not seen are tensors that leave torch, as through numpy, and writes through views.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ptq4cuda.graph.ends import Step, find_ends, is_concatenation, is_fixed
+from ptq4cuda.graph.layers import is_weighted
+from ptq4cuda.graph.readers import is_question
+
+
+class Flow(TorchFunctionMode):
+    """Records one forward.
+
+    Attributes:
+        order: layers in the order of their first call.
+        functions: names of weighted functions that are called by other code than the layers'.
+        read: layers whose parameters are read by other code than their own.
+        output: of the network.
+    """
+
+    def __init__(self, names: dict[nn.Module, str], others: list[nn.Module]) -> None:
+        """Record calls of layers, by name, and of other modules with weights, which are known already."""
+        super().__init__()
+        self.names = names
+        self.order: dict[nn.Module, None] = {}
+        self.functions: dict[str, None] = {}
+        self.read: dict[nn.Module, None] = {}
+        self.output: Any = None
+        self._steps: list[Step] = []
+        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by tensor, the step that made it
+        self._running: list[nn.Module] = []
+        self._modules = [*names, *others]
+        self._owners: dict[int, list[nn.Module]] = defaultdict(list)
+        for module in self._modules:
+            for tensor in itertools.chain(module.parameters(), module.buffers()):
+                self._owners[id(tensor)].append(module)
+
+    @property
+    def ends(self) -> set[nn.Module]:
+        """The first and the last layers."""
+        return find_ends(self._steps, filter(is_fixed, self.order))  # type: ignore[return-value, arg-type]
+
+    def run(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
+        """Record the forward of a network.
+
+        Raises:
+            ValueError: a convolution gets a single image without a batch dimension.
+        """
+        args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))  # the model may write into them
+        self._add(Step(is_input=True), (args, kwargs))
+        hooks = [module.register_forward_pre_hook(self._on_entry) for module in self._modules]
+        hooks += [module.register_forward_hook(self._on_exit) for module in self._modules]
+        try:
+            with torch.no_grad(), self:
+                self.output = network(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record a function, and call it."""
+        kwargs = kwargs or {}
+        used = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        owned = [owners for tensor in used if (owners := self._owners.get(id(tensor)))]
+        own = any(module in self._running for owners in owned for module in owners)
+        if is_weighted(func) and not own:
+            self.functions[getattr(func, "__name__", str(func))] = None
+        if is_question(func):
+            return func(*args, **kwargs)
+        for owners in owned:
+            if not any(module in self._running for module in owners):
+                self.read.update(dict.fromkeys(module for module in owners if module in self.names))
+        result = func(*args, **kwargs)
+        written = args[:1] if getattr(func, "__name__", "") == "__setitem__" else result
+        self._add(Step(self._made_by(used), joins=is_concatenation(func)), written)
+        return result
+
+    def _made_by(self, tensors: list[Tensor]) -> list[Step]:
+        return [self._made[tensor] for tensor in tensors if tensor in self._made]
+
+    def _add(self, step: Step, made: Any) -> None:
+        tensors = [value for value in tree_leaves(made) if isinstance(value, Tensor)]
+        if tensors:
+            self._steps.append(step)
+            for tensor in tensors:
+                self._made[tensor] = step
+
+    def _on_entry(self, module: nn.Module, args: Any) -> None:
+        self._running.append(module)
+
+    def _on_exit(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.remove(module)
+        if module not in self.names:
+            return
+        self.order.setdefault(module)
+        if isinstance(module, nn.Conv2d) and output.dim() == 3:
+            name, shape = self.names[module], list(output.shape)
+            raise ValueError(f"layer {name!r} returns a single image, {shape}, and no batch")
+        self._add(Step(self._made_by([output]), layer=module), output)
