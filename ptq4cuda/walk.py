@@ -107,7 +107,7 @@ class LayerCall:
         first_or_last: True for layers that read an image and for those behind which no other lies.
         outputs: its float output, for each chunk.
         added: what is added to the output next (the shortcut of a residual block), both streams for each chunk, where
-            it is known by then.
+            it is known by then: of what the output is broadcast over, the mean.
         importance: float64 [C], what a squared error of each channel of the signal costs, in the layers to quantize
             that read it.
     """
@@ -344,14 +344,15 @@ class _GraphWalk:
         assert kind is not None
         signal, importance = self.signals[source], self._importance(source)
         self._clip_outliers(signal, quant_module_for(kind).activation_axis, importance)
+        outputs = [self.frontier.hold(layer(self.frontier.fetch(x))) for x, _ in signal.streams]
         call = LayerCall(
             str(node.target),
             layer,
             kind,
             signal,
             first_or_last=node in self.ends,
-            outputs=[self.frontier.hold(layer(self.frontier.fetch(x))) for x, _ in signal.streams],
-            added=self._added(node),
+            outputs=outputs,
+            added=self._added(node, outputs),
             importance=importance,
         )
         solution = self.solve(call)
@@ -394,7 +395,7 @@ class _GraphWalk:
             )
         return torch.stack(costs).sum(0)
 
-    def _added(self, node: fx.Node) -> list[tuple[Tensor, Tensor]] | None:
+    def _added(self, node: fx.Node, outputs: list[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
         """Return both streams of what is added to a node's value next, where it is known by then."""
         users = graph.readers(node)
         if len(users) != 1 or not graph.is_addition(users[0]):
@@ -402,7 +403,13 @@ class _GraphWalk:
         others = [operand for operand in users[0].all_input_nodes if operand is not node]
         if len(others) != 1 or others[0] not in self.signals:
             return None
-        return self.signals[others[0]].streams
+        streams = self.signals[others[0]].streams
+        if not all(isinstance(value, Tensor) and value.is_floating_point() for value, _ in streams):
+            return None  # numbers and masks carry no error
+        return [
+            (_summand(value, y), _summand(quantized, y))
+            for (value, quantized), y in zip(streams, outputs, strict=True)
+        ]
 
     def _set_activation(self, node: fx.Node, signal: Signal) -> None:
         """Remember what the value was before its activation, also through nodes that only move values."""
@@ -431,6 +438,14 @@ class _GraphWalk:
 
 def _has_tensors(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+def _summand(x: Tensor, y: Tensor) -> Tensor:
+    """Return what a sum with x adds to each value of y: the mean where y is broadcast over x."""
+    if x.dim() > y.dim():
+        x = x.mean(tuple(range(x.dim() - y.dim())))
+    spread = [d for d in range(-x.dim(), 0) if x.shape[d] > 1 and y.shape[d] == 1]
+    return x.mean(spread, keepdim=True) if spread else x
 
 
 # --- by the modules -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq4cuda.graph.bind import Interpreter
-from ptq4cuda.graph.layers import activation_of, layer_kind
+from ptq4cuda.graph.layers import activation_of, is_addition, layer_kind
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.nn.conv import pair
 
@@ -124,8 +124,11 @@ def _back(
     activation = activation_of(node, network)
     if activation is not None and len(cost) == len(positive):
         return cost * (positive + (1.0 - positive) * activation.negative_slope**2)
-    # Everything else: pooling, moving, adding. A value that several become one of counts for its share.
     outputs = seen[node].shape
+    if is_addition(node) and len(shape) == len(outputs) and shape != outputs:  # it is broadcast over the sum
+        cost = cost * (_area(outputs, seen[node].axis) / _area(shape, axis))
+        return cost if len(cost) == len(positive) else cost.sum().expand_as(positive)
+    # Everything else: pooling, moving, adding. A value that several become one of counts for its share.
     if len(shape) == 4:
         area = _area(shape, axis) / (_area(outputs, seen[node].axis) if len(outputs) == 4 else 1)
         flattened = len(outputs) == 2 and len(cost) == shape[1] * shape[2] * shape[3]

@@ -35,7 +35,7 @@ class Net(nn.Module):
         self.wide, self.narrow = nn.Conv2d(4, 256, 1, bias=False), nn.Conv2d(256, 256, 1, bias=False)
         self.joined = nn.Conv2d(12, 5, 1, bias=False)
         self.fc = nn.Linear(4 * 36, 7, bias=False)
-        self.pooled = nn.Linear(4, 7, bias=False)
+        self.pooled, self.single = nn.Linear(4, 7, bias=False), nn.Conv2d(4, 1, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -71,8 +71,15 @@ class Net(nn.Module):
     def _average_of_four(self, x: Tensor) -> Tensor:
         return self.a(F.avg_pool2d(x, 2))
 
+    def _broadcast(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True) + torch.ones(1, 4, 16, 16)
+
+    def _channel_over_channels(self, x: Tensor) -> Tensor:
+        return torch.ones(1, 4, 16, 16) + self.single(x)
+
 
 KINDS = ["chain", "grouped", "strided", "flattened", "average", "mean", "last", "average_of_four"]
+KINDS += ["broadcast", "channel_over_channels"]
 
 
 def jacobian_energy(net: Net, x: Tensor) -> Tensor:
