@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.graph.layers import activation_of, is_addition
+from ptq4cuda.graph.network import Network
 from ptq4cuda.graph.readers import reads_shape
 from ptq4cuda.integer import IntegerConv2d, IntegerLinear, max_pool_codes
 from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
@@ -87,7 +88,7 @@ class _Reload:
     def __init__(self, network: fx.GraphModule | None, dtype: torch.dtype, pack: bool | None) -> None:
         self.dtype, self.pack = dtype, pack
         # It shares the network's modules, and keeps those that the lowered graph does not call.
-        self.simulated = fx.GraphModule(network, network.graph) if network is not None else None
+        self.simulated = Network(network, network.graph) if network is not None else None  # which can be pickled
         self.lowered: set[str] = set()
         self.errors: list[str] = []
 

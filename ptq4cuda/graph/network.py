@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ptq4cuda.graph.copying import HOOKS
+
 _RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))  # names that torch.fx uses itself
 _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES - {"meta"}
@@ -81,7 +83,8 @@ class Network(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
         copied: Network = super().__deepcopy__(memo)  # type: ignore[assignment]
-        missing = {name: value for name, value in vars(self).items() if name not in vars(copied)}
+        # torch.fx copies what it knows, and no hooks.
+        missing = {name: value for name, value in vars(self).items() if name not in vars(copied) or name in HOOKS}
         vars(copied).update(copy.deepcopy(missing, memo))
         return copied
 
