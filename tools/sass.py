@@ -127,10 +127,11 @@ WORK = (
     Work(r"elementwise_kernel<Each<Quantize, (?P<read>\w+)>, .*>", written=1.0, shared=_table_shared),
     Work(r"elementwise_kernel<PackGroup<(?P<read>\w+)>, .*>", written=0.5, shared=_table_shared),
     Work(r"elementwise_kernel<UnpackGroup<(?P<written>\w+)>, .*>", read=0.5, shared=_table_shared),
-    Work(r"pack_tiles_kernel<(?P<read>\w+), \d+>", written=0.5, loops=2),
-    Work(r"unpack_tiles_kernel<(?P<written>\w+), \d+>", read=0.5, loops=2),
-    Work(r"pack_rows_kernel", read=1.0, written=0.5),
-    Work(r"unpack_rows_kernel", read=0.5, written=1.0),
+    # Other cases are quantizers along the samples, and packed bytes that are not aligned or end within a vector.
+    Work(r"pack_tiles_kernel<(?P<read>\w+), \d+>", written=0.5, rare_cases=True),
+    Work(r"unpack_tiles_kernel<(?P<written>\w+), \d+>", read=0.5, rare_cases=True),
+    Work(r"pack_rows_kernel", read=1.0, written=0.5, rare_cases=True),
+    Work(r"unpack_rows_kernel", read=0.5, written=1.0, rare_cases=True),
     Work(r"whole_channel_kernel<(?P<read>\w+), \d+>", loops=2),
     Work(r"(rows|columns)_kernel<(?P<read>\w+), \d+, \w+, \w+>"),
     Work(r"histogram_(rows|columns)_kernel<(?P<read>\w+)\b.*>", shared=lambda match: 48 << 10),
@@ -395,7 +396,7 @@ class Code:
     def main_loops(self, count: int, shortest: bool = False) -> list[list[Instruction]]:
         """Return the paths of the `count` loops that move most: matrix products, then bytes of global memory.
 
-        A loop around others that load or store sets them up; what it moves itself does not count.
+        A loop around others that move at least half as much only sets them up.
         """
         ranked = []
         for loop in self.loops:
@@ -403,7 +404,7 @@ class Code:
             inner = [i for a in loop.inner for i in self.blocks[a].instructions]
             own = [i for i in path if i.address not in {i.address for i in inner}]
             weight = (sum(i.base in MMA for i in own), sum(i.bytes for i in own), -len(loop.blocks))
-            if weight[0] or (weight[1] and not any(i.bytes for i in inner)):
+            if weight[0] or weight[1] > 2 * sum(i.bytes for i in path if i in inner):
                 ranked.append((weight, path))
         ranked.sort(key=lambda entry: entry[0], reverse=True)
         return [path for _, path in ranked[:count]]

@@ -138,6 +138,7 @@ struct Bins {
 struct Nibbles {
     uint32_t even, odd;  // a code a byte
 
+    __device__ __forceinline__ Nibbles(uint32_t even_, uint32_t odd_) : even(even_), odd(odd_) {}
     __device__ __forceinline__ explicit Nibbles(uint32_t word)
         : even(word & 0x0f0f0f0f), odd(word >> 4 & 0x0f0f0f0f) {}
 

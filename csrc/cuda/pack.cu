@@ -74,155 +74,232 @@ struct UnpackGroup {
 // --- tiles -------------------------------------------------------------------------------------------------------
 
 constexpr int kTileChannels = 128;
-constexpr int64_t kTileBlocks = 64;  // at most so many for each multiprocessor; they take several tiles beyond that
+constexpr int64_t kTileBlocks = 8;  // at most so many for each multiprocessor; they take several tiles beyond that
+constexpr int kTileGap = 4;         // words between the rows of a shared tile
+template <int V>
+constexpr int kRun = V < 4 ? V : 4;  // neighbouring words of a tile that a thread moves at a time
 constexpr int tile_words(int vector) { return kThreads * (vector < 4 ? 4 : vector); }
 
 // Pixels are numbered through all samples: pixel p is pixel p % spatial of sample p / spatial.
 struct Tiles {
-    int64_t count, across;  // tiles, and tiles side by side along the channels
     int64_t pixels, spatial, channels, bytes;
     int64_t sample_stride, channel_stride, pixel_stride;  // of the unpacked tensor
+    int64_t step;                                         // pixels from a block's tile to its next one
+    int across;                                           // tiles side by side along the channels
     int log_words;                                        // a tile is 2^log_words words wide
+    int access;                                           // bytes of packed pixels that are moved at a time: 16, 4, 1
     bool by_sample;                                       // quantizers along the samples
-    bool words_aligned;                                   // packed pixels are whole words
+};
 
-    __device__ int words() const { return 1 << log_words; }
-    __device__ int64_t first_pixel(int64_t tile, int total_words) const {
-        return tile / across * (total_words >> log_words);
+// A block's place: its channels are always the same, its pixels go forward.
+template <int V>
+struct TileWalk {
+    static constexpr int kWords = tile_words(V), kTasks = kWords / V / kThreads;
+    const Tiles& tiles;
+    int64_t channel, first, sample, rest;  // of the tile; its first pixel is pixel `rest` of `sample`
+    int64_t step_samples, step_rest;
+    int pitch;  // of the shared tile: words from a channel's word to the next one
+
+    __device__ explicit TileWalk(const Tiles& t)
+        : tiles(t),
+          channel(int64_t{static_cast<int>(blockIdx.x) % t.across << t.log_words} * kCodes),
+          first((blockIdx.x / t.across) * int64_t{kWords >> t.log_words}),
+          sample(first / t.spatial),
+          rest(first % t.spatial),
+          step_samples(t.step / t.spatial),
+          step_rest(t.step % t.spatial),
+          pitch((kWords >> t.log_words) + kTileGap) {}
+
+    __device__ bool ended() const { return first >= tiles.pixels; }
+    __device__ __forceinline__ void advance() {
+        first += tiles.step;
+        sample += step_samples;
+        rest += step_rest;
+        if (rest >= tiles.spatial) {
+            rest -= tiles.spatial;
+            ++sample;
+        }
     }
-    __device__ int64_t first_channel(int64_t tile) const { return (tile % across << log_words) * kCodes; }
-    __device__ int64_t sample(int64_t pixel) const { return pixel / spatial; }
-    __device__ int64_t offset(int64_t pixel, int64_t sample) const {
-        return sample * sample_stride + (pixel - sample * spatial) * pixel_stride;
+
+    // What a thread does in its i-th task: V pixels by the eight channels of a word.
+    struct Task {
+        int place;               // of the first word in the shared tile
+        int word;                // of the tile's pixels
+        int channels;            // that exist, 0 if the pixels do not
+        int64_t sample, offset;  // of the first value in the unpacked tensor
+    };
+    __device__ __forceinline__ Task task(int i) const {
+        const int index = threadIdx.x + i * kThreads;
+        const int log_pixels = 31 - __clz(kWords / V) - tiles.log_words;  // pixels / V is a power of two
+        const int pixel = (index & ((1 << log_pixels) - 1)) * V, word = index >> log_pixels;
+        int64_t in_sample = rest + pixel, n = sample;
+        if (tiles.spatial <= kWords) {
+            const uint32_t samples = static_cast<uint32_t>(in_sample) / static_cast<uint32_t>(tiles.spatial);
+            in_sample -= samples * tiles.spatial;
+            n += samples;
+        } else if (in_sample >= tiles.spatial) {
+            in_sample -= tiles.spatial;
+            ++n;
+        }
+        const int64_t c = channel + word * kCodes, left = max(tiles.channels - c, int64_t{0});
+        return {word * pitch + pixel, word,
+                first + pixel < tiles.pixels ? static_cast<int>(min(left, int64_t{kCodes})) : 0, n,
+                n * tiles.sample_stride + in_sample * tiles.pixel_stride + c * tiles.channel_stride};
     }
-    // Bytes of the packed word at a channel; 0 right of the last channel.
-    __device__ int word_bytes(int64_t channel) const {
-        return static_cast<int>(max(min(bytes - channel / 2, int64_t{4}), int64_t{0}));
+
+    // Calls f(first word in the shared tile, first byte in the packed tensor) for each kCount words of a packed pixel
+    // that are this thread's.
+    template <int kCount, class F>
+    __device__ __forceinline__ void for_each_packed(const F& f) const {
+        constexpr int kLog = kCount == 4 ? 2 : 0;
+#pragma unroll(kCount == 4 ? 2 : 1)  // single words are rare
+        for (int i = 0; i < kWords / kCount / kThreads; ++i) {
+            const int index = threadIdx.x + i * kThreads, log_groups = tiles.log_words - kLog;
+            const int word = (index & ((1 << log_groups) - 1)) << kLog, pixel = index >> log_groups;
+            const int64_t byte = channel / 2 + word * 4;
+            if (first + pixel < tiles.pixels && byte < tiles.bytes)
+                f(word * pitch + pixel, (first + pixel) * tiles.bytes + byte, tiles.bytes - byte);
+        }
     }
 };
 
-// The quantizers of a tile's channels. Right of the last channel its own is repeated: it is the padding's.
-__device__ void stage_quantizers(Quantizer* quantizers, const QuantizerTable& table, const Tiles& tiles,
-                                 int64_t first_channel) {
-    if (tiles.by_sample) return;
-    for (int c = threadIdx.x; c < tiles.words() * kCodes; c += kThreads)
-        quantizers[c] = table[min(first_channel + c, tiles.channels - 1)];
-}
-
-// A thread's work in a tile: V pixels by the eight channels of a word.
-template <int V, class F>
-__device__ __forceinline__ void for_each_task(const Tiles& tiles, int64_t first_pixel, const F& f) {
-    constexpr int kWords = tile_words(V);
-    const int log_pixels = 31 - __clz(kWords / V) - tiles.log_words;  // pixels / V is a power of two
-    for (int task = threadIdx.x; task < kWords / V; task += kThreads) {
-        const int pixel = (task & ((1 << log_pixels) - 1)) * V, word = task >> log_pixels;
-        if (first_pixel + pixel < tiles.pixels) f(pixel, word);
+// The parameters of a tile's channels in shared memory, where each thread has a place of its own for its sample's.
+// Right of the last channel its own are repeated: they are the padding's.
+template <class Parameters>
+class TileParameters {
+public:
+    __device__ TileParameters(Parameters* shared, const QuantizerTable& table, const Tiles& tiles, int64_t channel)
+        : shared_(shared), table_(table), by_sample_(tiles.by_sample) {
+        if (by_sample_) return;
+        for (int c = threadIdx.x; c < kCodes << tiles.log_words; c += kThreads)
+            shared[c] = Parameters(table[min(channel + c, tiles.channels - 1)]);
+        __syncthreads();
     }
-}
-
-// A row of the shared tile is one word longer than needed, so that a column does not fall into one bank.
-__device__ __forceinline__ int place(const Tiles& tiles, int pixel, int word) {
-    return pixel * (tiles.words() + 1) + word;
-}
-
-// The packed words of a tile: f(place in the shared tile, first byte in the packed tensor, bytes).
-template <class F>
-__device__ __forceinline__ void for_each_word(const Tiles& tiles, int total_words, int64_t first_pixel,
-                                              int64_t first_channel, const F& f) {
-    for (int i = threadIdx.x; i < total_words; i += kThreads) {
-        const int pixel = i >> tiles.log_words, word = i & (tiles.words() - 1);
-        const int64_t c = first_channel + word * kCodes;
-        if (first_pixel + pixel >= tiles.pixels) break;
-        f(place(tiles, pixel, word), (first_pixel + pixel) * tiles.bytes + c / 2, tiles.word_bytes(c));
+    // Of the eight channels of a word, one after the other.
+    template <class Task, class F>
+    __device__ __forceinline__ void for_each(const Task& task, const F& f) const {
+        const Parameters* all = shared_ + (by_sample_ ? kTileChannels + threadIdx.x : task.word * kCodes);
+        if (by_sample_ && task.channels > 0) shared_[kTileChannels + threadIdx.x] = Parameters(table_[task.sample]);
+        const int step = by_sample_ ? 0 : 1;
+#pragma unroll
+        for (int k = 0; k < kCodes; ++k) f(k, all[k * step]);
     }
-}
+
+private:
+    Parameters* shared_;
+    const QuantizerTable& table_;
+    bool by_sample_;
+};
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 3)
     pack_tiles_kernel(const T* x, uint8_t* packed, QuantizerTable table, Tiles tiles) {
-    constexpr int kWords = tile_words(V);
-    __shared__ uint32_t tile[2 * kWords];
-    __shared__ Quantizer quantizers[kTileChannels];
+    using Walk = TileWalk<V>;
+    alignas(16) __shared__ uint32_t tile[Walk::kWords + kTileGap * kTileChannels / kCodes];
+    __shared__ Coding shared[kTileChannels + kThreads];
 
-    for (int64_t t = blockIdx.x; t < tiles.count; t += gridDim.x) {
-        const int64_t first_pixel = tiles.first_pixel(t, kWords), first_channel = tiles.first_channel(t);
-        stage_quantizers(quantizers, table, tiles, first_channel);
-        __syncthreads();
-        for_each_task<V>(tiles, first_pixel, [&](int pixel, int word) {
-            const int64_t n = tiles.sample(first_pixel + pixel), c = first_channel + word * kCodes;
-            const T* from = x + tiles.offset(first_pixel + pixel, n) + c * tiles.channel_stride;
-            Vector<T, V> in[kCodes];
+    Walk walk(tiles);
+    const TileParameters<Coding> parameters(shared, table, tiles, walk.channel);
+    for (; !walk.ended(); walk.advance()) {
 #pragma unroll
-            for (int k = 0; k < kCodes; ++k)
-                if (c + k < tiles.channels) in[k] = load<V>(from + k * tiles.channel_stride, true);
-            uint32_t words[V] = {};
-            const Quantizer by_sample = tiles.by_sample ? table[n] : Quantizer{};
+        for (int i = 0; i < Walk::kTasks; ++i) {
+            const auto task = walk.task(i);
+            Words<V * sizeof(T)> in[kCodes];
 #pragma unroll
             for (int k = 0; k < kCodes; ++k) {
-                const Quantizer q = tiles.by_sample ? by_sample : quantizers[word * kCodes + k];
-                const bool padding = c + k >= tiles.channels;
-#pragma unroll
-                for (int j = 0; j < V; ++j) {
-                    const uint32_t nibble =
-                        padding ? static_cast<uint32_t>(zero_code(q)) : code(static_cast<float>(in[k].at[j]), q);
-                    words[j] |= nibble << (4 * k);
-                }
+                in[k] = {};  // the code of 0 is the padding
+                if (k < task.channels) in[k] = load_words<V * sizeof(T)>(x + task.offset + k * tiles.channel_stride);
             }
-#pragma unroll
-            for (int j = 0; j < V; ++j) tile[place(tiles, pixel + j, word)] = words[j];
-        });
-        __syncthreads();
-        for_each_word(tiles, kWords, first_pixel, first_channel, [&](int at, int64_t byte, int count) {
-            uint8_t* to = packed + byte;
-            if (tiles.words_aligned && count == 4) {
-                *reinterpret_cast<uint32_t*>(to) = tile[at];
-            } else {
-                for (int b = 0; b < count; ++b) to[b] = static_cast<uint8_t>(tile[at] >> (8 * b));
-            }
-        });
-        // The barrier after the next quantizers also ends the reading of this tile.
-    }
-}
-
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
-    unpack_tiles_kernel(const uint8_t* packed, T* x, QuantizerTable table, Tiles tiles) {
-    constexpr int kWords = tile_words(V);
-    __shared__ uint32_t tile[2 * kWords];
-    __shared__ Quantizer quantizers[kTileChannels];
-
-    for (int64_t t = blockIdx.x; t < tiles.count; t += gridDim.x) {
-        const int64_t first_pixel = tiles.first_pixel(t, kWords), first_channel = tiles.first_channel(t);
-        stage_quantizers(quantizers, table, tiles, first_channel);
-        for_each_word(tiles, kWords, first_pixel, first_channel, [&](int at, int64_t byte, int count) {
-            const uint8_t* from = packed + byte;
-            uint32_t value = 0;
-            if (tiles.words_aligned && count == 4) {
-                value = *reinterpret_cast<const uint32_t*>(from);
-            } else {
-                for (int b = 0; b < count; ++b) value |= uint32_t{from[b]} << (8 * b);
-            }
-            tile[at] = value;
-        });
-        __syncthreads();
-        for_each_task<V>(tiles, first_pixel, [&](int pixel, int word) {
-            const int64_t n = tiles.sample(first_pixel + pixel), c = first_channel + word * kCodes;
-            T* to = x + tiles.offset(first_pixel + pixel, n) + c * tiles.channel_stride;
-            uint32_t words[V];
-#pragma unroll
-            for (int j = 0; j < V; ++j) words[j] = tile[place(tiles, pixel + j, word)];
-            const Quantizer by_sample = tiles.by_sample ? table[n] : Quantizer{};
-#pragma unroll
-            for (int k = 0; k < kCodes; ++k) {
-                if (c + k >= tiles.channels) break;
-                const Quantizer q = tiles.by_sample ? by_sample : quantizers[word * kCodes + k];
-                Vector<T, V> out;
+            uint32_t words[V] = {}, zero_points = 0;
+            parameters.for_each(task, [&](int k, const Coding& q) {
+                zero_points += q.zero_point() << 4 * k;
 #pragma unroll
                 for (int j = 0; j < V; ++j)
-                    out.at[j] = Dequantize::apply<T>(static_cast<float>(words[j] >> (4 * k) & 0xf), q);
-                store<V>(to + k * tiles.channel_stride, out, true);
+                    words[j] += static_cast<uint32_t>(q.level(Values<T, V>::get(in[k], j))) << 4 * k;
+            });
+#pragma unroll
+            for (int j = 0; j < V; j += kRun<V>) {
+                Vector<uint32_t, kRun<V>> run;
+#pragma unroll
+                for (int r = 0; r < kRun<V>; ++r) run.at[r] = words[j + r] + zero_points;
+                *reinterpret_cast<Vector<uint32_t, kRun<V>>*>(tile + task.place + j) = run;
             }
-        });
+        }
+        __syncthreads();
+        if (tiles.access == 16) {
+            walk.template for_each_packed<4>([&](int at, int64_t byte, int64_t) {
+                Words<16> words;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) words.at[i] = tile[at + i * walk.pitch];
+                store_words(packed + byte, words);
+            });
+        } else {
+            walk.template for_each_packed<1>([&](int at, int64_t byte, int64_t left) {
+                if (tiles.access == 4) return store_words(packed + byte, Words<4>{{tile[at]}});
+#pragma unroll
+                for (int b = 0; b < 4; ++b)
+                    if (b < left) packed[byte + b] = static_cast<uint8_t>(tile[at] >> 8 * b);
+            });
+        }
+        __syncthreads();  // the tile is read before the next one overwrites it
+    }
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 3)
+    unpack_tiles_kernel(const uint8_t* packed, T* x, QuantizerTable table, Tiles tiles) {
+    using Walk = TileWalk<V>;
+    alignas(16) __shared__ uint32_t tile[Walk::kWords + kTileGap * kTileChannels / kCodes];
+    __shared__ Decoding shared[kTileChannels + kThreads];
+
+    Walk walk(tiles);
+    const TileParameters<Decoding> parameters(shared, table, tiles, walk.channel);
+    for (; !walk.ended(); walk.advance()) {
+        if (tiles.access == 16) {
+            walk.template for_each_packed<4>([&](int at, int64_t byte, int64_t) {
+                const Words<16> words = load_words<16>(packed + byte);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) tile[at + i * walk.pitch] = words.at[i];
+            });
+        } else {
+            walk.template for_each_packed<1>([&](int at, int64_t byte, int64_t left) {
+                uint32_t word = 0;
+                if (tiles.access == 4) {
+                    word = load_words<4>(packed + byte).at[0];
+                } else {
+#pragma unroll
+                    for (int b = 0; b < 4; ++b)
+                        if (b < left) word |= uint32_t{packed[byte + b]} << 8 * b;
+                }
+                tile[at] = word;
+            });
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < Walk::kTasks; ++i) {
+            const auto task = walk.task(i);
+            uint32_t even[V], odd[V];
+#pragma unroll
+            for (int j = 0; j < V; j += kRun<V>) {
+                const auto run = *reinterpret_cast<const Vector<uint32_t, kRun<V>>*>(tile + task.place + j);
+#pragma unroll
+                for (int r = 0; r < kRun<V>; ++r) {
+                    const Nibbles nibbles(run.at[r]);
+                    even[j + r] = nibbles.even;
+                    odd[j + r] = nibbles.odd;
+                }
+            }
+            parameters.for_each(task, [&](int k, const Decoding& q) {
+                if (k >= task.channels) return;
+                T* to = x + task.offset + k * tiles.channel_stride;
+                const auto value_of = [&](int j) { return q(Nibbles(even[j], odd[j]).bits(k)); };
+                if constexpr (V == 1) {
+                    *to = static_cast<T>(value_of(0));
+                } else {
+                    store_words(to, Values<T, V>::make(value_of));
+                }
+            });
+        }
         __syncthreads();  // the tile is read before the next one overwrites it
     }
 }
@@ -239,59 +316,165 @@ void with_tiles(const PackLayout& layout, int64_t axis, const T* x, const uint8_
     tiles.channel_stride = layout.channels_last ? 1 : layout.spatial;
     tiles.pixel_stride = layout.channels_last ? layout.channels : 1;
     tiles.by_sample = axis == 0;
-    tiles.words_aligned = tiles.bytes % 4 == 0 && reinterpret_cast<uintptr_t>(packed) % 4 == 0;
     const int64_t words = ceil_div(tiles.bytes, 4);
     tiles.log_words = 0;
     while (1 << tiles.log_words < words && 1 << tiles.log_words < kTileChannels / kCodes) ++tiles.log_words;
-    tiles.across = ceil_div(words, 1 << tiles.log_words);
+    const auto multiple = [&](int n) {
+        return tiles.bytes % n == 0 && reinterpret_cast<uintptr_t>(packed) % n == 0 && 4 << tiles.log_words >= n;
+    };
+    tiles.access = multiple(16) ? 16 : multiple(4) ? 4 : 1;
+    const int64_t across = ceil_div(words, 1 << tiles.log_words);
+    STD_TORCH_CHECK(across <= kMaximumGrid, layout.channels, " channels are too many for one launch");
+    tiles.across = static_cast<int>(across);
     with_vector_width(x, layout.channels_last ? 1 : layout.spatial, [&](auto width) {
-        tiles.count = ceil_div(tiles.pixels, tile_words(width) >> tiles.log_words) * tiles.across;
-        run(width, tiles, std::min(tiles.count, multiprocessors() * kTileBlocks));
+        const int64_t tile_pixels = tile_words(width) >> tiles.log_words;
+        const int64_t down = std::min(ceil_div(tiles.pixels, tile_pixels),
+                                      std::max<int64_t>(multiprocessors() * kTileBlocks / across, 1));
+        tiles.step = down * tile_pixels;
+        run(width, tiles, across * down);
     });
 }
 
 // --- rows of any bit-width ---------------------------------------------------------------------------------------
 
-// Calls f(row, its bits, first code of eight, codes there are of these) for the work of one thread. A row that would
-// leave the packed buffer is taken for one of 0 bits, which has no bytes: the table lies on the device, where nobody
-// can raise an error.
-template <class F>
-__device__ __forceinline__ void for_each_eight(const RowTable& table, const F& f) {
-    const int64_t groups = (table.length + kCodes - 1) / kCodes;
-    for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < table.rows * groups;
-         i += int64_t{gridDim.x} * kThreads) {
-        const int64_t row = i / groups, first = i % groups * kCodes;
-        f(row, table.holds(row) ? table.bits[row] : 0, first,
-          static_cast<int>(min(table.length - first, int64_t{kCodes})));
+constexpr int kRowCodes = 16;  // that a thread moves at a time: twice as many bytes as a code has bits, packed
+
+// The rows of a table as work for a grid: a thread goes `step` pieces of kRowCodes codes further each time.
+struct RowWork {
+    RowTable table;
+    int64_t pieces;  // of a row
+    int64_t step_rows, step_pieces;
+    bool aligned;  // 16 codes are one vector
+};
+
+// Calls f(row's bits, first of its codes, its packed bytes, codes there are, at most kRowCodes) for the work of one
+// thread. A row that would leave the packed buffer is taken for one of 0 bits, which has no bytes: the table lies on
+// the device, where nobody can raise an error.
+template <class Codes, class Packed, class F>
+__device__ __forceinline__ void for_each_piece(const RowWork& work, Codes* codes, Packed* packed, const F& f) {
+    const RowTable& table = work.table;
+    const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    int64_t row = first / work.pieces, piece = first % work.pieces;
+    while (row < table.rows) {
+        const int bits = table.holds(row) ? table.bits[row] : 0;
+        const int64_t code = piece * kRowCodes;
+        f(bits, codes + row * table.length + code, packed + table.offsets[row] + piece * 2 * bits,
+          static_cast<int>(min(table.length - code, int64_t{kRowCodes})));
+        row += work.step_rows;
+        piece += work.step_pieces;
+        if (piece >= work.pieces) {
+            piece -= work.pieces;
+            ++row;
+        }
     }
 }
 
-__global__ void __launch_bounds__(kThreads) pack_rows_kernel(const uint8_t* codes, uint8_t* packed, RowTable table) {
-    for_each_eight(table, [&](int64_t row, int bits, int64_t first, int count) {
-        const uint8_t* from = codes + row * table.length + first;
-        uint8_t* to = packed + table.offsets[row] + first / kCodes * bits;
-        const uint32_t mask = (1u << bits) - 1;
-        uint64_t stream = 0;
-        for (int k = 0; k < count; ++k) stream |= static_cast<uint64_t>(from[k] & mask) << (k * bits);
-        for (int b = 0; b < (count * bits + 7) / 8; ++b) to[b] = static_cast<uint8_t>(stream >> (8 * b));
+// Four codes, a byte each, to neighbouring bits, and back. First two codes of a half word come together, then two
+// halves.
+__device__ __forceinline__ uint32_t squeeze(uint32_t bytes, int bits) {
+    bytes &= ((1u << bits) - 1) * 0x01010101;
+    const uint32_t pairs = (bytes & 0x00ff00ff) | (bytes >> 8 & 0x00ff00ff) << bits;
+    return (pairs & 0xffff) | pairs >> 16 << 2 * bits;
+}
+__device__ __forceinline__ uint32_t spread(uint32_t codes, int bits) {
+    const uint32_t two = (1u << 2 * bits) - 1, one = ((1u << bits) - 1) * 0x00010001;
+    const uint32_t pairs = (codes & two) | (codes >> 2 * bits & two) << 16;
+    return (pairs & one) | (pairs >> bits & one) << 8;
+}
+
+// Calls f(std::integral_constant<int, n>) if the packed bytes of a whole piece are n = 16, 8, 4 or 2 and aligned.
+template <class F>
+__device__ __forceinline__ bool with_whole_piece(int bits, const uint8_t* packed, const F& f) {
+    if (reinterpret_cast<uintptr_t>(packed) % (2 * max(bits, 1)) != 0) return false;
+    if (bits == 8) return f(std::integral_constant<int, 16>{}), true;
+    if (bits == 4) return f(std::integral_constant<int, 8>{}), true;
+    if (bits == 2) return f(std::integral_constant<int, 4>{}), true;
+    if (bits == 1) return f(std::integral_constant<int, 2>{}), true;
+    return false;
+}
+
+__global__ void __launch_bounds__(kThreads) pack_rows_kernel(const uint8_t* codes, uint8_t* packed, RowWork work) {
+    for_each_piece(work, codes, packed, [&](int bits, const uint8_t* from, uint8_t* to, int count) {
+        Words<16> in{};
+        if (count == kRowCodes && work.aligned) {
+            in = load_words<16>(from);
+        } else {
+#pragma unroll
+            for (int k = 0; k < kRowCodes; ++k)
+                if (k < count) in.at[k / 4] |= uint32_t{from[k]} << 8 * (k % 4);
+        }
+        // Two streams of eight codes, `bits` bytes each.
+        uint64_t streams[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            streams[i] = squeeze(in.at[2 * i], bits) | uint64_t{squeeze(in.at[2 * i + 1], bits)} << 4 * bits;
+        const auto store_whole = [&](auto size) {
+            Words<size> out;
+            const uint64_t low = size == 16 ? streams[0] : streams[0] | streams[1] << 4 * size;
+            out.at[0] = static_cast<uint32_t>(low);
+            if constexpr (size >= 8) out.at[1] = static_cast<uint32_t>(low >> 32);
+            if constexpr (size == 16) {
+                out.at[2] = static_cast<uint32_t>(streams[1]);
+                out.at[3] = static_cast<uint32_t>(streams[1] >> 32);
+            }
+            store_words(to, out);
+        };
+        if (count == kRowCodes && with_whole_piece(bits, to, store_whole)) return;
+        const int bytes = (count * bits + 7) / 8;
+#pragma unroll
+        for (int b = 0; b < kRowCodes; ++b)
+            if (b < bytes)
+                to[b] = static_cast<uint8_t>(b < bits ? streams[0] >> 8 * b : streams[1] >> 8 * (b - bits));
     });
 }
 
-__global__ void __launch_bounds__(kThreads)
-    unpack_rows_kernel(const uint8_t* packed, uint8_t* codes, RowTable table) {
-    for_each_eight(table, [&](int64_t row, int bits, int64_t first, int count) {
-        const uint8_t* from = packed + table.offsets[row] + first / kCodes * bits;
-        uint8_t* to = codes + row * table.length + first;
-        const uint32_t mask = (1u << bits) - 1;
-        uint64_t stream = 0;
-        for (int b = 0; b < (count * bits + 7) / 8; ++b) stream |= static_cast<uint64_t>(from[b]) << (8 * b);
-        for (int k = 0; k < count; ++k) to[k] = static_cast<uint8_t>(stream >> (k * bits) & mask);
+__global__ void __launch_bounds__(kThreads) unpack_rows_kernel(const uint8_t* packed, uint8_t* codes, RowWork work) {
+    for_each_piece(work, codes, packed, [&](int bits, uint8_t* to, const uint8_t* from, int count) {
+        uint64_t streams[2] = {};
+        const auto load_whole = [&](auto size) {
+            const Words<size> in = load_words<size>(from);
+            if constexpr (size == 16) {
+                streams[0] = in.at[0] | uint64_t{in.at[1]} << 32;
+                streams[1] = in.at[2] | uint64_t{in.at[3]} << 32;
+            } else {
+                uint64_t both = in.at[0];
+                if constexpr (size == 8) both |= uint64_t{in.at[1]} << 32;
+                streams[0] = both;
+                streams[1] = both >> 4 * size;
+            }
+        };
+        if (count < kRowCodes || !with_whole_piece(bits, from, load_whole)) {
+            const int bytes = (count * bits + 7) / 8;
+#pragma unroll
+            for (int b = 0; b < kRowCodes; ++b)
+                if (b < bytes)
+                    (b < bits ? streams[0] : streams[1]) |= uint64_t{from[b]} << 8 * (b < bits ? b : b - bits);
+        }
+        Words<16> out;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            out.at[2 * i] = spread(static_cast<uint32_t>(streams[i]), bits);
+            out.at[2 * i + 1] = spread(static_cast<uint32_t>(streams[i] >> 4 * bits), bits);
+        }
+        if (count == kRowCodes && work.aligned) return store_words(to, out);
+#pragma unroll
+        for (int k = 0; k < kRowCodes; ++k)
+            if (k < count) to[k] = static_cast<uint8_t>(out.at[k / 4] >> 8 * (k % 4));
     });
 }
 
-int64_t row_grid(const RowTable& table) {
-    const int64_t resident = multiprocessors() * kBlocksPerMultiprocessor;
-    return std::min(resident, ceil_div(table.rows * ceil_div(table.length, kCodes), kThreads));
+// Calls run(work, grid).
+template <class F>
+void with_row_work(const RowTable& table, const uint8_t* codes, const F& run) {
+    RowWork work;
+    work.table = table;
+    work.pieces = ceil_div(table.length, kRowCodes);
+    work.aligned = table.length % kRowCodes == 0 && is_aligned<kRowCodes>(codes);
+    const int64_t grid =
+        std::min(multiprocessors() * kBlocksPerMultiprocessor, ceil_div(table.rows * work.pieces, kThreads));
+    work.step_rows = grid * kThreads / work.pieces;
+    work.step_pieces = grid * kThreads % work.pieces;
+    run(work, grid);
 }
 
 // --- the ops -----------------------------------------------------------------------------------------------------
@@ -329,14 +512,19 @@ struct Cuda {
         uint8_t* to = packed.mutable_data_ptr<uint8_t>();
         STD_CUDA_CHECK(cudaMemsetAsync(to, 0, table.packed_bytes, stream));
         if (table.rows * table.length == 0) return;
-        launch(pack_rows_kernel, row_grid(table), kThreads, 0, stream, codes.const_data_ptr<uint8_t>(), to, table);
+        const uint8_t* from = codes.const_data_ptr<uint8_t>();
+        with_row_work(table, from, [&](const RowWork& work, int64_t grid) {
+            launch(pack_rows_kernel, grid, kThreads, 0, stream, from, to, work);
+        });
     }
 
     static void unpack_rows(const Tensor& packed, const Tensor& codes, const RowTable& table) {
         if (codes.numel() == 0) return;
         const CurrentStream stream(codes);
-        launch(unpack_rows_kernel, row_grid(table), kThreads, 0, stream, packed.const_data_ptr<uint8_t>(),
-               codes.mutable_data_ptr<uint8_t>(), table);
+        uint8_t* to = codes.mutable_data_ptr<uint8_t>();
+        with_row_work(table, to, [&](const RowWork& work, int64_t grid) {
+            launch(unpack_rows_kernel, grid, kThreads, 0, stream, packed.const_data_ptr<uint8_t>(), to, work);
+        });
     }
 };
 

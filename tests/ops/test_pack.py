@@ -19,6 +19,7 @@ SHAPES = [
     (1, 2, 1),
     (2, 3, 2, 3, 4),
     (2, 160, 4, 4),  # more channels than a tile is wide
+    (3, 192, 7, 10),
     (3, 129, 3, 3),
     (2, 66, 8, 16),
     (1, 3, 40, 40),
@@ -70,7 +71,7 @@ def test_unpack_agrees_with_numpy(backend: Backend, shape: tuple[int, ...], dtyp
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 16, 6, 8), (2, 13, 5, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 6, 8), (2, 13, 5, 7), (2, 64, 4, 6)], ids=str)
 def test_pack_into_any_place(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     scale, zero_point, _ = oracle.quantizer(shape[1])
     for layout in oracle.layouts(shape):
@@ -141,7 +142,7 @@ def rows_of_codes(bits: torch.Tensor, length: int, seed: int = 0) -> torch.Tenso
     return (codes % (1 << bits.long())[:, None]).to(torch.uint8)
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 7, 8, 9, 16, 33, 300])
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 8, 9, 16, 33, 300, 2064])
 def test_rows_of_codes(backend: Backend, length: int) -> None:
     bits = torch.tensor([3, 0, 1, 8, 4, 5, 2, 7, 6, 4, 0, 8], dtype=torch.uint8)
     codes = rows_of_codes(bits, length)
