@@ -344,31 +344,6 @@ class IntegerLinear(nn.Module):
         return self.convolution.kernel
 
 
-def max_pool_codes(
-    x: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
-) -> Tensor:
-    """Return the largest code of each window of uint8 [N, C, H, W]: codes rise with values.
-
-    Rows first, then columns, as maxima of shifted views; torch's own pooling of bytes is limited to small images.
-    """
-    kernel, pad, spread = (p if isinstance(p, tuple) else (p, p) for p in (kernel_size, padding, dilation))
-    step = kernel if stride is None else stride if isinstance(stride, tuple) else (stride, stride)
-    x = nn.functional.pad(x, (pad[1], pad[1], pad[0], pad[0])) if any(pad) else x  # zero is the least code
-    for dim, k, s, d in zip((2, 3), kernel, step, spread, strict=True):
-        size = (x.shape[dim] - d * (k - 1) - 1) // s + 1
-        last = s * (size - 1) + 1
-        views = [x.narrow(dim, d * i, last) for i in range(k)]
-        views = [v[:, :, ::s] if dim == 2 else v[:, :, :, ::s] for v in views]
-        x = views[0]
-        for view in views[1:]:
-            x = torch.maximum(x, view)
-    return x
-
-
 def _by_output(values: Tensor, outputs: int, groups: int) -> Tensor:
     """View what belongs to input channels [C] so that it broadcasts over weights [O, R, S, C / groups]."""
     return values.view(groups, -1).repeat_interleave(outputs // groups, 0)[:, None, None]

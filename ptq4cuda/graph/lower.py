@@ -26,9 +26,9 @@ from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.graph.layers import activation_of, is_addition
 from ptq4cuda.graph.network import Network
 from ptq4cuda.graph.readers import reads_shape
-from ptq4cuda.integer import IntegerConv2d, IntegerLinear, max_pool_codes
+from ptq4cuda.integer import IntegerConv2d, IntegerLinear
 from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
-from ptq4cuda.ops import panels
+from ptq4cuda.ops import max_pool_codes, panels
 from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.quantizer import QuantParams
 
@@ -328,9 +328,7 @@ class _Lowering:
             }
         else:
             return None
-        if given.pop("return_indices", False) or given.pop("ceil_mode", False):
-            return None
-        return given
+        return None if given.pop("return_indices", False) else given
 
     def _concatenated(self, node: fx.Node, params: QuantParams) -> list[tuple[fx.Node, QuantParams]] | None:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)

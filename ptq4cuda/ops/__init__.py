@@ -15,6 +15,7 @@ that once, when it is made).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ __all__ = [
     "channel_statistics",
     "conv2d_integer",
     "fake_quantize",
+    "max_pool_codes",
     "pack_codes",
     "quantize",
     "quantize_pack",
@@ -272,6 +274,46 @@ def unpack_codes(
     _check_contiguous_out(out, (bits.shape[0], length), packed)
     _ops.unpack_codes.out(packed, bits, offsets, out=out)
     return out
+
+
+def max_pool_codes(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Return the largest code of each window: codes rise with values, so that this pools the values.
+
+    Args:
+        x: uint8 [N, C, H, W] codes; channels_last is read without a copy. It is padded with 0, the least code.
+        kernel_size: of the window, a number or those of rows and columns.
+        stride: likewise. Default: kernel_size.
+        padding: likewise, on both sides.
+        dilation: likewise.
+        ceil_mode: let a window that begins inside of the input end outside, as in torch.nn.MaxPool2d.
+
+    Returns:
+        uint8 [N, C, H', W'], channels_last.
+    """
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
+        raise TypeError(f"x must be a uint8 tensor [N, C, H, W], got {_describe(x)}")
+    kernel = _pair("kernel_size", kernel_size, 1)
+    step = kernel if stride is None else _pair("stride", stride, 1)
+    pad, spread = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    if any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in zip(x.shape[2:], kernel, pad, spread, strict=True)):
+        raise ValueError(f"the window {kernel} is larger than the padded input {list(x.shape)}")
+    return _ops.max_pool_codes(x, kernel, step, pad, spread, ceil_mode)  # type: ignore[no-any-return]
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    """Return the numbers of rows and columns of a number or of one or two."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name} must be two numbers from {least} on, got {value}")
+    return pair
 
 
 def conv2d_integer(

@@ -32,6 +32,8 @@ SCHEMAS = (
     "pack_codes.out(Tensor codes, Tensor bits, Tensor offsets, *, Tensor(a!) out) -> ()",
     "unpack_codes(Tensor packed, Tensor bits, Tensor offsets, int length) -> Tensor",
     "unpack_codes.out(Tensor packed, Tensor bits, Tensor offsets, *, Tensor(a!) out) -> ()",
+    "max_pool_codes(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
+    "-> Tensor",
     "conv2d_integer(Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int span, "
     "float negative_slope, float upper, "
@@ -87,6 +89,18 @@ def _fake_pack_codes(codes: Tensor, bits: Tensor, offsets: Tensor, packed_bytes:
 
 def _fake_unpack_codes(packed: Tensor, bits: Tensor, offsets: Tensor, length: int) -> Tensor:
     return packed.new_empty((bits.shape[0], length))
+
+
+def _fake_max_pool_codes(
+    x: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+) -> Tensor:
+    size = reference.pooled_size(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return x.new_empty((x.shape[0], *size, x.shape[1])).movedim(-1, 1)
 
 
 def _fake_conv2d_integer(
@@ -165,6 +179,7 @@ _FAKES: dict[str, Callable[..., Tensor | list[Tensor]]] = {
     "unpack_dequantize": _fake_unpack_dequantize,
     "pack_codes": _fake_pack_codes,
     "unpack_codes": _fake_unpack_codes,
+    "max_pool_codes": _fake_max_pool_codes,
     "conv2d_integer": _fake_conv2d_integer,
 }
 

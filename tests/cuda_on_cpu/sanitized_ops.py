@@ -81,6 +81,17 @@ def check(native: Any, x: Tensor, wanted: set[str]) -> int:
     return calls
 
 
+def check_pooling(native: Any, wanted: set[str]) -> int:
+    """Compare poolings with the reference, by 16 codes, by words and by bytes, and return how many that were."""
+    sizes = (32, 12, 5) if "max_pool_codes" in wanted else ()
+    for channels in sizes:
+        x = torch.randint(0, 256, (2, channels, 9, 7), dtype=torch.uint8)
+        x = x.contiguous(memory_format=torch.channels_last)
+        window = (3, 2), (2, 2), (1, 1), (1, 2), True
+        assert oracle.same(native.max_pool_codes(x, *window), reference.max_pool_codes(x, *window))
+    return len(sizes)
+
+
 def check_rows(native: Any) -> Iterator[bool]:
     """Compare the packing of rows with the reference, call by call."""
     for length in (1, 7, 8, 30):
@@ -148,6 +159,7 @@ def main(library: str, *operators_wanted: str) -> None:
         same = list(check_rows(native))
         assert all(same)
         calls += len(same)
+    calls += check_pooling(native, wanted)
     for device in (None,) if on_gpu else (0, 31):
         if device is not None:
             ctypes.CDLL(library).cuda_on_cpu_use_device(device)

@@ -134,3 +134,18 @@ def test_conv2d_integer(memory: Tensor, groups: int) -> None:
     assert torch.equal(y[-1, :, :, -5:].cpu(), expected)
     assert int((expected != 99).sum()) > 40
     assert int(y.sub_(99).count_nonzero()) == int((expected != 99).sum())
+
+
+def test_max_pool_codes(memory: Tensor) -> None:
+    channels, images, width = 16, 3, (1 << 27) // 3 + 9
+    codes = memory.view(torch.uint8)[: images * width * channels]
+    x = codes.view(images, 1, width, channels).movedim(-1, 1)
+    last = torch.randint(1, 256, (16, 1, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    try:
+        x[-1, :, :, -4:] = last
+        y = ptq4cuda.ops.max_pool_codes(x, (1, 3), (1, 1), (0, 1))
+    finally:
+        codes.zero_()
+    expected = ptq4cuda.ops.max_pool_codes(torch.nn.functional.pad(last, (3, 0))[None], (1, 3), (1, 1), (0, 1))
+    assert torch.equal(y[-1, :, :, -7:].cpu(), expected[0])
+    assert int(y.count_nonzero()) == 5 * channels

@@ -16,6 +16,8 @@ from ops.backends import NATIVE, Backend, same_storage_on
 from ptq4cuda.ops import panels, registration
 from ptq4cuda.ops.nibbles import Nibbles
 
+POOLING = (2, 3), (1, 2), (1, 1), (2, 1), True
+
 
 def samples(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 3, 4)) -> dict[str, tuple[Any, ...]]:
     """Arguments of each operator, by its name with overload; a trailing dict holds keyword arguments."""
@@ -40,6 +42,7 @@ def samples(layout: str, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 3, 
         "pack_codes.out": (codes, width, offsets, {"out": torch.empty(total, dtype=torch.uint8)}),
         "unpack_codes.out": (torch.randint(0, 256, (total,), dtype=torch.uint8), width, offsets, {"out": codes}),
         "unpack_codes": (torch.randint(0, 256, (total,), dtype=torch.uint8), width, offsets, 9),
+        "max_pool_codes": (oracle.arrange(torch.randint(0, 256, shape, dtype=torch.uint8), layout), *POOLING),
         "conv2d_integer": convolution(x, layout, dtype),
     }
 

@@ -21,9 +21,10 @@ import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.bench import architectures
 from ptq4cuda.graph.lower import lower_layers
-from ptq4cuda.integer import IntegerConv2d, max_pool_codes
+from ptq4cuda.integer import IntegerConv2d
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
+from ptq4cuda.ops import max_pool_codes
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.record import record_of
 
@@ -383,18 +384,15 @@ def test_what_is_broadcast_over_a_layer_does_not_travel_as_codes(
     assert torch.equal(ptq4cuda.load(tmp_path / "net.ptq4", model)(images), integer(images))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"kernel_size": 2},
-        {"kernel_size": 3, "stride": 2, "padding": 1},
-        {"kernel_size": (3, 2), "stride": (1, 3), "padding": (1, 0), "dilation": (2, 1)},
-    ],
-)
-def test_max_pool_codes(arguments: dict[str, object]) -> None:
-    x = torch.randint(0, 256, (2, 5, 13, 11), dtype=torch.uint8)
-    expected = F.max_pool2d(x.float(), **arguments)  # type: ignore[arg-type]
-    assert torch.equal(max_pool_codes(x, **arguments).float(), expected)  # type: ignore[arg-type]
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_codes_pass_through_a_pooling(images: Tensor, ceil_mode: bool) -> None:
+    torch.manual_seed(0)
+    pooling = nn.MaxPool2d([3, 2], [2], 1, ceil_mode=ceil_mode)  # type: ignore[arg-type]  # lists are taken, too
+    model = nn.Sequential(nn.Conv2d(3, 8, 2), nn.ReLU(), pooling, nn.Conv2d(8, 6, 3), nn.Flatten(), nn.LazyLinear(4))
+    model(images[:1])
+    simulated, integer = both(model.eval(), images)
+    assert torch.equal(integer(images), simulated(images))
+    assert any(node.target is max_pool_codes for node in integer.graph.nodes)  # type: ignore[union-attr]
 
 
 def test_what_cannot_run_in_integers_says_why(model: nn.Module, images: Tensor) -> None:

@@ -186,6 +186,10 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     for (int i = 0; i < 4; ++i) result |= (bytes >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
     return result;
 }
+// The larger of each of two 16-bit numbers.
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+    return max(a & 0xffff0000u, b & 0xffff0000u) | max(a & 0xffffu, b & 0xffffu);
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <class T>

@@ -1,0 +1,101 @@
+// max_pool_codes before its kernel runs, the same for every backend, and the arithmetic of its windows.
+//
+// Codes rise with values, so that the largest code of a window is the code of its largest value; what is padded is 0,
+// the least code.
+#pragma once
+
+#include "conv.h"
+
+namespace ptq4cuda {
+
+// The taps of a window that are inside of the image, along one of its sides: count of them, from `first` on.
+struct Taps {
+    int32_t first, count;
+
+    // Of output o. PoolOps sees to it that nothing here leaves 32 bits.
+    PTQ_INLINE Taps(int32_t o, int32_t size, int32_t kernel, int32_t stride, int32_t padding, int32_t dilation) {
+        const int32_t begin = o * stride - padding;
+        const int32_t outside = begin < 0 ? (dilation - 1 - begin) / dilation : 0;
+        first = begin + outside * dilation;
+        const int32_t inside = first < size ? (size - 1 - first) / dilation + 1 : 0;
+        count = kernel - outside < inside ? kernel - outside : inside;
+    }
+};
+
+struct PoolProblem {
+    const uint8_t* x;  // [N, H, W, C]
+    uint8_t* y;        // [N, out H, out W, C]
+    int64_t batch, channels;
+    Extent in, out, kernel, stride, padding, dilation;
+
+    PTQ_INLINE Taps rows(int64_t o) const {
+        return taps(o, in.height, kernel.height, stride.height, padding.height, dilation.height);
+    }
+    PTQ_INLINE Taps columns(int64_t o) const {
+        return taps(o, in.width, kernel.width, stride.width, padding.width, dilation.width);
+    }
+
+private:
+    PTQ_INLINE static Taps taps(int64_t o, int64_t size, int64_t k, int64_t s, int64_t p, int64_t d) {
+        return {static_cast<int32_t>(o), static_cast<int32_t>(size), static_cast<int32_t>(k),
+                static_cast<int32_t>(s), static_cast<int32_t>(p),    static_cast<int32_t>(d)};
+    }
+};
+
+// The backend's
+//     static void max_pool(const Tensor& x, const PoolProblem&)
+// fills y, which is not empty.
+template <class Backend>
+struct PoolOps {
+    using Pair = std::vector<int64_t>;
+
+    static Tensor max_pool_codes(const Tensor& x, Pair kernel_size, Pair stride, Pair padding, Pair dilation,
+                                 bool ceil_mode) {
+        const char* op = "max_pool_codes";
+        STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4, op,
+                        ": x must be uint8 [N, C, H, W], its shape is ", shape_of(x));
+        const Tensor source =
+            is_channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+        PoolProblem problem{};
+        problem.batch = x.size(0);
+        problem.channels = x.size(1);
+        problem.in = {x.size(2), x.size(3)};
+        problem.kernel = extent(op, "kernel_size", kernel_size, 1);
+        problem.stride = extent(op, "stride", stride, 1);
+        problem.padding = extent(op, "padding", padding, 0);
+        problem.dilation = extent(op, "dilation", dilation, 1);
+        const auto size = [&](int64_t in, int64_t k, int64_t s, int64_t p, int64_t d) {
+            STD_TORCH_CHECK(in < kLimit, op, ": the image is too large, ", shape_of(x));
+            const int64_t room = in + 2 * p - d * (k - 1) - 1;
+            STD_TORCH_CHECK(room >= 0, op, ": the window is larger than the padded input ", shape_of(x));
+            int64_t out = (room + (ceil_mode ? s - 1 : 0)) / s + 1;
+            if (ceil_mode && (out - 1) * s >= in + p) --out;  // a window must begin before the padding on its right
+            return out;
+        };
+        problem.out = {size(problem.in.height, problem.kernel.height, problem.stride.height, problem.padding.height,
+                            problem.dilation.height),
+                       size(problem.in.width, problem.kernel.width, problem.stride.width, problem.padding.width,
+                            problem.dilation.width)};
+        const int64_t height = problem.out.height, width = problem.out.width, channels = problem.channels;
+        const Tensor y =
+            empty_strided({problem.batch, channels, height, width},
+                          {height * width * channels, 1, width * channels, channels}, ScalarType::Byte, x);
+        if (y.numel() == 0) return y;
+        problem.x = source.const_data_ptr<uint8_t>();
+        problem.y = y.mutable_data_ptr<uint8_t>();
+        Backend::max_pool(source, problem);
+        return y;
+    }
+
+private:
+    static constexpr int64_t kLimit = 1 << 29;  // so that the sums of Taps fit into 32 bits
+
+    static Extent extent(const char* op, const char* name, const Pair& pair, int64_t least) {
+        STD_TORCH_CHECK(
+            pair.size() == 2 && least <= std::min(pair[0], pair[1]) && std::max(pair[0], pair[1]) < kLimit, op, ": ",
+            name, " must be two numbers from ", least, " on");
+        return {pair[0], pair[1]};
+    }
+};
+
+}  // namespace ptq4cuda
