@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq4cuda.moments import Moments
+from ptq4cuda.blocks import block_count, from_blocks, to_blocks
+from ptq4cuda.moments import Moments, Samples
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # λ, a share of the variance of each input
 _GAIN_RIDGE = 1.0
@@ -36,7 +37,8 @@ class Target:
     Attributes:
         weight: W*, float64 [G, R, d].
         covariance: the metric of rounding errors, H and a tenth of λ D, float64 [G, d, d]. (All of λ D is the metric
-            of the regression itself; a tenth of it measured best.)
+            of the regression itself; a tenth of it measured best.) Of a wide layer its blocks,
+            [G * blocks, d / blocks, d / blocks].
     """
 
     weight: Tensor
@@ -63,6 +65,37 @@ def fit_weights(weight: Tensor, halves: tuple[Moments, Moments]) -> Target:
     covariance = total.covariance
     metric = covariance + torch.diag_embed(_ROUNDING_RIDGE * ridge * _variances(covariance))
     return Target(_solve(total, near, ridge), metric)
+
+
+def fit_blocks(weight: Tensor, samples: Samples, *, fit: bool) -> Target:
+    """Return the same for a wide layer, fitted block by block to what the blocks before it leave to do.
+
+    Time grows with the number of inputs, memory is that of the weights, of the samples and of one block.
+
+    Args:
+        weight: the float weights, [G, R, d].
+        samples: of the layer.
+        fit: False to measure the metric alone, of the weights as they are.
+    """
+    blocks = block_count(weight.shape[-1])
+    inputs, parts = to_blocks(samples.u, blocks), to_blocks(weight, blocks)
+    width = parts.shape[-1]
+    metric = torch.empty(len(parts), width, width, dtype=torch.float64, device=parts.device)
+    fitted = parts.float()
+    missing = samples.t - samples.u @ weight.float().mT
+    for block in range(blocks):
+        of_block = slice(block, None, blocks)
+        u, w = inputs[of_block], fitted[of_block]
+        wanted = missing + u @ w.mT
+        halves = samples.halves(u, wanted)
+        if not fit:
+            metric[of_block] = (halves[0] + halves[1]).covariance
+            continue
+        target = fit_weights(w, halves)
+        metric[of_block], fitted[of_block] = target.covariance, target.weight.float()
+        missing = wanted - u @ fitted[of_block].mT
+        missing -= missing.mean(1, keepdim=True)  # for the bias
+    return Target(from_blocks(fitted, blocks, weight.shape[-1]), metric)
 
 
 def _variances(covariance: Tensor) -> Tensor:

@@ -9,18 +9,21 @@ has matched the means,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptq4cuda.blocks import BLOCK, WIDEST
 from ptq4cuda.nn import QuantConv2d, QuantModule
 
 MAX_SAMPLES = 65536  # positions of output maps that are looked at; neighbours tell much the same
 MIN_SAMPLES = 32768
 SAMPLES_PER_INPUT = 256
 _CHUNK = 8192  # rows of a float32 product before it is added in float64
+_KEPT = 1 << 26  # values of a wide layer's samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,26 +95,76 @@ class Moments:
         return self.mean_t - (weight.double() @ self.mean_u[:, :, None]).squeeze(2)
 
 
-def layer_moments(module: QuantModule, inputs: list[Tensor], targets: list[Tensor]) -> tuple[Moments, Moments]:
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Samples of a wide layer, whose moments of d x d would take too much memory and time.
+
+    Attributes:
+        u: float32 [G, n, d].
+        t: float32 [G, n, R].
+        odd: bool [n], the number of whose sample is odd.
+    """
+
+    u: Tensor
+    t: Tensor
+    odd: Tensor
+
+    def halves(self, u: Tensor, t: Tensor) -> tuple[Moments, Moments]:
+        """Return the moments of some inputs and outputs over the samples of even and of odd number."""
+        a, b = (_sum(u[:, half], t[:, half]) for half in (~self.odd, self.odd))
+        assert a is not None
+        return a, b if b is not None else a  # a single sample cannot be halved
+
+
+def _sum(u: Tensor, t: Tensor) -> Moments | None:
+    total: Moments | None = None
+    for some_u, some_t in zip(u.split(_CHUNK, 1), t.split(_CHUNK, 1), strict=True):
+        if some_u.shape[1]:
+            moments = Moments.of(some_u, some_t)
+            total = moments if total is None else total + moments
+    return total
+
+
+def layer_moments(
+    module: QuantModule, inputs: list[Tensor], targets: list[Tensor]
+) -> tuple[Moments, Moments] | Samples:
     """Measure a layer over all chunks, once for the samples of even and once for those of odd number.
 
-    Two halves of different samples let a solver judge on one what it fitted on the other.
+    Two halves of different samples let a solver judge on one what it fitted on the other. Of a layer of more than
+    WIDEST inputs the samples are returned, as many as 256 MiB hold.
 
     Args:
         module: quantizes the input, and has the layer's geometry.
         inputs: the input of each chunk, on any device.
         targets: the output to reproduce, [N, O, H, W] or [..., O] for each chunk.
     """
-    outputs, groups, device = module.weight_shape[0], module.groups, module.weight_scale.device
-    width = module.weight_shape[1:].numel()
-    positions = sum(t.numel() // outputs for t in targets)
+    outputs, width = module.weight_shape[0], module.weight_shape[1:].numel()
     limit = min(MAX_SAMPLES, max(MIN_SAMPLES, SAMPLES_PER_INPUT * width))
+    if width <= WIDEST:
+        halves: list[Moments | None] = [None, None]
+        for half, u, t in _samples(module, inputs, targets, limit):
+            moments, previous = Moments.of(u, t), halves[half]
+            halves[half] = moments if previous is None else previous + moments
+        a, b = halves
+        assert a is not None
+        return a, b if b is not None else a  # a single sample cannot be halved
+    found = list(_samples(module, inputs, targets, min(limit, max(BLOCK, _KEPT // (width + outputs)))))
+    odd = torch.cat([torch.full((u.shape[1],), half == 1) for half, u, _ in found])
+    u, t = (torch.cat([parts[i] for parts in found], 1) for i in (1, 2))  # type: ignore[misc]
+    return Samples(u, t, odd.to(u.device))
+
+
+def _samples(
+    module: QuantModule, inputs: list[Tensor], targets: list[Tensor], limit: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield which half they belong to and samples u float32 [G, n, d] and t float32 [G, n, R], `limit` in all."""
+    outputs, groups, device = module.weight_shape[0], module.groups, module.weight_scale.device
+    positions = sum(t.numel() // outputs for t in targets)
     picked = torch.arange(positions)
     if positions > limit:  # one of each of equal parts, wherever the chunks are cut
         generator = torch.Generator().manual_seed(0)
         jitter = torch.rand(limit, dtype=torch.float64, generator=generator)
         picked = ((torch.arange(limit) + jitter) * (positions / limit)).long()
-    halves: list[Moments | None] = [None, None]
     first = first_sample = 0
     for x, target in zip(inputs, targets, strict=True):
         u = module.quantized_input(x.to(device))
@@ -128,15 +181,10 @@ def layer_moments(module: QuantModule, inputs: list[Tensor], targets: list[Tenso
         for half, part in enumerate((here[~odd], here[odd])):
             for some in part.split(_CHUNK):
                 if len(some):
-                    moments = _moments_at(module, u, t, some.to(u.device), groups)
-                    previous = halves[half]
-                    halves[half] = moments if previous is None else previous + moments
-    a, b = halves
-    assert a is not None
-    return a, b if b is not None else a  # a single sample cannot be halved
+                    yield half, *_samples_at(module, u, t, some.to(u.device), groups)
 
 
-def _moments_at(module: QuantModule, u: Tensor, t: Tensor, rows: Tensor, groups: int) -> Moments:
+def _samples_at(module: QuantModule, u: Tensor, t: Tensor, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     if isinstance(module, QuantConv2d):
         patches = _patches(module, u)
         _, height, width = t.shape[:3]
@@ -147,7 +195,7 @@ def _moments_at(module: QuantModule, u: Tensor, t: Tensor, rows: Tensor, groups:
     channels = inputs.shape[-1] // groups
     inputs = inputs.reshape(n, -1, groups, channels).permute(2, 0, 1, 3).reshape(groups, n, -1)
     outputs = t.reshape(-1, t.shape[-1])[rows].view(n, groups, -1).permute(1, 0, 2)
-    return Moments.of(inputs.float(), outputs.float())
+    return inputs.float(), outputs.float()
 
 
 def _patches(module: QuantConv2d, x: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from ptq4cuda.config import QuantConfig
 from ptq4cuda.correction import correct_bias
 from ptq4cuda.execution import lower
 from ptq4cuda.inputs import Inputs, batch_size, check_model, collect_inputs
-from ptq4cuda.least_squares import fit_weights
+from ptq4cuda.least_squares import Target, fit_blocks, fit_weights
 from ptq4cuda.metrics import Noise
-from ptq4cuda.moments import Moments, layer_moments
+from ptq4cuda.moments import Moments, Samples, layer_moments
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.record import QuantRecord, Trade, attach_record, tensor_bytes
@@ -40,6 +40,10 @@ def quantize(
     model: nn.Module, batches: Iterable[Any], config: QuantConfig = DEFAULT_CONFIG, *, progress: bool = True
 ) -> nn.Module:
     """Quantize a trained network after training, from a few unlabelled batches.
+
+    A layer of up to 2,560 inputs (channels times kernel) is solved as a whole, in memory that is that of their
+    square; a wider one in blocks of 1,024 inputs, with no more than 256 MiB of its samples and 1 GiB of its rows at a
+    time beside a few copies of its weights, and in time that grows with the number of inputs.
 
     Args:
         model: a network in evaluation mode; it is not changed. It runs where its parameters are.
@@ -231,11 +235,11 @@ def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
         weight = module.weight_to_quantize(call.layer.weight.detach())
     except ValueError as error:
         raise ValueError(f"layer {call.name!r}: {error}") from error
-    halves = None
+    measured = None
     if config.rounding != "nearest" or config.target != "weights":
         inputs = [quantized for _, quantized in call.signal.streams]
-        halves = layer_moments(module, inputs, target_outputs(call, config))
-    module.set_weight(quantize_weight(weight, weight_bits, config, call.layer, halves), call.layer.bias)
+        measured = layer_moments(module, inputs, target_outputs(call, config))
+    module.set_weight(quantize_weight(weight, weight_bits, config, call.layer, measured), call.layer.bias)
     if config.bias_correction == "output":
         match_output(module, call, config)
     return Solution(module, clip)
@@ -289,23 +293,25 @@ def quantize_weight(
     mean_bits: int,
     config: QuantConfig,
     layer: nn.Conv2d | nn.Linear,
-    halves: tuple[Moments, Moments] | None,
+    measured: tuple[Moments, Moments] | Samples | None,
 ) -> QuantizedWeight:
     """Quantize weights [O, ...]: bits of each output channel, what to reproduce, rounding, correction."""
     bits = torch.full((len(weight),), mean_bits, dtype=torch.uint8, device=weight.device)
     if config.weight_allocation == "analytic" and mean_bits < 8:
         fewest, most = config.channel_bits
         bits = allocate_bits(weight.flatten(1).double().std(dim=1, correction=0), mean_bits, fewest, most)
-    if halves is None:
+    if measured is None:
         quantized = round_to_nearest(weight, bits)
     else:
         groups = getattr(layer, "groups", 1)
-        rows = weight.reshape(groups, len(weight) // groups, -1).double()
-        covariance = (halves[0] + halves[1]).covariance
-        if config.target != "weights":
-            fit = fit_weights(rows, halves)
-            rows, covariance = fit.weight, fit.covariance
-        quantized = round_for_output(rows, bits, covariance, config.rounding)
+        rows = weight.reshape(groups, len(weight) // groups, -1)
+        if isinstance(measured, Samples):
+            target = fit_blocks(rows, measured, fit=config.target != "weights")
+        elif config.target != "weights":
+            target = fit_weights(rows.double(), measured)
+        else:
+            target = Target(rows.double(), (measured[0] + measured[1]).covariance)
+        quantized = round_for_output(target.weight, bits, target.covariance, config.rounding)
         quantized = replace(quantized, codes=quantized.codes.view(weight.shape))
     if config.bias_correction == "output":
         return quantized

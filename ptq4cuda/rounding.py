@@ -11,13 +11,14 @@ given all others, and the best scale and offset for the codes in closed form, un
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ptq4cuda.blocks import from_blocks, to_blocks
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 
 Rounding = Literal["nearest", "compensated", "descent"]
@@ -28,6 +29,7 @@ _SHRINKS = [i / 40 for i in range(12, 41)]  # of a row's range, tried for the sc
 _QUIET = 0.01  # of the mean variance: inputs of less may have weights beyond a row's range
 _STARTS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)  # times that scale
 _SWEEPS = 4
+_VALUES = 1 << 24  # of rows times starts that are rounded at a time, where a layer is wide
 _DAMPING = 0.01  # of the mean diagonal, for the inverse in compensated rounding
 
 
@@ -55,7 +57,8 @@ def round_for_output(weight: Tensor, bits: Tensor, covariance: Tensor, rounding:
     Args:
         weight: float64 [G, R, d], rows of each group.
         bits: uint8 [G * R], 1 to 8.
-        covariance: H of the input, float64 [G, d, d], positive semidefinite.
+        covariance: H of the input, float64 [G, d, d], positive semidefinite, or its diagonal blocks, as to_blocks
+            parts the inputs, [G * blocks, d / blocks, d / blocks].
         rounding: "nearest" only searches the scale; "compensated" and "descent" choose codes too.
 
     Returns:
@@ -65,7 +68,24 @@ def round_for_output(weight: Tensor, bits: Tensor, covariance: Tensor, rounding:
     # An input that never varies costs nothing, whatever its weight: keep it near the float one.
     mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
     h = h + torch.diag_embed((1e-6 * mean)[:, None].expand(h.shape[:2]))
-    rows = _Rows.start(weight.float(), bits.view(weight.shape[:2]).float(), h)
+    groups, total, width = weight.shape
+    blocks = len(h) // groups
+    # Of a wide layer so many rows at a time as keep the memory within bounds.
+    step = total if blocks == 1 else max(1, _VALUES // (len(_STARTS) * groups * width))
+    parts = [
+        _round_rows(some, some_bits, h, blocks, rounding)
+        for some, some_bits in zip(weight.split(step, 1), bits.view(groups, total).split(step, 1), strict=True)
+    ]
+    codes, scale, offset = (torch.cat([part[i] for part in parts], 1) for i in range(3))
+    return QuantizedWeight(codes.flatten(0, 1), bits, scale.flatten(), offset.flatten())
+
+
+def _round_rows(
+    weight: Tensor, bits: Tensor, h: Tensor, blocks: int, rounding: Rounding
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes [G, R, d], scale and offset [G, R]."""
+    shared = bits.float().repeat_interleave(blocks, 0)
+    rows = _Rows.start(to_blocks(weight.float(), blocks), shared, h, blocks)
     if rounding != "nearest":
         rows = rows.repeated(_STARTS)
         rows.compensate()
@@ -76,9 +96,8 @@ def round_for_output(weight: Tensor, bits: Tensor, covariance: Tensor, rounding:
                     break
         rows.rescale()
         rows = rows.best(len(_STARTS))
-    return QuantizedWeight(
-        rows.codes.flatten(0, 1).to(torch.uint8), bits, rows.scale.flatten(), rows.offset.flatten()
-    )
+    codes = from_blocks(rows.codes, blocks, weight.shape[-1]).to(torch.uint8)
+    return codes, rows.scale[::blocks], rows.offset[::blocks]
 
 
 def _snap(offset: Tensor, bits: Tensor) -> Tensor:
@@ -90,7 +109,10 @@ def _snap(offset: Tensor, bits: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class _Rows:
-    """Rows under way: float32 codes [G, R, d], scale, offset and qmax [G, R], target weights and H."""
+    """Rows under way: float32 codes [G, R, d], scale, offset and qmax [G, R], target weights and H.
+
+    Where H has blocks, G counts each of them: their rows have scale and offset in common.
+    """
 
     weight: Tensor
     bits: Tensor
@@ -98,9 +120,14 @@ class _Rows:
     scale: Tensor
     offset: Tensor
     codes: Tensor
+    blocks: int = 1
+
+    def _over_blocks(self, parts: Tensor) -> Tensor:
+        """Sum up what the blocks of each row [G, R] come to, and give it to all of them."""
+        return _over_blocks(parts, self.blocks, torch.sum)
 
     @classmethod
-    def start(cls, weight: Tensor, bits: Tensor, h: Tensor) -> _Rows:
+    def start(cls, weight: Tensor, bits: Tensor, h: Tensor, blocks: int = 1) -> _Rows:
         """Round to nearest with the scale, a part of the row's range, that does least harm.
 
         Two ranges are tried: that of all weights, and that of inputs that vary. A folded scale makes the weights of
@@ -108,18 +135,19 @@ class _Rows:
         this runs once for each scale that is tried.
         """
         variances = h.diagonal(dim1=1, dim2=2)[:, None, :]
-        loud = variances > _QUIET * variances.mean(-1, keepdim=True)
+        loud = variances > _QUIET * _over_blocks(variances.mean(-1), blocks, torch.mean)[..., None]
         best: _Rows | None = None
         least = torch.full_like(bits, torch.inf)
         for within in [weight] if bool(loud.all()) else [weight, weight * loud]:
-            low, high = within.amin(-1).clamp_max(0.0), within.amax(-1).clamp_min(0.0)
+            low = _over_blocks(within.amin(-1).clamp_max(0.0), blocks, torch.amin)
+            high = _over_blocks(within.amax(-1).clamp_min(0.0), blocks, torch.amax)
             symmetric = torch.maximum(-low / 128.0, high / 127.0)
             step = torch.where(bits == 8, symmetric, (high - low) / (torch.exp2(bits) - 1.0))
             step = step.clamp_min(torch.finfo(torch.float32).tiny)
             for shrink in _SHRINKS:
-                rows = cls(weight, bits, h, step * shrink, _snap(low / step, bits), torch.empty(0))
+                rows = cls(weight, bits, h, step * shrink, _snap(low / step, bits), torch.empty(0), blocks)
                 rows.codes = rows.nearest(weight)
-                error = (rows.difference().square() * variances).sum(-1)
+                error = rows._over_blocks((rows.difference().square() * variances).sum(-1))
                 if best is None:
                     best = rows
                 better = error < least
@@ -147,7 +175,7 @@ class _Rows:
     def error(self) -> Tensor:
         """Return (w - w*) H (w - w*)ᵀ [G, R]."""
         difference = self.difference()
-        return ((difference @ self.h) * difference).sum(-1)
+        return self._over_blocks(((difference @ self.h) * difference).sum(-1))
 
     def repeated(self, factors: tuple[float, ...]) -> _Rows:
         """Return the rows once for each factor on their scale; the offset keeps the lower end of the range."""
@@ -161,6 +189,7 @@ class _Rows:
             self.scale.repeat(1, n) * factor,
             _snap(self.offset.repeat(1, n) / factor, bits),
             self.codes.repeat(1, n, 1),
+            self.blocks,
         )
 
     def best(self, n: int) -> _Rows:
@@ -175,7 +204,7 @@ class _Rows:
 
         vectors = (picked(t).squeeze(-1) for t in (self.bits, self.scale, self.offset))
         bits, scale, offset = vectors
-        return _Rows(picked(self.weight), bits, self.h, scale, offset, picked(self.codes))
+        return _Rows(picked(self.weight), bits, self.h, scale, offset, picked(self.codes), self.blocks)
 
     def compensate(self) -> None:
         """Choose codes input by input, each error made up for by the inputs that follow.
@@ -229,8 +258,8 @@ class _Rows:
         ones = torch.ones_like(self.codes)
         target = self.weight @ self.h
         codes_h, ones_h = self.codes @ self.h, ones @ self.h
-        cc, c1, oo = (codes_h * self.codes).sum(-1), (codes_h * ones).sum(-1), (ones_h * ones).sum(-1)
-        ct, ot = (target * self.codes).sum(-1), (target * ones).sum(-1)
+        products = (codes_h * self.codes, codes_h * ones, ones_h * ones, target * self.codes, target * ones)
+        cc, c1, oo, ct, ot = (self._over_blocks(product.sum(-1)) for product in products)
         determinant = cc * oo - c1 * c1
         slope, shift = (ct * oo - ot * c1) / determinant, (cc * ot - c1 * ct) / determinant
         usable = (determinant > 1e-6 * cc * oo) & (slope > 0)
@@ -239,9 +268,17 @@ class _Rows:
         along = ct + offset * ot
         square = cc + 2.0 * offset * c1 + offset.square() * oo
         scale = along / square
-        candidate = _Rows(self.weight, self.bits, self.h, scale, offset, self.codes)
+        candidate = _Rows(self.weight, self.bits, self.h, scale, offset, self.codes, self.blocks)
         better = (scale > 0) & torch.isfinite(scale) & (candidate.error() < self.error())
         self.take(candidate, better)
+
+
+def _over_blocks(parts: Tensor, blocks: int, reduce: Callable[..., Tensor]) -> Tensor:
+    """Reduce [G * blocks, R] over the blocks, and give the result to all of them."""
+    if blocks == 1:
+        return parts
+    reduced: Tensor = reduce(parts.unflatten(0, (-1, blocks)), 1)
+    return reduced.repeat_interleave(blocks, 0)
 
 
 def _blocks(width: int) -> Iterator[tuple[int, int]]:
