@@ -52,6 +52,22 @@ def test_values_follow_from_the_widest_accesses(code):
     assert sass.values_of(path, 0.5, 4.0) == 2  # a store of 8 bytes
 
 
+def test_narrow_values_beside_wider_parameters() -> None:
+    listing = """
+        Function : kernel
+        /*0000*/               @P0 BRA 0x20 ;
+        /*0010*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.U16 R5, desc[UR4][R6.64] ;
+        /*0030*/                   LDG.E.U16 R6, desc[UR4][R6.64+0x2] ;
+        /*0040*/               @P1 BRA 0x0 ;
+        /*0050*/                   EXIT ;
+    """
+    code = sass.Code(sass.parse(listing)["kernel"])
+    (path,) = code.main_loops(1, shortest=True, widths={True: 2})
+    assert opcodes(path) == ["BRA", "LDG", "LDG", "BRA"]
+    assert sass.values_of(path, 2.0, 0.0, {True: 2}) == 2
+
+
 def test_of_several_loops_those_that_move_most_are_the_main_ones():
     listing = """
         Function : kernel

@@ -90,7 +90,8 @@ class Work:
     """What the kernels of a pattern work on.
 
     Attributes:
-        pattern: matches a whole name; groups named `read`, `written` and `value` (for both) are the types of a value.
+        pattern: matches a whole name; groups named `read`, `written` and `value` (for both) are the types of a value,
+            one named `vector` is how many of them an access moves where there is no wider one for them.
         read: bytes of a value where they have no type; 0: nothing is read.
         written: the same of what is written.
         loops: how many loops handle all values, one after the other.
@@ -111,9 +112,15 @@ class Work:
         both = sizes.get("value", 0.0)
         return sizes.get("read", both or self.read), sizes.get("written", both or self.written)
 
+    def widths(self, match: re.Match[str]) -> dict[bool, int]:
+        """Return the bytes of an access for values, of loads (True) and stores (False), where the name tells."""
+        vector = int(match.groupdict().get("vector") or 0)
+        sides = {True: match.groupdict().get("read"), False: match.groupdict().get("written")}
+        return {loads: min(16, int(vector * SIZES[name])) for loads, name in sides.items() if vector and name}
+
 
 def _table_shared(match: re.Match[str]) -> int:
-    return 48 << 10 if match[0].endswith(("(Source)2>", "(Source)3>")) else 0  # at most: quantizers of all channels
+    return 48 << 10 if match[0].endswith(("rows>", "crossing>")) else 0  # at most: quantizers of all channels
 
 
 def _conv_shared(match: re.Match[str]) -> int:
@@ -128,13 +135,13 @@ WORK = (
     Work(r"elementwise_kernel<PackGroup<(?P<read>\w+)>, .*>", written=0.5, shared=_table_shared),
     Work(r"elementwise_kernel<UnpackGroup<(?P<written>\w+)>, .*>", read=0.5, shared=_table_shared),
     # Other cases are quantizers along the samples, and packed bytes that are not aligned or end within a vector.
-    Work(r"pack_tiles_kernel<(?P<read>\w+), \d+>", written=0.5, rare_cases=True),
-    Work(r"unpack_tiles_kernel<(?P<written>\w+), \d+>", read=0.5, rare_cases=True),
+    Work(r"pack_tiles_kernel<(?P<read>\w+), (?P<vector>\d+)>", written=0.5, rare_cases=True),
+    Work(r"unpack_tiles_kernel<(?P<written>\w+), (?P<vector>\d+)>", read=0.5, rare_cases=True),
     Work(r"pack_rows_kernel", read=1.0, written=0.5, rare_cases=True),
     Work(r"unpack_rows_kernel", read=0.5, written=1.0, rare_cases=True),
-    Work(r"whole_channel_kernel<(?P<read>\w+), \d+>", loops=2),
-    Work(r"(rows|columns)_kernel<(?P<read>\w+), \d+, \w+, \w+>"),
-    Work(r"histogram_(rows|columns)_kernel<(?P<read>\w+)\b.*>", shared=lambda match: 48 << 10),
+    Work(r"whole_channel_kernel<(?P<read>\w+), (?P<vector>\d+)>", loops=2),
+    Work(r"(rows|columns)_kernel<(?P<read>\w+), (?P<vector>\d+), \w+, \w+>"),
+    Work(r"histogram_(rows|columns)_kernel<(?P<read>\w+), (?P<vector>\d+)>", shared=lambda match: 48 << 10),
     Work(r"conv_kernel<(?P<warps>\d+), \(Fetch\)\d, (?P<packed>\w+)>", rare_cases=True, shared=_conv_shared),
 )
 
@@ -356,10 +363,11 @@ class Code:
                     outer.inner |= inner.blocks
         return list(found.values())
 
-    def path(self, loop: Loop, shortest: bool) -> list[Instruction]:
-        """Return the instructions of an iteration that moves most bytes in the widest accesses."""
+    def path(self, loop: Loop, shortest: bool, widths: Mapping[bool, int] | None = None) -> list[Instruction]:
+        """Return the instructions of an iteration that moves most bytes in the widest accesses, or in `widths`."""
         own = [i for a in loop.blocks - loop.inner for i in self.blocks[a].instructions if i.bytes]
         widest = {loads: max((i.bytes for i in own if i.loads == loads), default=0) for loads in (True, False)}
+        widest.update(widths or {})
 
         def moved(block: int) -> int:
             if block in loop.inner:
@@ -393,14 +401,16 @@ class Code:
             address = best[address][2]
         return [i for a in reversed(blocks) for i in self.blocks[a].instructions]
 
-    def main_loops(self, count: int, shortest: bool = False) -> list[list[Instruction]]:
+    def main_loops(
+        self, count: int, shortest: bool = False, widths: Mapping[bool, int] | None = None
+    ) -> list[list[Instruction]]:
         """Return the paths of the `count` loops that move most: matrix products, then bytes of global memory.
 
         A loop around others that move at least half as much only sets them up.
         """
         ranked = []
         for loop in self.loops:
-            path = self.path(loop, shortest)
+            path = self.path(loop, shortest, widths)
             inner = [i for a in loop.inner for i in self.blocks[a].instructions]
             own = [i for i in path if i.address not in {i.address for i in inner}]
             weight = (sum(i.base in MMA for i in own), sum(i.bytes for i in own), -len(loop.blocks))
@@ -428,7 +438,10 @@ class Kernel:
     def main_loops(self) -> list[list[Instruction]]:
         """The paths through the loops that do the work."""
         found = work_of(self.name)
-        return self.code.main_loops(found[0].loops, found[0].rare_cases) if found else self.code.main_loops(1)
+        if found is None:
+            return self.code.main_loops(1)
+        work, match = found
+        return self.code.main_loops(work.loops, work.rare_cases, work.widths(match))
 
     @cached_property
     def divisions(self) -> int:
@@ -449,10 +462,10 @@ def _run(command: Sequence[str], **options: Any) -> str:
 
 
 def _tool(name: str) -> str:
-    """Return the path of a tool of the CUDA toolkit, from PATH, CUDA_HOME or its package."""
+    """Return the path of a tool of the CUDA toolkit, from CUDA_HOME, PATH or its package."""
     packages = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    found = shutil.which(name, path=os.pathsep.join([str(home), os.environ.get("PATH", ""), str(packages)]))
+    home = [str(Path(os.environ["CUDA_HOME"], "bin"))] if os.environ.get("CUDA_HOME") else []
+    found = shutil.which(name, path=os.pathsep.join([*home, os.environ.get("PATH", ""), str(packages)]))
     if found is None:
         raise SystemExit(f"sass: {name} was not found; run `pip install nvidia-cuda-{name}`.")
     return found
@@ -497,6 +510,9 @@ def read_kernels(object_file: Path) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: kernel.name)
 
 
+SOURCES = ("uniform", "periodic", "rows", "crossing")  # of csrc/cuda/elementwise.cuh; symbols have their numbers
+
+
 def readable(symbols: Iterable[str]) -> list[str]:
     """Return symbols as a reader would write them: without namespaces, result and parameters."""
     names = _run(["c++filt"], input="\n".join(symbols)).splitlines()
@@ -504,6 +520,7 @@ def readable(symbols: Iterable[str]) -> list[str]:
     for name in names:
         name = re.sub(r"(ptq4cuda::|\(anonymous namespace\)::|c10::|torch::headeronly::)", "", name)
         name = re.sub(r"^void ", "", name)
+        name = re.sub(r"\(Source\)(\d)", lambda number: SOURCES[int(number[1])], name)
         depth = 0
         for i, character in enumerate(name):  # the parameters begin at the first bracket outside of <>
             depth += {"<": 1, ">": -1}.get(character, 0)
@@ -542,7 +559,7 @@ def figures(kernel: Kernel) -> dict[str, Any]:
     read, written = work.bytes_of_value(match)
     instructions, cycles = 0.0, 0.0
     for path in paths:
-        values = values_of(path, read, written)
+        values = values_of(path, read, written, work.widths(match))
         instructions += len(path) / values
         cycles += max(slow(path)) / values
     row["bytes"] = read + written
@@ -561,12 +578,15 @@ def slow(path: Sequence[Instruction]) -> list[float]:
     return [count / lanes for lanes, count in totals.items()]
 
 
-def values_of(path: Sequence[Instruction], read: float, written: float) -> float:
+def values_of(
+    path: Sequence[Instruction], read: float, written: float, widths: Mapping[bool, int] | None = None
+) -> float:
     """Return how many values an iteration handles, by its widest accesses on the side with more bytes a value."""
     for loads, size in sorted(((True, read), (False, written)), key=lambda side: -side[1]):
         moved = [i.bytes for i in path if i.bytes and i.loads == loads]
         if moved and size:
-            return float(moved.count(max(moved)) * max(moved) / size)
+            width = (widths or {}).get(loads, max(moved))
+            return moved.count(width) * width / size
     raise SystemExit("sass: a main loop neither loads nor stores values; see WORK.")
 
 

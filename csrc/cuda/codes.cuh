@@ -39,8 +39,10 @@ struct Values {
     static __device__ __forceinline__ Words<kBytes> make(const F& f) {
         Words<kBytes> words;
 #pragma unroll
-        for (int i = 0; i < N / kPerWord; ++i) {
-            if constexpr (kPerWord == 1) {
+        for (int i = 0; i < ceil_div(N, kPerWord); ++i) {
+            if constexpr (N < kPerWord) {
+                words.at[0] = word_of_two<T>(f(0), 0.0f);
+            } else if constexpr (kPerWord == 1) {
                 words.at[i] = __float_as_uint(f(i));
             } else {
                 words.at[i] = word_of_two<T>(f(2 * i), f(2 * i + 1));

@@ -30,21 +30,26 @@ __device__ __forceinline__ Words<kBytes> load_words(const void* p) {
     return w;
 }
 
+// Nothing is stored, and no branch taken, where `inside` is false.
 template <int kBytes>
-__device__ __forceinline__ void store_words(void* p, const Words<kBytes>& w) {
+__device__ __forceinline__ void store_words(void* p, const Words<kBytes>& w, bool inside = true) {
+#define PTQ_STORE "{ .reg .pred inside; setp.ne.u32 inside, %0, 0; @inside st.global."
     if constexpr (kBytes == 2) {
-        *static_cast<uint16_t*>(p) = static_cast<uint16_t>(w.at[0]);
+        if (inside) *static_cast<uint16_t*>(p) = static_cast<uint16_t>(w.at[0]);
     } else if constexpr (kBytes == 4) {
-        *static_cast<uint32_t*>(p) = w.at[0];
+        if (inside) *static_cast<uint32_t*>(p) = w.at[0];
     } else if constexpr (kBytes == 8) {
-        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w.at[0]), "r"(w.at[1]) : "memory");
+        asm volatile(PTQ_STORE "v2.b32 [%1], {%2, %3}; }" ::"r"(uint32_t{inside}), "l"(p), "r"(w.at[0]), "r"(w.at[1])
+                     : "memory");
     } else {
 #pragma unroll
         for (int i = 0; i < kBytes / 16; ++i)
-            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<uint4*>(p) + i),
-                         "r"(w.at[4 * i]), "r"(w.at[4 * i + 1]), "r"(w.at[4 * i + 2]), "r"(w.at[4 * i + 3])
+            asm volatile(PTQ_STORE "v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"(uint32_t{inside}),
+                         "l"(static_cast<uint4*>(p) + i), "r"(w.at[4 * i]), "r"(w.at[4 * i + 1]),
+                         "r"(w.at[4 * i + 2]), "r"(w.at[4 * i + 3])
                          : "memory");
     }
+#undef PTQ_STORE
 }
 
 template <class T>

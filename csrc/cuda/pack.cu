@@ -192,7 +192,7 @@ private:
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, 3)
     pack_tiles_kernel(const T* x, uint8_t* packed, QuantizerTable table, Tiles tiles) {
     using Walk = TileWalk<V>;
     alignas(16) __shared__ uint32_t tile[Walk::kWords + kTileGap * kTileChannels / kCodes];
@@ -205,10 +205,11 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 3)
         for (int i = 0; i < Walk::kTasks; ++i) {
             const auto task = walk.task(i);
             Words<V * sizeof(T)> in[kCodes];
+            const T* from = x + task.offset;
 #pragma unroll
-            for (int k = 0; k < kCodes; ++k) {
+            for (int k = 0; k < kCodes; ++k, from += tiles.channel_stride) {
                 in[k] = {};  // the code of 0 is the padding
-                if (k < task.channels) in[k] = load_words<V * sizeof(T)>(x + task.offset + k * tiles.channel_stride);
+                if (k < task.channels) in[k] = load_words<V * sizeof(T)>(from);
             }
             uint32_t words[V] = {}, zero_points = 0;
             parameters.for_each(task, [&](int k, const Coding& q) {
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 3)
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, 3)
     unpack_tiles_kernel(const uint8_t* packed, T* x, QuantizerTable table, Tiles tiles) {
     using Walk = TileWalk<V>;
     alignas(16) __shared__ uint32_t tile[Walk::kWords + kTileGap * kTileChannels / kCodes];
@@ -289,15 +290,11 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 3)
                     odd[j + r] = nibbles.odd;
                 }
             }
+            T* to = x + task.offset;
             parameters.for_each(task, [&](int k, const Decoding& q) {
-                if (k >= task.channels) return;
-                T* to = x + task.offset + k * tiles.channel_stride;
-                const auto value_of = [&](int j) { return q(Nibbles(even[j], odd[j]).bits(k)); };
-                if constexpr (V == 1) {
-                    *to = static_cast<T>(value_of(0));
-                } else {
-                    store_words(to, Values<T, V>::make(value_of));
-                }
+                const auto words = Values<T, V>::make([&](int j) { return q(Nibbles(even[j], odd[j]).bits(k)); });
+                store_words(to, words, k < task.channels);
+                to += tiles.channel_stride;
             });
         }
         __syncthreads();  // the tile is read before the next one overwrites it

@@ -455,7 +455,7 @@ void reduce_columns(const Tensor& tensor, const ChannelLayout& layout, const dou
                     " channels are too many for one launch");
     two_stages(tensor, {layout.channels, layout.inner, repeats, m.splits}, centre, out, stream,
                [&](auto moments, auto deviations, const Partials& partials) {
-                   if constexpr (V < 8 || !(moments && deviations))
+                   if constexpr (V < 8 ? V * sizeof(T) == 16 || (moments && deviations) : !(moments && deviations))
                        launch(columns_kernel<T, V, moments, deviations>, grid, kColumnThreads * kRowThreads, 0,
                               stream, x, m, centre, out, partials);
                });

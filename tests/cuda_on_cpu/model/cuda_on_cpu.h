@@ -35,7 +35,8 @@ Words<kBytes> load_words(const void* p) {
     return w;
 }
 template <int kBytes>
-void store_words(void* p, const Words<kBytes>& w) {
+void store_words(void* p, const Words<kBytes>& w, bool inside = true) {
+    if (!inside) return;
     check_alignment<kBytes>(p);
     std::memcpy(p, &w, kBytes);
 }
