@@ -5,6 +5,7 @@ batches -> statistics -> clip and bits -> integer weights -> modules
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ptq4cuda import graph
 from ptq4cuda.activation import TensorProfile, fit_activation, needs_histogram
@@ -22,7 +23,8 @@ from ptq4cuda.clipping import ClipRule
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.correction import correct_bias
 from ptq4cuda.execution import lower
-from ptq4cuda.inputs import Inputs, batch_size, check_model, collect_inputs
+from ptq4cuda.frontier import Memory, first_line, is_out_of_memory, naming_what_needs_memory
+from ptq4cuda.inputs import Batch, Inputs, batch_size, check_model, collect_inputs
 from ptq4cuda.least_squares import Target, fit_blocks, fit_weights
 from ptq4cuda.metrics import Noise
 from ptq4cuda.moments import Moments, Samples, layer_moments
@@ -37,7 +39,13 @@ DEFAULT_CONFIG = QuantConfig()
 
 
 def quantize(
-    model: nn.Module, batches: Iterable[Any], config: QuantConfig = DEFAULT_CONFIG, *, progress: bool = True
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: QuantConfig = DEFAULT_CONFIG,
+    *,
+    progress: bool = True,
+    memory_limit: int | None = None,
+    spill_folder: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Quantize a trained network after training, from a few unlabelled batches.
 
@@ -51,6 +59,9 @@ def quantize(
             (targets are ignored), or of dicts whose keys are arguments of the model's forward.
         config: how to quantize.
         progress: show a progress bar when it takes longer than a moment.
+        memory_limit: bytes of host memory that tensors between layers may take, of all samples together; beyond it
+            they go to files, which have no names and are gone when quantize() ends, however it ends. Default: 8 GiB.
+        spill_folder: for these files. Default: the folder of temporary files.
 
     Returns:
         A new module in evaluation mode that is called like the model; report(network) tells what was done. A model
@@ -61,7 +72,9 @@ def quantize(
         TypeError: model, batches or config are of the wrong kind.
         ValueError: the model is in training mode, has no convolution to quantize, or its weights have NaN or Inf, no
             values, or another dtype than float32, float16 and bfloat16; overrides name no layer; the batches are
-            empty, single images or contain NaN or Inf, or a layer's input does.
+            empty, single images or contain NaN or Inf, or a layer's input does; the model fails on one of them.
+        MemoryError: memory does not suffice; the message says where.
+        OSError: the spill folder has no room left.
     """
     start = time.perf_counter()
     model = graph.unwrap(model)
@@ -70,18 +83,49 @@ def quantize(
         model = graph.own_copy(model)
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
+    memory = Memory(memory_limit, spill_folder)
     inputs = collect_inputs(model, batches)
-    network, record = quantize_once(model, inputs, config, progress)
+    with naming_what_needs_memory("in a forward of the model"):
+        check_shapes(model, inputs)
+    network, record = quantize_once(model, inputs, config, progress, memory)
     if config.target_sqnr is not None or config.size_budget is not None:
-        network, record = raise_layers(model, inputs, config, progress, network, record)
+        network, record = raise_layers(model, inputs, config, progress, memory, network, record)
     attach_record(network, record)
-    network = lower(network.eval(), model, inputs).eval()
+    with naming_what_needs_memory("in a forward in integers"):
+        network = lower(network.eval(), model, inputs).eval()
     record.seconds = time.perf_counter() - start
     return network
 
 
+@torch.no_grad()
+def check_shapes(model: nn.Module, inputs: Inputs) -> None:
+    """Raise ValueError where the model fails on a batch of other shapes or dtypes than the first."""
+    first = _shapes(inputs[0])
+    seen = {first}
+    for index, batch in enumerate(inputs):
+        shapes = _shapes(batch)
+        if shapes in seen:
+            continue
+        seen.add(shapes)
+        args, kwargs = tree_map_only(Tensor, torch.clone, batch)  # the model may write into them
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"the model fails on calibration batch {index}, whose samples are {', '.join(shapes)}, those of "
+                f"batch 0 {', '.join(first)} ({first_line(error)})"
+            ) from error
+
+
+def _shapes(batch: Batch) -> tuple[str, ...]:
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return tuple(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape[1:])}" for t in tensors)
+
+
 def quantize_once(
-    model: nn.Module, inputs: Inputs, config: QuantConfig, progress: bool
+    model: nn.Module, inputs: Inputs, config: QuantConfig, progress: bool, memory: Memory
 ) -> tuple[nn.Module, QuantRecord]:
     """Walk the network once and quantize every layer on the way."""
     record = QuantRecord(config, images=sum(map(batch_size, inputs)), float_bytes=tensor_bytes(model))
@@ -92,14 +136,15 @@ def quantize_once(
     def kept(name: str) -> str:
         return "" if config.quantizes(name) else "kept in float by overrides"
 
-    network, record.folded, record.reason = prepare(model, inputs, config)
+    with naming_what_needs_memory("in a forward of the model"):
+        network, record.folded, record.reason = prepare(model, inputs, config)
     layers = [name for name, module in network.named_modules() if graph.layer_kind(module)]
     for pattern in config.overrides:
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(f"overrides: no layer is called {pattern!r}; the layers are {', '.join(layers)}")
     if not record.reason:
         assert isinstance(network, fx.GraphModule)
-        result = walk_graph(network, inputs, solve, kept, progress)
+        result = walk_graph(network, inputs, solve, kept, progress, memory)
     else:
         record.walked_by = "modules"
         try:
@@ -189,6 +234,7 @@ def raise_layers(
     inputs: Inputs,
     config: QuantConfig,
     progress: bool,
+    memory: Memory,
     network: nn.Module,
     record: QuantRecord,
 ) -> tuple[nn.Module, QuantRecord]:
@@ -212,7 +258,7 @@ def raise_layers(
             break
         overrides = {name: {"weight_bits": 8, "activation_bits": 8} for name in order[:wanted]}
         network, record = quantize_once(
-            model, inputs, replace(config, overrides={**config.overrides, **overrides}), progress
+            model, inputs, replace(config, overrides={**config.overrides, **overrides}), progress, memory
         )
         raised = wanted
         trade.append(Trade(tuple(order[:raised]), record.sqnr, record.bytes))

@@ -11,9 +11,6 @@ batch, each layer solved when it is first called.
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +26,7 @@ from tqdm import tqdm
 from ptq4cuda import graph
 from ptq4cuda.clipping import IDENTITY, Activation, ClipRule
 from ptq4cuda.flow import Flow
+from ptq4cuda.frontier import Frontier, Memory, naming_what_needs_memory
 from ptq4cuda.inputs import Inputs, batch_size, device_of
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule, QuantTensor, quant_module_for
@@ -40,7 +38,6 @@ from ptq4cuda.structure import replace_module
 
 Layer = nn.Conv2d | nn.Linear
 _LEAST_ALONE = 30.0  # dB between float outputs of one batch and of all at once, which differ by rounding
-FRONTIER_LIMIT = 8 << 30  # bytes of the frontier in host memory; beyond it tensors go to memory-mapped files
 
 
 @dataclass(eq=False)
@@ -180,51 +177,6 @@ def record_float(name: str, module: nn.Module | None, kind: str, reason: str) ->
     return LayerRecord(name=name, kind=kind, float_bytes=size, bytes=size, reason=reason)
 
 
-class Frontier:
-    """Keeps tensors on the host, in memory up to a limit and in unlinked memory-mapped files beyond it."""
-
-    def __init__(self, device: torch.device, limit: int) -> None:
-        self.device, self.limit = device, limit
-        self.bytes = self.spilled = self.peak = 0
-
-    def hold(self, value: Any) -> Any:
-        """Return a value whose tensors live on the host."""
-        return tree_map_only(Tensor, self._hold, value)
-
-    def fetch(self, value: Any) -> Any:
-        """Return a held value on the device."""
-        return tree_map_only(Tensor, lambda t: t.to(self.device), value)
-
-    def _hold(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
-        tensor = tensor.detach()
-        if self.bytes + size > self.limit and size:
-            self.spilled += size
-            return self._spill(tensor)
-        held = tensor.cpu()
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(held, self._release, size)
-        return held
-
-    def _release(self, size: int) -> None:
-        self.bytes -= size
-
-    @staticmethod
-    def _spill(tensor: Tensor) -> Tensor:
-        handle, path = tempfile.mkstemp(prefix="ptq4cuda-")
-        os.close(handle)
-        try:
-            flat = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        finally:
-            os.unlink(path)  # the mapping keeps the file until the tensor is gone
-        held = flat.view(tensor.shape)
-        if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-            n, c, h, w = tensor.shape
-            held = flat.view(n, h, w, c).permute(0, 3, 1, 2)
-        return held.copy_(tensor)
-
-
 def _progress(total: int, show: bool) -> Any:
     """Return a progress bar that appears once the work takes longer than a moment."""
     return tqdm(total=total, desc="quantize", unit="layer", disable=not show, delay=1.0)
@@ -239,12 +191,21 @@ def walk_graph(
     solve: Solver,
     kept: Kept,
     progress: bool,
+    memory: Memory,
 ) -> WalkResult:
-    """Quantize the layers of a traced network in place."""
-    walk = _GraphWalk(network, inputs, solve, kept)
+    """Quantize the layers of a traced network in place.
+
+    Raises:
+        MemoryError: memory does not suffice; the message names the layer.
+        OSError: nor does the folder that the rest goes to.
+    """
+    with naming_what_needs_memory("in a forward of the model"):
+        walk = _GraphWalk(network, inputs, solve, kept, memory)
     with torch.no_grad(), _progress(len(walk.layers), progress) as bar:
         for node in network.graph.nodes:
-            walk.visit(node)
+            name = str(node.target) if node.op == "call_module" else node.name
+            with naming_what_needs_memory(f"at {'layer' if node in walk.layers else 'operation'} {name!r}"):
+                walk.visit(node)
             bar.update(node in walk.layers)
     network.recompile()
     frontier = walk.frontier
@@ -254,10 +215,10 @@ def walk_graph(
 
 
 class _GraphWalk:
-    def __init__(self, network: fx.GraphModule, inputs: Inputs, solve: Solver, kept: Kept) -> None:
+    def __init__(self, network: fx.GraphModule, inputs: Inputs, solve: Solver, kept: Kept, memory: Memory) -> None:
         self.network, self.inputs, self.solve, self.kept = network, inputs, solve, kept
         self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
-        self.frontier = Frontier(device_of(network), FRONTIER_LIMIT)
+        self.frontier = Frontier(device_of(network), memory)
         self.signals: dict[fx.Node, Signal] = {}
         self.records: list[LayerRecord] = []
         self.noise = Noise()
@@ -465,7 +426,11 @@ def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, 
             hooks += [module.register_forward_hook(walk.on_activation)]
     try:
         args, kwargs = _side_by_side(inputs)
-        with torch.no_grad(), _progress(len(flow.order), progress) as walk.bar:
+        with (
+            torch.no_grad(),
+            _progress(len(flow.order), progress) as walk.bar,
+            naming_what_needs_memory("in a forward of all calibration samples"),
+        ):
             output = network(*args, **kwargs)
     finally:
         for hook in hooks:
@@ -613,7 +578,8 @@ class _ModuleWalk:
                 added=None,
                 importance=importance,
             )
-            self.solved[module] = self.solve(self.calls[module])
+            with naming_what_needs_memory(f"at layer {self.names[module]!r}"):
+                self.solved[module] = self.solve(self.calls[module])
             signal.streams, signal.before = [], None  # let the tensors go
             self.noise[module] = Noise()
             self.bar.update()

@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from ptq4cuda.frontier import is_out_of_memory
 from ptq4cuda.graph.canonical import canonicalize
 from ptq4cuda.graph.copying import copy_model, hooks_of
 from ptq4cuda.graph.fold import fold_sizes
@@ -86,6 +87,8 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:
     except InPlaceError as error:
         return None, str(error)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return None, f"torch.fx cannot trace it ({_first_sentence(error)})"
     canonicalize(traced)
     fold_sizes(traced)
@@ -119,6 +122,8 @@ def _trace_somehow(model: nn.Module) -> fx.GraphModule:
                 try:
                     return _symbolic_trace(own_copy(model), constants, tracer)
                 except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
                     first = first or error
                 if whole or tracer.blamed is None or tracer.blamed in opaque:
                     break
@@ -147,11 +152,15 @@ def why_different(
     try:
         expected = run(model)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"the model fails on the first calibration batch ({_first_sentence(error)})") from error
     try:
         with _changes_of_inputs(other) as changes:
             found = run(other)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return f"{what} fails on the calibration data ({_first_sentence(error)})"
     if changes:
         return f"its module {changes[0]!r}, which torch.fx cannot trace, changes its input in place"

@@ -91,26 +91,6 @@ def test_batches_as_dicts(model: nn.Module, images: Tensor) -> None:
     assert torch.equal(network(images), quantize(model, [images], progress=False)(images))
 
 
-def test_spilling_to_disk_changes_nothing(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = quantize(model, [images], progress=False)(images)
-    spilled = []
-    original = walk.Frontier._spill
-    monkeypatch.setattr(walk.Frontier, "_spill", staticmethod(lambda t: spilled.append(t.shape) or original(t)))
-    monkeypatch.setattr(walk, "FRONTIER_LIMIT", 10_000)
-    assert torch.equal(quantize(model, [images], progress=False)(images), expected)
-    assert spilled
-
-
-def test_frontier_counts_only_what_is_alive() -> None:
-    frontier = walk.Frontier(torch.device("cpu"), limit=10_000)
-    for _ in range(5):
-        held = frontier.hold((torch.zeros(1000), 3))
-        assert frontier.bytes == 4000
-        del held
-        assert frontier.bytes == 0
-    assert frontier.peak == 4000
-
-
 def test_one_quantizer_per_tensor() -> None:
     class Fork(nn.Module):
         def __init__(self) -> None:
