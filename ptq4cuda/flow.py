@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ptq4cuda.graph.ends import Step, find_ends, is_concatenation, is_fixed
+from ptq4cuda.graph.ends import Step, find_ends, is_concatenation, is_fixed, is_lookup
 from ptq4cuda.graph.layers import is_weighted
 from ptq4cuda.graph.readers import is_question
 
@@ -87,7 +87,8 @@ class Flow(TorchFunctionMode):
                 self.read.update(dict.fromkeys(module for module in owners if module in self.names))
         result = func(*args, **kwargs)
         written = args[:1] if getattr(func, "__name__", "") == "__setitem__" else result
-        self._add(Step(self._made_by(used), joins=is_concatenation(func)), written)
+        operands = [] if is_lookup(func) else self._made_by(used)
+        self._add(Step(operands, joins=is_concatenation(func)), written)
         return result
 
     def _made_by(self, tensors: list[Tensor]) -> list[Step]:

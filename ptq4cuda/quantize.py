@@ -198,17 +198,24 @@ def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.M
     """
     traced, reason = graph.trace(model)
     network = traced or graph.own_copy(model)
-    if not any(graph.layer_kind(module) == "Conv2d" for module in network.modules()):
-        left = [f": {name!r} stays, {why}" for name, m in network.named_modules() if (why := graph.why_left(m))]
-        raise ValueError(f"the model has no nn.Conv2d to quantize ({type(model).__name__}){''.join(left[:1])}")
+    check_has_convolution(network, type(model).__name__)
     if traced is not None:
         reason = graph.why_different(model, traced, *inputs[0])
         if not reason:
             return traced, graph.prepare(traced, config.quantizes, config.fold_activation_scale), ""
         network = graph.own_copy(model)
+        check_has_convolution(network, type(model).__name__)
     if any(graph.why_left(module) for module in network.modules()):
         check_copy(model, network, inputs)
     return network, 0, reason
+
+
+def check_has_convolution(network: nn.Module, model_name: str) -> None:
+    """Raise ValueError where no convolution is left to quantize, and say why the first one is not."""
+    if any(graph.layer_kind(module) == "Conv2d" for module in network.modules()):
+        return
+    left = [f": {name!r} stays, {why}" for name, m in network.named_modules() if (why := graph.why_left(m))]
+    raise ValueError(f"the model has no nn.Conv2d to quantize ({model_name}){''.join(left[:1])}")
 
 
 def check_copy(model: nn.Module, network: nn.Module, inputs: Inputs) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ptq4cuda.graph.copying import held_modules
 from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, leave
 from ptq4cuda.graph.readers import is_number, readers
 from ptq4cuda.graph.shapes import Shapes, infer_shapes
@@ -201,9 +202,9 @@ def _leave_what_is_read(network: fx.GraphModule) -> None:
         owner, _, name = str(node.target).rpartition(".")
         if node.op == "get_attr" and owner in called and readers(node) and not isinstance(called[owner], BATCH_NORMS):
             leave(called[owner], f"the model reads its {name} elsewhere")
-    inside = {part for module in called.values() for part in module.modules() if part is not module}
-    for module in inside.intersection(called.values()):
-        leave(module, "it is a part of another module, too")
+    for module in called.values():
+        for part in set(called.values()) & held_modules(module) - {module}:
+            leave(part, f"{type(module).__name__} holds it, too")
 
 
 # --- functions ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -19,6 +20,27 @@ HOOKS = (*_CALLED, *_FLAGS, "_is_full_backward_hook")  # attributes of modules
 def hooks_of(module: nn.Module) -> list[Any]:
     """Return what else runs when a module is called, or when gradients pass it."""
     return [hook for name in _CALLED for hook in getattr(module, name).values()]
+
+
+def held_modules(value: Any) -> set[nn.Module]:
+    """Return the modules that code can reach from a module: itself, its parts, and what attributes hold."""
+    found: set[nn.Module] = set()
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, nn.Module):
+            if value not in found:
+                found.add(value)
+                pending += vars(value).values()
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            pending += value
+        elif isinstance(value, weakref.ref):
+            pending.append(value())
+        elif isinstance(value, MethodType):
+            pending.append(value.__self__)
+    return found
 
 
 def copy_model(model: nn.Module) -> nn.Module:

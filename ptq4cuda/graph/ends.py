@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from ptq4cuda.graph.readers import is_number
 
@@ -41,6 +42,11 @@ class Step:
 def is_concatenation(function: object) -> bool:
     """Tell whether a function puts tensors side by side."""
     return function in _CONCATENATIONS
+
+
+def is_lookup(function: object) -> bool:
+    """Tell whether a function takes vectors from a table, which are no part of an image."""
+    return function in (F.embedding, torch.embedding)
 
 
 def find_ends(steps: Iterable[Step], fixed: Iterable[Hashable] = ()) -> set[Hashable]:
@@ -85,11 +91,16 @@ def ends_of(network: fx.GraphModule, layers: Iterable[fx.Node]) -> set[fx.Node]:
         layers: the nodes of its layers to quantize.
     """
     layers = set(layers)
+
+    def called(node: fx.Node) -> nn.Module | None:
+        return network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
     steps: dict[fx.Node, Step] = {}
     for node in network.graph.nodes:
         if not is_number(node):
+            looked_up = is_lookup(node.target) or isinstance(called(node), nn.Embedding)
             steps[node] = Step(
-                [steps[operand] for operand in node.all_input_nodes if operand in steps],
+                [] if looked_up else [steps[operand] for operand in node.all_input_nodes if operand in steps],
                 layer=node if node in layers else None,
                 is_input=node.op == "placeholder",
                 joins=is_concatenation(node.target),

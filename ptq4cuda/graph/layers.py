@@ -61,11 +61,20 @@ def why_left(module: nn.Module) -> str:
 def leave_what_is_patched(model: nn.Module) -> None:
     """Leave the modules of a copied model that may not compute what their class does."""
     for module in model.modules():
-        replaced = next((name for name in ("forward", "_conv_forward") if name in vars(module)), None)
         if hooks_of(module):
             leave(module, "it has hooks")
-        elif replaced is not None:
-            leave(module, f"its {replaced} was replaced")
+        for name in ("forward", "_conv_forward"):
+            if name in vars(module):
+                leave(module, f"its {name} was replaced")
+                continue
+            owner = next((kind for kind in type(module).__mro__ if name in vars(kind)), object)
+            code = vars(owner).get(name)
+            if owner.__module__.startswith("torch.nn.") and not _is_of_torch(code):
+                leave(module, f"{owner.__name__}.{name} was replaced")
+
+
+def _is_of_torch(code: object) -> bool:
+    return (getattr(code, "__module__", None) or "torch").partition(".")[0] == "torch"
 
 
 def layer_kind(module: nn.Module) -> str | None:

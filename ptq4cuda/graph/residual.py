@@ -12,6 +12,7 @@ from ptq4cuda.graph.bind import Interpreter
 from ptq4cuda.graph.canonical import constant
 from ptq4cuda.graph.layers import is_addition, layer_kind, why_float_call
 from ptq4cuda.graph.readers import readers
+from ptq4cuda.graph.shapes import Shape, infer_shapes
 from ptq4cuda.nn import QuantTensor
 
 
@@ -57,7 +58,7 @@ def operands_as_codes(network: fx.GraphModule, args: tuple[Any, ...], kwargs: di
         args: of a calibration batch.
         kwargs: of a calibration batch.
     """
-    probe = _Shapes(network)
+    probe, inferred = _Shapes(network), infer_shapes(network)
     probe.call(args, kwargs)
     found = set()
     for node in network.graph.nodes:
@@ -66,11 +67,19 @@ def operands_as_codes(network: fx.GraphModule, args: tuple[Any, ...], kwargs: di
         (addition,) = node.users
         (layer,) = (operand for operand in addition.all_input_nodes if operand is not node)
         shape = probe.shapes.get(node)
-        # A constant has a batch of its own, which may be as large as this one by chance.
-        computed = constant(node.all_input_nodes[0], network) is None
-        if computed and shape is not None and len(shape) == 4 and shape == probe.shapes[layer]:
+        # A constant has a batch of its own, which may be as large as this one by chance, as a pooled image may be.
+        (source,) = node.all_input_nodes
+        by_chance = constant(source, network) is not None or _is_broadcast(inferred.of(source), inferred.of(layer))
+        if not by_chance and shape is not None and len(shape) == 4 and shape == probe.shapes[layer]:
             found.add(node)
     return found
+
+
+def _is_broadcast(a: Shape | None, b: Shape | None) -> bool:
+    """Tell whether of two shapes that are added one has a dimension of 1 where the other may have more."""
+    if a is None or b is None:
+        return False
+    return len(a) != len(b) or any((x == 1) != (y == 1) for x, y in zip(a, b, strict=True))
 
 
 class _Shapes(Interpreter):

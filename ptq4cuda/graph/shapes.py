@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ptq4cuda.graph.functionalize import with_item
 from ptq4cuda.graph.readers import is_number
+from ptq4cuda.nn.conv import pair
 
 
 class Size:
@@ -284,9 +285,15 @@ class Shapes:
             spatial = len(module.kernel_size)
             weight = _attribute(module, "weight").shape
             channels = weight[1] * module.groups if module.transposed else weight[0]
-            batch = x[0] if x is not None and len(x) == spatial + 2 else Size()
-            return (batch, channels, *(Size() for _ in range(spatial)))
+            if x is None or len(x) != spatial + 2:
+                return (Size(), channels, *(Size() for _ in range(spatial)))
+            # A kernel of one pixel keeps sizes, and one image of one pixel for all inputs stays one.
+            kept = type(module) is nn.Conv2d and max(weight[2:]) == 1 and pair(module.stride) == (1, 1)
+            kept = kept and not isinstance(module.padding, str) and pair(module.padding) == (0, 0)
+            return (x[0], channels, *(x[2:] if kept else (Size() for _ in range(spatial))))
         for spatial, kinds in _POOLS:
+            if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) and module.output_size in (1, (1, 1)):
+                return None if x is None or len(x) != 4 else (*x[:2], 1, 1)
             if isinstance(module, kinds):
                 return self._pooled(x, spatial)
         if x is None:

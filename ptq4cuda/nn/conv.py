@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ptq4cuda.correction import WeightCorrection
 from ptq4cuda.nn.quant_module import Outputs, QuantModule
@@ -152,7 +153,10 @@ class QuantConv2d(QuantModule):
         if memory_format_of(x) == torch.contiguous_format:
             # Weights in channels_last order would turn the output to it, and contiguous() may leave them in it.
             weight = weight.clone(memory_format=torch.contiguous_format)
-        return nn.Conv2d._conv_forward(self, x, weight, bias)  # type: ignore[arg-type, no-any-return]
+        padding: str | tuple[int, ...] = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """Describe geometry and bits, as `print(module)` shows them."""

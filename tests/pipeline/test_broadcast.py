@@ -114,6 +114,19 @@ def test_broadcast_sums(forward: Callable[..., Tensor], walk: str, images: Tenso
     assert len(marks) == (walk == "graph" and forward is a_number)  # what is broadcast travels as values
 
 
+@pytest.mark.parametrize("execution", ["simulate", "integer"])
+def test_images_of_one_pixel_may_grow(execution: str) -> None:
+    """That shapes agree on the calibration data is chance where one of both is pooled."""
+    net = Net(lambda m, x: m.point(x.mean((2, 3), keepdim=True)) + m.conv(x), "graph").eval()
+    torch.manual_seed(0)
+    network = quantize(net, [torch.randn(48, 3, 1, 1)], QuantConfig(execution=execution), progress=False)
+    assert not any(m.scale.numel() for m in network.modules() if isinstance(m, QuantTensor))
+    for size in (1, 4):
+        x = torch.randn(5, 3, size, size)
+        assert network(x).shape == net(x).shape
+        assert sqnr(net, network, x) > 10.0
+
+
 def test_the_target_of_what_is_broadcast_is_the_mean() -> None:
     """The error of a sum is least where the output makes up for the mean of the errors that it meets."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,37 @@ def test_a_weight_that_layers_of_two_places_use(
     else:
         assert f"a call of {function}" in found[function].reason
         assert (found["conv2"].execution == "float") == (forward is convolved_again)
+
+
+class Holding(nn.Module):
+    """Has no layer of its own, reaches another's, and torch.fx cannot trace it."""
+
+    def __init__(self, conv: nn.Conv2d, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.held = {"a list": [conv], "a reference": weakref.ref(conv), "a dict": {0: conv}}.get(how)
+        if how == "an attribute":
+            object.__setattr__(self, "held", conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() < -1e9:
+            return x
+        held: Any = self.held
+        conv = held if self.how == "an attribute" else held() if self.how == "a reference" else held[0]
+        return x * (1.0 + conv.weight.square().mean()) + conv(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["a list", "a dict", "an attribute"])
+def test_layers_that_other_modules_hold_stay_in_float(how: str, images: Tensor, tmp_path: Path) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.holding(m.features(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    net = made(plain, images)
+    net.holding, net.written = Holding(net.conv2, how).eval(), forward
+    network = checked(net, images, tmp_path, execution="integer")
+    assert record_of(network).walked_by == "graph"
+    assert layers(network)["conv2"].reason == "Holding holds it, too"
+    assert record_of(network).folded == 1
 
 
 @pytest.mark.parametrize("walk", ["graph", "modules"])

@@ -257,6 +257,28 @@ def test_replaced_methods(net: Net, images: Tensor, replaced: str, walk: str, ex
         assert layers(network)["conv2"].reason == "its _conv_forward was replaced"
 
 
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_method_of_activations_that_was_replaced(
+    execution: str, net: Net, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = nn.ReLU.forward
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: old(self, x) + x)
+    checked(net, images, execution, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["forward", "_conv_forward"])
+def test_a_method_of_convolutions_that_was_replaced(
+    method: str, net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = quantize(net, [images], QuantConfig(execution="simulate"), progress=False)
+    expected = network(images)
+    old = getattr(nn.Conv2d, method)
+    monkeypatch.setattr(nn.Conv2d, method, lambda self, *args: 2.0 * old(self, *args))
+    assert torch.equal(network(images), expected)  # its layers are no nn.Conv2d
+    with pytest.raises(ValueError, match=f"no nn.Conv2d to quantize .*'conv1' stays, Conv2d.{method} was replaced"):
+        quantize(net, [images], progress=False)
+
+
 def test_code_that_is_traced_is_quantized(net: Net, images: Tensor, tmp_path: Path) -> None:
     REPLACED["_conv_forward"](net)
     network = checked(net, images, "integer", tmp_path)
