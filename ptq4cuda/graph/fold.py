@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
-from ptq4cuda.graph.canonical import constant, drop_unused
+from ptq4cuda.graph.canonical import arguments, constant, drop_unused
 from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, why_left
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.graph.shapes import Shapes, infer_shapes, is_move, source_of
@@ -17,6 +19,8 @@ from ptq4cuda.nn.conv import pair
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FOLDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_INTERPOLATIONS = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear")  # their weights add up to one
+_AVERAGES = (torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 _MULTIPLY = (operator.mul, torch.mul, "mul")
 _DIVIDE = (operator.truediv, torch.div, "div")
 _ADD = (operator.add, torch.add, "add")
@@ -28,8 +32,9 @@ def fold_batch_norm(network: fx.GraphModule) -> int:
 
     One that alone reads the values of a layer is folded into that layer, and so are products with and sums of
     constants per channel: a BatchNorm that is written out. One that only convolutions without zero padding or linear
-    layers read is folded into those. Between the two the values may be moved, as long as it is certain where the
-    channels are. Where the shape is not known, a BatchNorm1d beside a linear layer is taken to see [N, C].
+    layers read is folded into those. Between the two the values may be moved and averaged, as long as it is certain
+    where the channels are, and the outputs of several layers concatenated. Where the shape is not known, a
+    BatchNorm1d beside a linear layer is taken to see [N, C].
 
     Returns:
         The number of BatchNorms folded.
@@ -82,32 +87,51 @@ class _Path:
 
 def _fold_into_previous(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> bool:
     """Fold a node into the layer before it; tell whether that was a BatchNorm, or the scale of one."""
-    path = next((p for n in node.all_input_nodes if (p := _path_from_layer(n, node, network, shapes))), None)
-    if path is None:
+    paths = next((p for n in node.all_input_nodes if (p := _paths_from_layers(n, node, network, shapes))), None)
+    if paths is None:
         return False
-    layer = _layer(path.layer, network)
-    assert layer is not None
-    channels = layer.weight.shape[1 if isinstance(layer, _TRANSPOSED) else 0]
+    layers = [layer for path in paths if (layer := _layer(path.layer, network)) is not None]
+    channels = [layer.weight.shape[1 if isinstance(layer, _TRANSPOSED) else 0] for layer in layers]
     if node.op == "call_module":
-        affine = _batch_norm_of(node, network, path.rank, path.axis, layer)
+        affine = _batch_norm_of(node, network, paths[0].rank, paths[0].axis, layers[0])
     else:
-        affine = _constants_of(node, path, network)
-    if affine is None or any(t.numel() not in (1, channels) for t in affine):
+        affine = _constants_of(node, paths[0], network)
+    if affine is None or any(t.numel() not in (1, sum(channels)) for t in affine):
         return False
-    scale, shift = (t.double().expand(channels) for t in affine)
-    bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(scale)
-    shape = (1, -1) if isinstance(layer, _TRANSPOSED) else (-1, 1)
-    _set(layer, layer.weight.double() * _expand(scale.view(shape), layer.weight), bias * scale + shift)
-    node.replace_all_uses_with(path.end)
+    parts = (t.double().expand(sum(channels)).split(channels) for t in affine)
+    for layer, scale, shift in zip(layers, *parts, strict=True):
+        bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(scale)
+        shape = (1, -1) if isinstance(layer, _TRANSPOSED) else (-1, 1)
+        _set(layer, layer.weight.double() * _expand(scale.view(shape), layer.weight), bias * scale + shift)
+    node.replace_all_uses_with(paths[0].end)
     network.graph.erase_node(node)
     return node.op == "call_module" or node.target in (*_MULTIPLY, *_DIVIDE)
+
+
+def _paths_from_layers(end: fx.Node, reader: fx.Node, network: fx.GraphModule, shapes: Shapes) -> list[_Path] | None:
+    """Return how the values of a layer, or of several that are concatenated, come to a node that alone reads them."""
+    path = _path_from_layer(end, reader, network, shapes)
+    if path is not None:
+        return [path]
+    if end.target is not torch.cat or readers(end) != [reader] or not isinstance(end.args[0], (list, tuple)):
+        return None
+    found = [_path_from_layer(n, end, network, shapes) for n in end.args[0] if isinstance(n, fx.Node)]
+    paths = [path for path in found if path is not None and path.rank is not None]
+    layers = {path.layer for path in paths}
+    if not paths or not len(layers) == len(paths) == len(end.args[0]):
+        return None
+    rank, axis = paths[0].rank, paths[0].axis
+    dim = end.args[1] if len(end.args) > 1 else 0
+    if rank is None or dim not in (axis, rank + axis) or any((p.rank, p.axis) != (rank, axis) for p in paths):
+        return None
+    return [_Path(path.layer, end, rank, axis) for path in paths]
 
 
 def _path_from_layer(end: fx.Node, reader: fx.Node, network: fx.GraphModule, shapes: Shapes) -> _Path | None:
     """Return how the values of a layer come to a node that alone reads them, None where they do not."""
     moves: list[fx.Node] = []
     node = end
-    while readers(node) == [reader] and is_move(node, network):
+    while readers(node) == [reader] and _keeps_channels(node, network):
         moves.append(node)
         node, reader = source_of(node), node
     layer = _layer(node, network)
@@ -163,7 +187,7 @@ def _path_to_layer(
 ) -> tuple[nn.Conv2d | nn.Linear, bool] | None:
     """Return the layer that reads the channels of axis 1, after moves, and whether others were merged into these."""
     shape, axis, merged = shapes.of(node), 1, False
-    while is_move(reader, network):
+    while _keeps_channels(reader, network):
         after = shapes.of(reader)
         if shape is None or after is None or len(readers(reader)) != 1:
             return None
@@ -179,6 +203,32 @@ def _path_to_layer(
     if shape is not None and axis != (len(shape) - 1 if isinstance(layer, nn.Linear) else 1):
         return None
     return layer, merged
+
+
+def _keeps_channels(node: fx.Node, network: fx.GraphModule) -> bool:
+    """Tell whether a node moves values or averages them, so that a scale and a shift may come after it too."""
+    if is_move(node, network):
+        return True
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        if type(module) in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d):
+            return not any(_several(module.padding)) and getattr(module, "divisor_override", None) is None
+        if type(module) is nn.Upsample:
+            return module.mode in _INTERPOLATIONS
+        return type(module) in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+    if node.target is F.interpolate:
+        return arguments(node, "input size scale_factor mode", mode="nearest")["mode"] in _INTERPOLATIONS
+    if node.target is F.avg_pool2d:
+        names = "input kernel_size stride padding ceil_mode count_include_pad divisor_override"
+        given = arguments(node, names, padding=0, divisor_override=None)
+        return not any(_several(given["padding"])) and given["divisor_override"] is None
+    if node.op not in ("call_function", "call_method") or node.target not in _AVERAGES:
+        return False
+    return node.kwargs.keys() <= {"dim", "keepdim"} and 0 < len(node.args) < 4
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _inputs(layer: nn.Conv2d | nn.Linear) -> int:

@@ -85,6 +85,7 @@ class Written(nn.Module):
         )
         self.linear, self.bn1, self.fc = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 8)
         self.bn8, self.wide = nn.BatchNorm1d(8), nn.Linear(8 * 36, 6)
+        self.narrow, self.narrower = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 3, 1)
         self.square, self.sequences = nn.Linear(8, 36), nn.BatchNorm1d(36)
         self.gamma = nn.Parameter(torch.rand(12) + 0.5)
         for module in self.modules():
@@ -157,9 +158,27 @@ def before_transpose(m: Any, x: Tensor) -> Tensor:
     return m.linear(m.bn(F.max_pool2d(m.conv(x), 2)).flatten(2).transpose(1, 2))
 
 
+def joined(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x).relu()
+    return m.linear(m.bn(torch.cat([m.narrow(y), m.narrower(y)], 1)).relu().mean((2, 3)))
+
+
+def pooled(m: Any, x: Tensor) -> Tensor:
+    y = F.interpolate(F.avg_pool2d(m.conv(x), 2), scale_factor=2.0, mode="bilinear")
+    return m.last(m.bn(y).relu())
+
+
+def before_the_classifier(m: Any, x: Tensor) -> Tensor:
+    return m.linear(F.adaptive_avg_pool2d(m.bn(m.conv(x).tanh()), 1).flatten(1))
+
+
+def before_a_mean(m: Any, x: Tensor) -> Tensor:
+    return m.linear(m.bn(m.conv(x).tanh()).mean((-2, -1)))
+
+
 FOLDED = [
     *(unpacked, asserted, of_all_kinds, after_flatten, after_transpose, after_views, flat_convolution),
-    *(scaled_after_permute, before_flatten, before_transpose),
+    *(scaled_after_permute, before_flatten, before_transpose, joined, pooled, before_the_classifier, before_a_mean),
 ]
 
 
@@ -193,13 +212,32 @@ def mixed_by_reshape(m: Any, x: Tensor) -> Tensor:
     return m.fc(m.bn1(y.reshape(-1, 12, y.shape[1])).reshape_as(y))
 
 
+def padded_average(m: Any, x: Tensor) -> Tensor:
+    return m.last(m.bn(F.avg_pool2d(m.conv(x), 3, 2, 1)))
+
+
+def joined_with_another_reader(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x).relu()
+    z = m.narrow(y)
+    return m.linear(m.bn(torch.cat([z, m.narrower(y)], 1)).relu().mean((2, 3))).sum() + z
+
+
+def joined_images(m: Any, x: Tensor) -> Tensor:
+    return m.last(m.bn(torch.cat([m.conv(x), m.last(x.repeat(1, 3, 1, 1)[:, :8])], 0)).relu())
+
+
 def values_are_read(m: Any, x: Tensor) -> Tensor:
     y = m.conv(x)
     return m.last(m.bn(y)) + y.new_tensor(2.0) * y
 
 
 @pytest.mark.parametrize(
-    "forward", [over_positions, over_positions_turned, mixed_by_reshape, values_are_read], ids=lambda f: f.__name__
+    "forward",
+    [
+        *(over_positions, over_positions_turned, mixed_by_reshape, values_are_read),
+        *(padded_average, joined_with_another_reader, joined_images),
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_batch_norm_stays_where_folding_would_be_wrong(forward: Callable[..., Any]) -> None:
     model, x = Written(forward).eval(), architectures.images(4, 12)
