@@ -8,13 +8,11 @@
 // Which channel a value belongs to is never computed by a division per group:
 //   uniform     one quantizer serves the whole tensor;
 //   periodic    short rows (channels_last: inner is 1), and more channels than fit into shared memory. Channels
-//   repeat
-//               after channels * inner values, and the stride is made a multiple of that period: a thread meets the
-//               same channels in every group, and keeps their quantizers in registers;
+//               repeat after channels * inner values, and the stride is made a multiple of that period: a thread
+//               meets the same channels in every group, and keeps their quantizers in registers;
 //   rows        long rows (NCHW) of whole groups. The quantizers of all channels are in shared memory. A thread
-//   divides
-//               once, at its start, and then adds the stride to (channel, offset in the row) with carry, like an
-//               odometer;
+//               divides once, at its start, and then adds the stride to (channel, offset in the row) with carry,
+//               like an odometer;
 //   crossing    long rows that end within groups. A group touches two channels at most.
 //
 // A tensor may start anywhere, for example in the middle of another one. Then group 0 begins `lead` values before it,

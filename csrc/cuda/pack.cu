@@ -2,20 +2,19 @@
 //
 // quantize_pack / unpack_dequantize: [N, C, *spatial] <-> [N, *spatial, ceil(C / 2)], two 4-bit codes a byte along
 // the channels. Eight channels of a pixel are a 32-bit word.
-//   channels_last, C even: the codes of neighbouring values in memory are neighbours in the packed tensor, too, so
-//   this
+//   channels_last, C even: the codes of neighbouring values in memory are neighbours in the packed tensor, too. This
 //       is elementwise work on groups of eight values and one word (elementwise.cuh).
 //   otherwise (NCHW, and an odd C, whose pixels end with half a byte of padding): a tile of pixels by words goes
 //       through shared memory. Unpacked values are touched along the pixels, packed words along the channels, so that
 //       both sides move whole cache lines.
 //
 //           one thread: 8 channels x V pixels            shared tile                  packed, one row a pixel
-//           c+0  p p+1 ... p+V-1   (16 bytes)            p     w0 w1 w2 ...           p     w0 w1 w2 ...
-//           c+1  p p+1 ... p+V-1               --->      p+1   w0 w1 w2 ...    --->   p+1   w0 w1 w2 ...
+//           c+0  p p+1 ... p+V-1   (16 bytes)            w0    p p+1 p+2 ...          p     w0 w1 w2 w3  (16 bytes)
+//           c+1  p p+1 ... p+V-1               --->      w1    p p+1 p+2 ...   --->   p+1   w0 w1 w2 w3
 //           ...                                          ...                          ...
 //
-// pack_codes / unpack_codes: row r holds codes of bits[r] bits, lowest bit first, from byte offsets[r] on. Eight
-// codes of b bits are exactly b bytes, which is what a thread moves; no byte is shared between threads.
+// pack_codes / unpack_codes: row r holds codes of bits[r] bits, lowest bit first, from byte offsets[r] on. Sixteen
+// codes of b bits are exactly 2 b bytes, which is what a thread moves; no byte is shared between threads.
 #include "elementwise.cuh"
 
 namespace ptq4cuda {
