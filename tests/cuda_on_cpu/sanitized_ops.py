@@ -35,7 +35,8 @@ SHAPES_ON_GPU = SHAPES[:5]
 CASES_ON_GPU = ((torch.float32, "misaligned"), (torch.float16, "channels_last"))
 
 # Input and output channels, kernel, groups, width: every way to fetch codes, tiles of every size, depthwise. The
-# model runs them on a small device and on one so large that they share out their columns, if these are enough.
+# model runs them on a small device and on one so large that they share out their columns, if these are enough. On a
+# GPU there are further ones, so wide that its multiprocessors have large tiles.
 CONVOLUTIONS = (
     (16, 64, 1, 1, 50),
     (20, 24, 3, 1, 20),
@@ -136,6 +137,13 @@ def check_convolution(native: Any, channels: int, outputs: int, kernel: int, gro
     return calls
 
 
+def wide_convolutions() -> Iterator[tuple[int, int, int, int, int]]:
+    """Convolutions of about 70, 140 and 270 output pixels a multiprocessor, of 2 images of 3 rows."""
+    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    for pixels in (70, 140, 270):
+        yield 16, 24, 1, 1, multiprocessors * pixels // 6
+
+
 def operators(library: str) -> Any:
     """The operators of a library of the execution model, or those of the GPU for "cuda"."""
     if library == "cuda":
@@ -163,7 +171,8 @@ def main(library: str, *operators_wanted: str) -> None:
     for device in (None,) if on_gpu else (0, 31):
         if device is not None:
             ctypes.CDLL(library).cuda_on_cpu_use_device(device)
-        for convolution in CONVOLUTIONS if "conv2d_integer" in wanted else ():
+        convolutions = (*CONVOLUTIONS, *(wide_convolutions() if on_gpu else ()))
+        for convolution in convolutions if "conv2d_integer" in wanted else ():
             calls += check_convolution(native, *convolution)
     print(f"{calls} operator calls, all as the reference")
 

@@ -42,7 +42,7 @@ class Backend:
         op = getattr(getattr(torch.ops, self.namespace), name)
 
         def call(*args: Any, out: torch.Tensor | None = None) -> Any:
-            args = tuple(a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args)
+            args = tuple(_there(self.device, a) if isinstance(a, torch.Tensor) else a for a in args)
             if out is None:
                 return tree_map(torch.Tensor.cpu, op(*args))
             there = out if self.device == "cpu" else same_storage_on(self.device, out)
@@ -51,6 +51,10 @@ class Backend:
 
         call.out = call  # type: ignore[attr-defined]  # torch's operators have their overload under this name
         return call
+
+
+def _there(device: str, x: torch.Tensor) -> torch.Tensor:
+    return x.to(device) if x.requires_grad or x.device.type == device else same_storage_on(device, x)
 
 
 def same_storage_on(device: str, x: torch.Tensor) -> torch.Tensor:
