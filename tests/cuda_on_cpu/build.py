@@ -46,13 +46,13 @@ def compiler() -> list[str]:
 def library(cache: Path, *flags: str) -> Path:
     """Return the kernels of csrc/cuda as a library that registers them in the namespace ptq4cuda_on_cpu."""
     paths = cpp_extension.library_paths()
-    link = ["-shared", *(f"-L{path}" for path in paths), *(f"-Wl,-rpath,{path}" for path in paths), "-ltorch_cpu"]
+    link = ["-shared", *(f"-L{path}" for path in paths), *(f"-Wl,-rpath,{path}" for path in paths), "-ltorch_cpu", "-ldl"]
     return _build(cache, "kernels.so", KERNELS, flags, link)
 
 
 def program(cache: Path, source: Path, *flags: str) -> Path:
     """Return an executable of one CUDA source that has a main()."""
-    return _build(cache, source.stem, (source,), flags, [])
+    return _build(cache, source.stem, (source,), flags, ["-ldl"])
 
 
 def _build(cache: Path, name: str, sources: tuple[Path, ...], flags: tuple[str, ...], link: list[str]) -> Path:

@@ -74,6 +74,24 @@ __global__ void copies_kernel(const int4* x, int4* sums) {
     sums[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
+// Static shared memory, some of it in a function, beside the dynamic one.
+template <int N>
+__device__ int* half_of_it() {
+    __shared__ int half[N / 2];
+    return half;
+}
+template <int N>
+__global__ void static_kernel(int* x) {
+    __shared__ int first[N / 4];
+    __shared__ int second[N / 4];
+    int* third = half_of_it<N>();
+    first[threadIdx.x] = second[threadIdx.x] = third[threadIdx.x] = threadIdx.x;
+    __syncthreads();
+    const int other = blockDim.x - 1 - threadIdx.x;
+    x[threadIdx.x] = first[other] + second[other] - third[other];
+}
+constexpr int kStatic = 10 << 10;  // integers, 40 KiB
+
 __global__ void one_thread_kernel(int* x) { x[threadIdx.x] = dynamic_shared_memory<unsigned char>()[0]; }
 
 // --- wrong -------------------------------------------------------------------------------------------------------
@@ -215,6 +233,14 @@ int run(const std::string& name) {
         launch_as_it_is(one_thread_kernel, 1, 1, 227 << 10, x);
     } else if (name == "too_much_shared") {
         launch(one_thread_kernel, 1, 1, (227 << 10) + 1, x);
+    } else if (name == "static_and_8_kib") {
+        launch(static_kernel<kStatic>, 2, 32, 8 << 10, x);
+    } else if (name == "static_and_more_than_8_kib") {
+        launch(static_kernel<kStatic>, 2, 32, (8 << 10) + 1, x);
+    } else if (name == "static_after_asking") {
+        launch(static_kernel<kStatic>, 2, 32, 187 << 10, x);
+    } else if (name == "static_and_too_much") {
+        launch(static_kernel<kStatic>, 2, 32, (187 << 10) + 1, x);
     } else if (name == "no_threads") {
         launch(one_thread_kernel, 1, 0, 0, x);
     } else if (name == "flat_block_of_65") {

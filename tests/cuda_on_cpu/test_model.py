@@ -82,6 +82,10 @@ def test_what_a_device_would_hang_at_is_an_error(planted: Path, case: str, messa
         ("shared_48_kib", ""),
         ("shared_after_asking", ""),
         ("too_much_shared", "CUDA error: invalid argument"),
+        ("static_and_8_kib", ""),
+        ("static_and_more_than_8_kib", "CUDA error: invalid argument"),
+        ("static_after_asking", ""),
+        ("static_and_too_much", "CUDA error: invalid argument"),
     ],
 )
 def test_launches_that_a_device_refuses(planted: Path, case: str, message: str) -> None:

@@ -33,7 +33,13 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one at a time: they can share one copy
+// Blocks run one at a time: they can share one copy. The mark before it tells the model that its function has some.
+#define __shared__ PTQ_SHARED(__LINE__)
+#define PTQ_SHARED(line) PTQ_MARKED_SHARED(line)
+#define PTQ_MARKED_SHARED(line)                         \
+    static char shared_mark_##line;                     \
+    cuda_on_cpu::has_shared_memory(shared_mark_##line); \
+    static
 
 // --- the place of a thread ---------------------------------------------------------------------------------------
 
@@ -53,6 +59,19 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
+// --- launches ----------------------------------------------------------------------------------------------------
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+};
+
 // --- waiting for other threads -----------------------------------------------------------------------------------
 
 namespace cuda_on_cpu {
@@ -61,7 +80,11 @@ using Place = std::source_location;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Runs `thread` once for every thread of the grid. Raises std::runtime_error for what is listed above.
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+
+// Counts the static shared memory of the function that a mark is in. The kernel ends if it has more than a device
+// gives.
+void has_shared_memory(const char& mark);
 
 // Ends the kernel that runs with an error.
 [[noreturn]] void fail(const std::string& error);
@@ -201,17 +224,6 @@ T atomicAdd(T* p, T value) {  // one thread runs at a time
 
 // --- the runtime -------------------------------------------------------------------------------------------------
 
-using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-
-struct cudaLaunchConfig_t {
-    dim3 gridDim, blockDim;
-    size_t dynamicSmemBytes;
-    cudaStream_t stream;
-};
-
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();  // and forgets it
 
@@ -250,7 +262,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const cudaError_t error = cuda_on_cpu::verdict(reinterpret_cast<const void*>(kernel), *config);
     if (error != cudaSuccess) return error;
     const std::tuple<Parameters...> copies(arguments...);
-    cuda_on_cpu::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                          [&] { std::apply(kernel, copies); });
-    return cudaSuccess;
+    return cuda_on_cpu::run_grid(*config, [&] { std::apply(kernel, copies); });
 }

@@ -5,10 +5,15 @@
 // have not started, then to those that may go on. If there are neither, everybody waits: now it shows who waits for
 // whom.
 #include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <elf.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cctype>
 #include <deque>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -70,6 +75,9 @@ struct Block {
     std::vector<Fiber*> of_thread;  // the fiber of a thread that has started and not finished
     std::deque<Fiber*> ready;
     std::unique_ptr<char[]> shared;
+    std::vector<const void*> functions;            // that have static shared memory
+    int64_t shared_bytes = 0, shared_at_most = 0;  // static and dynamic
+    bool refused = false;                          // a device would not have launched this kernel
     std::string error;
 };
 
@@ -261,9 +269,83 @@ int this_lane() { return current->thread % warpSize; }
 
 void* dynamic_shared_memory() { return block.shared.get(); }
 
-void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& thread) {
+namespace {
+
+cudaError_t last_error = cudaSuccess;
+std::map<const void*, int64_t> shared_of_kernel;  // bytes of dynamic shared memory that were asked for
+int64_t shared_at_most = 0;                       // of the launch that follows
+
+cudaError_t noted(cudaError_t error) {
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+
+// The static shared memory of functions, by their mangled names, and by the marks in them. What is static in a
+// function is a symbol _ZZ<function>E<length><name>; the symbols are those of the program or library that the model
+// is in.
+using Function = std::pair<const std::string, int64_t>;
+
+std::map<const char*, const Function*> functions_of_marks() {
+    static std::map<std::string, int64_t> bytes_of_function;
+    std::map<const char*, const Function*> found;
+    Dl_info self{};
+    dladdr(reinterpret_cast<void*>(&functions_of_marks), &self);
+    std::ifstream stream(self.dli_fname, std::ios::binary);
+    const std::string file((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
+    const auto at = [&](size_t offset) { return file.data() + offset; };
+    const auto* header = reinterpret_cast<const Elf64_Ehdr*>(at(0));
+    const auto* sections = reinterpret_cast<const Elf64_Shdr*>(at(header->e_shoff));
+    const auto for_each_static = [&](const auto& f) {
+        for (const Elf64_Shdr* section = sections; section < sections + header->e_shnum; ++section) {
+            if (section->sh_type != SHT_SYMTAB) continue;
+            const auto* symbols = reinterpret_cast<const Elf64_Sym*>(at(section->sh_offset));
+            const char* names = at(sections[section->sh_link].sh_offset);
+            for (size_t i = 0; i < section->sh_size / sizeof(Elf64_Sym); ++i) {
+                const std::string name = names + symbols[i].st_name;
+                if (name.rfind("_ZZ", 0) == 0) f(name, symbols[i]);
+            }
+        }
+    };
+    const std::string mark = "shared_mark_";
+    for_each_static([&](const std::string& name, const Elf64_Sym& symbol) {
+        size_t end = name.find(mark);
+        if (end == std::string::npos) return;
+        while (std::isdigit(static_cast<unsigned char>(name[end - 1]))) --end;
+        const auto function = bytes_of_function.try_emplace(name.substr(0, end), 0).first;
+        found[static_cast<const char*>(self.dli_fbase) + symbol.st_value] = &*function;
+    });
+    for_each_static([&](const std::string& name, const Elf64_Sym& symbol) {
+        if (name.find(mark) != std::string::npos) return;
+        for (size_t end = name.find('E'); end != std::string::npos; end = name.find('E', end + 1)) {
+            const auto function = bytes_of_function.find(name.substr(0, end + 1));
+            if (function != bytes_of_function.end() && std::isdigit(static_cast<unsigned char>(name[end + 1])))
+                function->second += static_cast<int64_t>(symbol.st_size);
+        }
+    });
+    return found;
+}
+
+}  // namespace
+
+void has_shared_memory(const char& mark) {
+    static const std::map<const char*, const Function*> functions = functions_of_marks();
+    const Function* function = functions.at(&mark);
+    if (std::find(block.functions.begin(), block.functions.end(), function) != block.functions.end()) return;
+    block.functions.push_back(function);
+    block.shared_bytes += function->second;
+    if (block.shared_bytes <= block.shared_at_most) return;
+    block.refused = true;
+    fail("more shared memory than a device gives");
+}
+
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
     const std::lock_guard lock(one_launch_at_a_time);
+    const dim3 &grid = config.gridDim, &threads = config.blockDim;
+    const size_t shared_bytes = config.dynamicSmemBytes;
     const int64_t count = int64_t{threads.x} * threads.y * threads.z;
+    block.functions.clear();
+    block.shared_bytes = static_cast<int64_t>(shared_bytes);
+    block.shared_at_most = shared_at_most;
     if (grid.y != 1 || grid.z != 1) throw std::runtime_error("cuda_on_cpu: a grid of more than one dimension");
     ++launches;
     gridDim = grid;
@@ -279,24 +361,15 @@ void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<
         switch_to(idle_fiber());
         if (block.error.empty()) continue;
         const std::string error = "cuda_on_cpu: " + std::move(block.error);
+        const bool refused = block.refused;
         block = Block();
         idle.clear();  // fibers that wait for ever are given up, with what is on their stacks
         fibers.clear();
+        if (refused) return noted(cudaErrorInvalidValue);
         throw std::runtime_error(error);
     }
+    return cudaSuccess;
 }
-
-namespace {
-
-cudaError_t last_error = cudaSuccess;
-std::map<const void*, int64_t> shared_of_kernel;  // bytes of dynamic shared memory that were asked for
-
-cudaError_t noted(cudaError_t error) {
-    if (error != cudaSuccess) last_error = error;
-    return error;
-}
-
-}  // namespace
 
 cudaError_t verdict(const void* kernel, const cudaLaunchConfig_t& config) {
     const dim3 &grid = config.gridDim, &block = config.blockDim;
@@ -306,6 +379,7 @@ cudaError_t verdict(const void* kernel, const cudaLaunchConfig_t& config) {
         return noted(cudaErrorInvalidConfiguration);
     const auto asked = shared_of_kernel.find(kernel);
     const int64_t allowed = asked == shared_of_kernel.end() ? kSharedForAll : std::max(kSharedForAll, asked->second);
+    shared_at_most = allowed > kSharedForAll ? kMaximumShared : kSharedForAll;
     return noted(static_cast<int64_t>(config.dynamicSmemBytes) > allowed ? cudaErrorInvalidValue : cudaSuccess);
 }
 
