@@ -123,7 +123,7 @@ def is_running(pid: int) -> bool:
 
 
 def gone(pid: int) -> bool:
-    for _ in range(100):
+    for _ in range(1000):
         if not is_running(pid):
             return True
         time.sleep(0.02)
@@ -188,15 +188,15 @@ def test_a_stage_that_leaves_garbage(device: Device) -> None:
 def test_the_time_of_everything_ends(device: Device, stage: str) -> None:
     """A stage that hangs gets what is left; then nothing is, and what it had started has ended."""
     start = time.monotonic()
-    code, record = device.run(f"{stage} hangs", GPU_CHECK_SECONDS=str(gpu_check.GRACE + 2.5))
-    assert time.monotonic() - start < gpu_check.GRACE + 5
+    code, record = device.run(f"{stage} hangs", GPU_CHECK_SECONDS=str(gpu_check.GRACE + 4))
+    assert time.monotonic() - start < 60  # and not 300
     hangs = ORDER.index(stage)
     assert statuses(record) == {**GOOD, stage: TIMED_OUT, **dict.fromkeys(ORDER[hangs + 1 :], SKIPPED)}
     assert code == (0 if stage == "racecheck" else 1)  # a sanitizer that is slow has found nothing
     assert gone(int(Path(f"{device.calls}.pid").read_text()))
     if stage == "networks":  # as far as it came
         assert record["stages"][stage]["figures"]["models"] == [{"model": "resnet50", "ms": 1.5}]
-        assert record["stages"]["compiled"]["note"] == "the 8 s were over"
+        assert record["stages"]["compiled"]["note"] == "the 9 s were over"
 
 
 def test_tools_that_are_missing(device: Device) -> None:
@@ -252,7 +252,7 @@ def test_what_pytest_says(code: int | None, text: str, verdict: tuple[str, str])
 def test_a_run_that_is_ended(device: Device, number: signal.Signals) -> None:
     process = device.start("networks hangs")
     pid = Path(f"{device.calls}.pid")
-    for _ in range(500):
+    for _ in range(3000):
         if pid.exists() and pid.read_text() and (device.out / "networks.json").exists():
             break
         time.sleep(0.02)
@@ -278,17 +278,17 @@ def test_each_stage_has_its_own_limit(tmp_path: Path, monkeypatch: pytest.Monkey
     deaf = f"trap '' INT; (trap '' INT; sleep 300) & echo $! > {tmp_path}/pid; echo so far; sleep 300"
     leaves = f"sleep 300 & echo $! > {tmp_path}/left"
     chosen = (
-        Stage("hangs", "a.log", ("bash", "-c", deaf), 1, 0.5),
-        Stage("leaves", "a.log", ("bash", "-c", leaves), 1, 5),
-        Stage("missing", "b.log", ("no-such-program",), 1, 5),
-        Stage("needs", "b.log", ("true",), 1, 5, needs=("hangs",)),
-        Stage("last", "b.log", ("echo", "fine"), 1, 5),
+        Stage("hangs", "a.log", ("bash", "-c", deaf), 1, 2),
+        Stage("leaves", "a.log", ("bash", "-c", leaves), 1, 50),
+        Stage("missing", "b.log", ("no-such-program",), 1, 50),
+        Stage("needs", "b.log", ("true",), 1, 50, needs=("hangs",)),
+        Stage("last", "b.log", ("echo", "fine"), 1, 50),
     )
-    assert not gpu_check.run(chosen, tmp_path, {"machine": {"gpu": {"unavailable": ""}}}, seconds=10)
+    assert not gpu_check.run(chosen, tmp_path, {"machine": {"gpu": {"unavailable": ""}}}, seconds=200)
     record = json.loads((tmp_path / "result.json").read_text())
     assert list(statuses(record).values()) == [TIMED_OUT, PASSED, UNAVAILABLE, SKIPPED, PASSED]
     assert record["stages"]["hangs"]["tail"] == ["so far"]
-    assert record["stages"]["hangs"]["seconds"] < 3
+    assert record["stages"]["hangs"]["seconds"] < 60
     assert record["stages"]["needs"]["note"] == "needs hangs"
     assert gone(int((tmp_path / "pid").read_text()))
     assert gone(int((tmp_path / "left").read_text()))
@@ -336,23 +336,30 @@ def test_shards_run_every_test_once(tmp_path: Path) -> None:
     assert sorted(run.stdout.splitlines()) == [f"gpu --shard {i}/3" for i in (1, 2, 3)]
 
     test = tmp_path / "test_slow.py"
-    test.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+    test.write_text(
+        "import os, pathlib, time\n"
+        "def test_a(): pass\n"
+        "def test_b():\n"
+        "    pathlib.Path(__file__).with_name(f'started{os.getpid()}').touch()\n"
+        "    time.sleep(100)\n"
+    )
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--shard')\n")
-    command = [
-        sys.executable,
-        "-c",
-        gpu_check._SHARDS,
-        "2",
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    log = tmp_path / "log"
-    assert gpu_check.run_command([*command, test], 3, log, tmp_path, os.environ) is None
-    assert gpu_check.by_tests(None, log.read_text()) == (TIMED_OUT, "2 passed")
+    command = [sys.executable, "-c", gpu_check._SHARDS, "2", sys.executable, "-m", "pytest", "-q"]
+    process = subprocess.Popen(
+        [*command, "-p", "no:cacheprovider", test],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=tmp_path,
+        preexec_fn=os.setpgrp,
+    )
+    for _ in range(3000):
+        if len(list(tmp_path.glob("started*"))) == 2:
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert gpu_check.by_tests(None, output) == (TIMED_OUT, "2 passed")
 
 
 COLLECT = """

@@ -46,7 +46,13 @@ def compiler() -> list[str]:
 def library(cache: Path, *flags: str) -> Path:
     """Return the kernels of csrc/cuda as a library that registers them in the namespace ptq4cuda_on_cpu."""
     paths = cpp_extension.library_paths()
-    link = ["-shared", *(f"-L{path}" for path in paths), *(f"-Wl,-rpath,{path}" for path in paths), "-ltorch_cpu", "-ldl"]
+    link = [
+        "-shared",
+        *(f"-L{path}" for path in paths),
+        *(f"-Wl,-rpath,{path}" for path in paths),
+        "-ltorch_cpu",
+        "-ldl",
+    ]
     return _build(cache, "kernels.so", KERNELS, flags, link)
 
 
