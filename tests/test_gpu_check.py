@@ -263,7 +263,7 @@ def test_a_run_that_is_ended(device: Device, number: signal.Signals) -> None:
     if number == signal.SIGKILL:
         assert (record["status"], statuses(record)["networks"]) == ("running", "running")
         assert "resnet50" in (device.out / "networks.json").read_text()
-        os.kill(int(pid.read_text()), signal.SIGKILL)
+        os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
         return
     assert process.returncode == 130
     assert record["status"] == f"interrupted by {number.name}"
