@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ptq4cuda.graph.copying import hooks_of
 from ptq4cuda.graph.ends import Step, find_ends, is_concatenation, is_fixed, is_lookup
-from ptq4cuda.graph.layers import is_weighted
+from ptq4cuda.graph.layers import is_weighted, layer_kind
 from ptq4cuda.graph.readers import is_question
+from ptq4cuda.graph.trace import same
+from ptq4cuda.nn import quant_module_for
 
 
 class Flow(TorchFunctionMode):
@@ -29,6 +33,7 @@ class Flow(TorchFunctionMode):
         order: layers in the order of their first call.
         functions: names of weighted functions that are called by other code than the layers'.
         read: layers whose parameters are read by other code than their own.
+        watched: layers with hooks that do something else on a quantized layer, which takes over hooks.
         output: of the network.
     """
 
@@ -39,6 +44,7 @@ class Flow(TorchFunctionMode):
         self.order: dict[nn.Module, None] = {}
         self.functions: dict[str, None] = {}
         self.read: dict[nn.Module, None] = {}
+        self.watched: dict[nn.Module, None] = {}
         self.output: Any = None
         self._steps: list[Step] = []
         self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by tensor, the step that made it
@@ -62,8 +68,11 @@ class Flow(TorchFunctionMode):
         """
         args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))  # the model may write into them
         self._add(Step(is_input=True), (args, kwargs))
-        hooks = [module.register_forward_pre_hook(self._on_entry) for module in self._modules]
-        hooks += [module.register_forward_hook(self._on_exit) for module in self._modules]
+        hooked = [module for module in self.names if hooks_of(module)]
+        hooks = [m.register_forward_pre_hook(self._try_pre_hooks, with_kwargs=True, prepend=True) for m in hooked]
+        hooks += [m.register_forward_hook(self._try_hooks, with_kwargs=True, prepend=True) for m in hooked]
+        hooks += [module.register_forward_pre_hook(self._on_entry) for module in self._modules]
+        hooks += [module.register_forward_hook(self._on_exit, prepend=True) for module in self._modules]
         try:
             with torch.no_grad(), self:
                 self.output = network(*args, **kwargs)
@@ -100,6 +109,33 @@ class Flow(TorchFunctionMode):
             self._steps.append(step)
             for tensor in tensors:
                 self._made[tensor] = step
+
+    def _try_pre_hooks(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        flags = module._forward_pre_hooks_with_kwargs
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) is not self:
+                self._try(hook, module, (args, kwargs) if key in flags else (args,))
+
+    def _try_hooks(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        flags = module._forward_hooks_with_kwargs
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__self__", None) is not self:
+                self._try(hook, module, (args, kwargs, output) if key in flags else (args, output))
+
+    def _try(self, hook: Callable[..., Any], module: nn.Module, given: tuple[Any, ...]) -> None:
+        """Call a hook with a layer and with a quantized one in its place, and note if that makes a difference."""
+        kind = layer_kind(module)
+        assert kind is not None
+        results = []
+        for layer in (module, quant_module_for(kind).like(module)):  # type: ignore[arg-type]
+            own = tree_map_only(Tensor, torch.clone, given)  # a hook may write into them
+            try:
+                results.append((hook(layer, *own), own))
+            except Exception:
+                if layer is module:
+                    raise
+        if len(results) < 2 or not same(*results):
+            self.watched[module] = None
 
     def _on_entry(self, module: nn.Module, args: Any) -> None:
         self._running.append(module)

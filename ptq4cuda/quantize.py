@@ -205,7 +205,7 @@ def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.M
             return traced, graph.prepare(traced, config.quantizes, config.fold_activation_scale), ""
         network = graph.own_copy(model)
         check_has_convolution(network, type(model).__name__)
-    if any(graph.why_left(module) for module in network.modules()):
+    if any(graph.why_left(module) or graph.hooks_of(module) for module in network.modules()):
         check_copy(model, network, inputs)
     return network, 0, reason
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from ptq4cuda.graph.copying import HOOKS
 from ptq4cuda.nn import QuantModule
 
 
@@ -26,7 +27,8 @@ def structure_of(network: nn.Module) -> list[str]:
 
 
 def replace_module(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under every name that this one has."""
+    """Put a module in the place of another, under every name that this one has, and with its hooks."""
+    vars(new).update({name: vars(old)[name] for name in HOOKS})
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if module is old:
             network.set_submodule(name, new)

@@ -419,11 +419,12 @@ def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, 
     """
     names, flow = _observe(network, kept, inputs[0])
     walk = _ModuleWalk(names, flow.ends, solve, samples=sum(map(batch_size, inputs)))
-    hooks = [module.register_forward_hook(walk.on_layer, with_kwargs=True) for module in names]
+    # They see what a module itself computes: the model's own hooks come before and after.
+    hooks = [module.register_forward_hook(walk.on_layer, with_kwargs=True, prepend=True) for module in names]
     for module in network.modules():
         if graph.module_activation(module) is not None:
             hooks += [module.register_forward_pre_hook(walk.before_activation)]
-            hooks += [module.register_forward_hook(walk.on_activation)]
+            hooks += [module.register_forward_hook(walk.on_activation, prepend=True)]
     try:
         args, kwargs = _side_by_side(inputs)
         with (
@@ -480,7 +481,9 @@ def _observe(network: nn.Module, kept: Kept, example: Any) -> tuple[dict[nn.Modu
         flow = Flow(names, others).run(network, *example)
         for module in flow.read:
             graph.leave(module, "other code than its own reads its parameters")
-        if not flow.read:
+        for module in flow.watched:
+            graph.leave(module, "its hooks tell it from a quantized layer")
+        if not flow.read and not flow.watched:
             return names, flow
 
 

@@ -1,7 +1,7 @@
 """torch.fx passes: trace into canonical form, fold BatchNorm, find what to quantize and how tensors come about."""
 
 from ptq4cuda.graph.bind import bind
-from ptq4cuda.graph.copying import copy_model
+from ptq4cuda.graph.copying import copy_model, hooks_of
 from ptq4cuda.graph.ends import ends_of
 from ptq4cuda.graph.fold import fold_batch_norm
 from ptq4cuda.graph.importance import layer_importance, output_importance
@@ -33,6 +33,7 @@ __all__ = [
     "ends_of",
     "fold_batch_norm",
     "hidden_modules",
+    "hooks_of",
     "is_addition",
     "is_compiled",
     "is_transparent",

@@ -12,7 +12,6 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ptq4cuda.clipping import Activation
-from ptq4cuda.graph.copying import hooks_of
 from ptq4cuda.graph.readers import readers
 
 _QUANTIZABLE = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
@@ -61,8 +60,6 @@ def why_left(module: nn.Module) -> str:
 def leave_what_is_patched(model: nn.Module) -> None:
     """Leave the modules of a copied model that may not compute what their class does."""
     for module in model.modules():
-        if hooks_of(module):
-            leave(module, "it has hooks")
         for name in ("forward", "_conv_forward"):
             if name in vars(module):
                 leave(module, f"its {name} was replaced")

@@ -164,7 +164,7 @@ def why_different(
         return f"{what} fails on the calibration data ({_first_sentence(error)})"
     if changes:
         return f"its module {changes[0]!r}, which torch.fx cannot trace, changes its input in place"
-    return "" if _same(expected, found) else f"{what} computes something else than the model"
+    return "" if same(expected, found) else f"{what} computes something else than the model"
 
 
 @contextmanager
@@ -228,7 +228,8 @@ def _first_sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Tell whether two results are the same but for rounding."""
     if isinstance(a, Tensor):
         if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
             return False
@@ -238,7 +239,7 @@ def _same(a: Any, b: Any) -> bool:
         limit = max(1e-3, 16 * torch.finfo(a.dtype).eps) * float(a.nan_to_num(0.0, 0.0, 0.0).abs().max())
         return torch.allclose(a, b, rtol=0.0, atol=limit, equal_nan=True)
     if isinstance(a, (tuple, list)):
-        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(_same, a, b))
+        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return type(a) is type(b)

@@ -117,8 +117,7 @@ def test_features_that_hooks_store_are_those_of_the_call(
     assert record_of(network).walked_by == "modules"
     assert f"its module '{layer}' has hooks" in record_of(network).reason
     assert not torch.equal(network(images), network(-images))
-    if layer == "conv2":
-        assert layers(network)["conv2"].reason == "it has hooks"
+    assert layers(network)["conv2"].execution == execution  # the quantized layer has the hooks
     net(images)
     assert torch.equal(net.features["x"], held)  # of the model, not of the network
 
@@ -177,7 +176,6 @@ def test_hooks_on_gradients_stay(net: Net, images: Tensor) -> None:
     network = quantize(net, [images], QuantConfig(execution="simulate"), progress=False)
     network(images[:3].requires_grad_()).sum().backward()
     assert seen == [3]
-    assert layers(network)["conv2"].reason == "it has hooks"
 
 
 def test_hooks_that_work_on_this_very_object(net: Net, images: Tensor) -> None:
@@ -199,10 +197,46 @@ def test_hooks_on_all_modules_are_refused(net: Net, images: Tensor) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_hooks_that_tell_a_layer_from_a_quantized_one(
+    net: Net, images: Tensor, execution: str, tmp_path: Path
+) -> None:
+    def doubling(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return 2.0 * output if isinstance(module, nn.Conv2d) else None
+
+    def scaling(module: nn.Module, args: Any) -> Any:
+        return (args[0] * module.transposed + args[0],)
+
+    def weighing(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + module.weight.mean()
+
+    def writing(module: nn.Module, args: Any, output: Tensor) -> None:
+        if type(module) is nn.Conv2d:
+            output.mul_(3.0)
+
+    net.conv1.register_forward_hook(doubling)
+    net.bn1.register_forward_hook(writing)  # no layer
+    net.conv2.register_forward_pre_hook(scaling)
+    net.extra = nn.Conv2d(12, 12, 1).eval()
+    net.head.register_forward_hook(writing)
+    net.extra.register_forward_hook(weighing)
+    net.free = nn.Conv2d(5, 5, 1).eval()
+    net.forward = types.MethodType(  # type: ignore[method-assign]
+        lambda self, x: self.free(self.head(self.extra(self.body(x)))).mean((2, 3)), net
+    )
+    network = quantize(net, [images], QuantConfig(execution=execution), progress=False)
+    fresh = 0.7 * images.flip(3)
+    assert sqnr(net, network, fresh) > 15.0
+    found = {name: layer.reason for name, layer in layers(network).items() if layer.execution == "float"}
+    told = "its hooks tell it from a quantized layer"
+    assert all(found[name] == told for name in ("conv1", "conv2", "extra", "head"))
+    assert "free" not in found
+
+
 def test_nothing_but_patched_layers(images: Tensor) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 2)).eval()
-    net[0].register_forward_hook(doubled)
-    with pytest.raises(ValueError, match=r"no nn\.Conv2d to quantize \(Sequential\): '0' stays, it has hooks"):
+    net[0].forward = lambda x: F.max_pool2d(x, 3) if x.sum() > 0 else x  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"no nn\.Conv2d to quantize \(Sequential\): '0' stays, its forward was rep"):
         quantize(net, [images], progress=False)
 
 
