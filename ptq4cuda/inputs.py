@@ -135,6 +135,22 @@ def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:
     return _OnDevice(inputs, device_of(model))
 
 
+def constant_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments of the model that are no tensors and the same for all batches, defaults among them."""
+    signature = inspect.signature(model.forward)
+    several = [signature.bind_partial(*args, **kwargs) for args, kwargs in inputs]
+    for bound in several:
+        bound.apply_defaults()
+    first = several[0].arguments
+    return {
+        name: value
+        for name, value in first.items()
+        if signature.parameters[name].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        and all(isinstance(item, _PLAIN) for item in (value if isinstance(value, tuple) else (value,)))
+        and all(type(b.arguments[name]) is type(value) and b.arguments[name] == value for b in several)
+    }
+
+
 def _remedy(value: Any) -> str:
     """Return what to do about something that is no tensor, after a colon; "" where there is nothing to say."""
     kind = type(value)

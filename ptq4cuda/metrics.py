@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ptq4cuda.containers import contents
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Noise:
         """Add a chunk; what is not a floating tensor is passed over.
 
         Args:
-            expected: a tensor, or several in tuples, lists, dicts and dataclasses.
+            expected: a tensor, or several in containers of any class.
             found: the same.
             samples: of a batch, to tell them apart: those tensors count that have one item for each.
         """
@@ -58,15 +60,9 @@ class Noise:
             self.noise += float(noise.sum())
             if samples and expected.dim() and len(expected) == samples:
                 self._samples[-1] += torch.stack([t.reshape(samples, -1).sum(1) for t in (signal, noise)], 1).cpu()
-        elif isinstance(expected, (tuple, list)):
-            for e, f in zip(expected, found, strict=True):
+        else:
+            for e, f in zip(contents(expected) or (), contents(found) or (), strict=True):
                 self._add(e, f, samples)
-        elif isinstance(expected, dict):
-            for key in expected:
-                self._add(expected[key], found[key], samples)
-        elif is_dataclass(expected):
-            for field in fields(expected):
-                self._add(getattr(expected, field.name), getattr(found, field.name), samples)
 
     @property
     def sqnr(self) -> float | None:

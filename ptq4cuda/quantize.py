@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ptq4cuda import graph
@@ -24,7 +24,8 @@ from ptq4cuda.config import QuantConfig
 from ptq4cuda.correction import correct_bias
 from ptq4cuda.execution import lower
 from ptq4cuda.frontier import Memory, first_line, is_out_of_memory, naming_what_needs_memory
-from ptq4cuda.inputs import Batch, Inputs, batch_size, check_model, collect_inputs
+from ptq4cuda.graph.network import Network
+from ptq4cuda.inputs import Batch, Inputs, batch_size, check_model, collect_inputs, constant_arguments
 from ptq4cuda.least_squares import Target, fit_blocks, fit_weights
 from ptq4cuda.metrics import Noise
 from ptq4cuda.moments import Moments, Samples, layer_moments
@@ -143,7 +144,8 @@ def quantize_once(
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(f"overrides: no layer is called {pattern!r}; the layers are {', '.join(layers)}")
     if not record.reason:
-        assert isinstance(network, fx.GraphModule)
+        assert isinstance(network, Network)
+        record.constants = dict(network.constants)
         result = walk_graph(network, inputs, solve, kept, progress, memory)
     else:
         record.walked_by = "modules"
@@ -196,11 +198,16 @@ def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.M
     Returns:
         The copy, the number of BatchNorms folded and, where it is not traced, why not.
     """
-    traced, reason = graph.trace(model)
+    constants = constant_arguments(model, inputs)
+    traced, reason = graph.trace(model, [{}, constants])
     network = traced or graph.own_copy(model)
     check_has_convolution(network, type(model).__name__)
     if traced is not None:
         reason = graph.why_different(model, traced, *inputs[0])
+        if reason and constants and not traced.constants:  # code that asks whether an argument is None, for example
+            other, _ = graph.trace(model, [constants])
+            if other is not None and not graph.why_different(model, other, *inputs[0]):
+                traced, reason = other, ""
         if not reason:
             return traced, graph.prepare(traced, config.quantizes, config.fold_activation_scale), ""
         network = graph.own_copy(model)
@@ -225,7 +232,8 @@ def check_copy(model: nn.Module, network: nn.Module, inputs: Inputs) -> None:
     """
 
     def other(x: Tensor) -> Tensor:
-        return x.flip(0) * 0.5 if x.is_floating_point() else x.flip(0)
+        x = x.flip(0) if x.dim() else x
+        return x * 0.5 if x.is_floating_point() else x
 
     args, kwargs = tree_map_only(Tensor, other, inputs[0])
     different = graph.why_different(model, network, args, kwargs, "a copy of it")

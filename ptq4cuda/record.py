@@ -77,6 +77,8 @@ class QuantRecord:
         bytes: of all parameters and buffers of the quantized one.
         frontier_bytes: most bytes of tensors between layers that were held on the host at a time.
         spilled_bytes: bytes of such tensors that went to files.
+        constants: arguments of the model's forward that the network expects to have these values; None in files of
+            old, which have those with defaults where needed.
         structure: what the network computes, line by line, before it is lowered to integers.
         trade: what each raising of layers to 8 bits bought, where target_sqnr or size_budget asked for it.
     """
@@ -97,6 +99,7 @@ class QuantRecord:
     frontier_bytes: int = 0
     spilled_bytes: int = 0
     structure: list[str] = field(default_factory=list)
+    constants: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a file's header."""
@@ -110,6 +113,8 @@ class QuantRecord:
             TypeError, ValueError, KeyError: the fields do not describe one.
         """
         fields = {name: value for name, value in fields.items() if name != "trial"}  # times, in earlier files
+        if fields.get("constants"):  # a file's header holds lists
+            fields["constants"] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["constants"].items()}
         fields["config"] = QuantConfig(**fields["config"])
         fields["layers"] = [_made(LayerRecord, layer) for layer in fields["layers"]]
         fields["trade"] = [_made(Trade, {**step, "raised": tuple(step["raised"])}) for step in fields["trade"]]
@@ -128,6 +133,8 @@ def _made(cls: type[_T], fields: dict[str, Any]) -> _T:
 
 
 def _is_of(value: Any, declared: Any) -> bool:
+    if get_origin(declared) is dict:
+        return isinstance(value, dict)
     arguments = get_args(declared)
     if get_origin(declared) in (list, tuple):
         return isinstance(value, get_origin(declared)) and all(_is_of(v, arguments[0]) for v in value)

@@ -89,7 +89,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     network = graph.own_copy(model).eval()
     misfit = f"{os.fspath(path)!r} does not fit the model {type(model).__name__}"
     if record.walked_by == "graph":
-        traced, reason = graph.trace(network)
+        traced, reason = graph.trace(network, None if record.constants is None else [record.constants])
         if traced is None:
             raise ValueError(f"{misfit}: {reason}")
         graph.prepare(traced, record.config.quantizes, record.config.fold_activation_scale)

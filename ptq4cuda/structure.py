@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ptq4cuda.graph.copying import HOOKS
+from ptq4cuda.graph.tracer import expect
 from ptq4cuda.nn import QuantModule
 
 
@@ -19,6 +20,8 @@ def structure_of(network: nn.Module) -> list[str]:
         ]
     lines = []
     for node in network.graph.nodes:
+        if node.target is expect or (node.users and all(user.target is expect for user in node.users)):
+            continue  # what is constant
         if node.op == "call_module":
             lines.append(f"{node.target} {_class(modules[str(node.target)])}")
         else:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ptq4cuda import graph
 from ptq4cuda.clipping import IDENTITY, Activation, ClipRule
+from ptq4cuda.containers import map_tensors, tensors_of
 from ptq4cuda.flow import Flow
 from ptq4cuda.frontier import Frontier, Memory, naming_what_needs_memory
 from ptq4cuda.inputs import Inputs, batch_size, device_of
@@ -460,8 +461,8 @@ def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, 
 def _mixing(alone: Any, together: Any) -> str:
     """Say so if the float output for the first batch is not what it was when that batch came alone."""
     noise = Noise()
-    for expected, found in zip(tree_leaves(alone), tree_leaves(together), strict=False):
-        if isinstance(expected, Tensor) and expected.dim() and found[: len(expected)].shape == expected.shape:
+    for expected, found in zip(tensors_of(alone), tensors_of(together), strict=False):
+        if expected.dim() and found[: len(expected)].shape == expected.shape:
             noise.add(expected, found[: len(expected)])
     if noise.sqnr is None or noise.sqnr > _LEAST_ALONE:
         return ""
@@ -517,8 +518,8 @@ def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:
 def _split(value: Any) -> tuple[Any, Any]:
     """Return the float stream and the quantized one of a value that holds both along the batch; scalars mix both."""
     return (
-        tree_map_only(Tensor, lambda t: t[: len(t) // 2] if t.dim() else t, value),
-        tree_map_only(Tensor, lambda t: t[len(t) // 2 :] if t.dim() else t, value),
+        map_tensors(value, lambda t: t[: len(t) // 2] if t.dim() else t),
+        map_tensors(value, lambda t: t[len(t) // 2 :] if t.dim() else t),
     )
 
 

@@ -26,6 +26,7 @@ from ptq4cuda.clipping import IDENTITY, Activation
 from ptq4cuda.graph.layers import activation_of, is_addition
 from ptq4cuda.graph.network import Network
 from ptq4cuda.graph.readers import reads_shape
+from ptq4cuda.graph.tracer import expect
 from ptq4cuda.integer import IntegerConv2d, IntegerLinear
 from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
 from ptq4cuda.ops import max_pool_codes, panels
@@ -202,7 +203,7 @@ class _Lowering:
         """Rewrite the graph."""
         nodes = list(self.network.graph.nodes)
         for node in nodes:
-            if node.op in ("placeholder", "output"):
+            if node.op in ("placeholder", "output") or node.target is expect:
                 self._want(node, None)
         while unknown := [node for node in self.measured if not self.wanted[node]]:
             self._want(unknown[0], None)

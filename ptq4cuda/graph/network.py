@@ -36,6 +36,7 @@ class _Model:
         lost: names of attributes that hold layers.
         parts: names of its modules and tensors.
         functions: modules without weights, by name.
+        constants: arguments of its forward for whose values alone it was traced.
     """
 
     kind: type[nn.Module]
@@ -43,6 +44,7 @@ class _Model:
     lost: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     functions: dict[str, nn.Module] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Network(fx.GraphModule):
@@ -51,9 +53,9 @@ class Network(fx.GraphModule):
     _model: _Model
 
     @classmethod
-    def of(cls, model: nn.Module, graph: fx.Graph) -> Network:
+    def of(cls, model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any]) -> Network:
         """Return the network that a graph of a model describes; the model is the network's to change."""
-        known = _Model(type(model))
+        known = _Model(type(model), constants=constants)
         known.parts = [*model._modules, *model._parameters, *model._buffers]
         known.functions = {name: m for name, m in model.named_children() if not _reaches_weights(m, set())}
         kept: dict[str, Any] = {"_model": known}
@@ -71,6 +73,11 @@ class Network(fx.GraphModule):
         own = {*network._modules, *network._buffers, *network._parameters}
         vars(network).update({name: value for name, value in kept.items() if name not in own})
         return network
+
+    @property
+    def constants(self) -> Mapping[str, Any]:
+        """Arguments of forward for whose values alone the network was traced."""
+        return self._model.constants
 
     def __getattr__(self, name: str) -> Any:
         modules = vars(self).get("_modules", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from ptq4cuda.containers import contents
 from ptq4cuda.frontier import is_out_of_memory
 from ptq4cuda.graph.canonical import canonicalize
 from ptq4cuda.graph.copying import copy_model, hooks_of
@@ -66,23 +67,25 @@ def _unparametrize(module: nn.Module) -> None:
             module.register_buffer(name, value)
 
 
-def trace(model: nn.Module) -> tuple[fx.GraphModule | None, str]:
+def trace(model: nn.Module, candidates: Sequence[Mapping[str, Any]] | None = None) -> tuple[Network | None, str]:
     """Trace a model in evaluation mode.
 
     What comes out depends on the model's code and attributes alone, so that load() finds what quantize() found.
 
     Args:
         model: is copied, not changed.
+        candidates: arguments of forward to take for constants; the first with which tracing succeeds are. Default:
+            none, or those with plain defaults.
 
     Returns:
-        A graph module of its own in canonical form, or None and the reason.
+        A network of its own in canonical form, or None and the reason.
     """
     reason = _why_not(model)
     if reason:
         return None, reason
     # Whatever torch.fx cannot express surfaces as some exception from the model's own code.
     try:
-        traced = _trace_somehow(model)
+        traced = _trace_somehow(model, ({}, _constant_defaults(model)) if candidates is None else candidates)
         functionalize(traced)
     except InPlaceError as error:
         return None, str(error)
@@ -106,21 +109,20 @@ def _why_not(model: nn.Module) -> str:
     return "its forward was replaced by a function that is no method of it"
 
 
-def _trace_somehow(model: nn.Module) -> fx.GraphModule:
+def _trace_somehow(model: nn.Module, candidates: Sequence[Mapping[str, Any]]) -> Network:
     """Trace a model with as little left out as possible.
 
-    Flags of forward decide on the code that runs; with their defaults it may be traceable. Then modules that cannot
+    Flags of forward decide on the code that runs; with constants it may be traceable. Then modules that cannot
     be traced and have no layers in them become nodes of their own, all of a class at a time.
     """
-    defaults = _constant_defaults(model)
     first: Exception | None = None
     for whole in (True, False):
-        for constants in ({}, defaults) if defaults else ({},):
+        for constants in candidates:
             opaque: frozenset[type[nn.Module]] = frozenset()
             while True:
-                tracer = Tracer(opaque)
+                tracer = Tracer(opaque, constants)
                 try:
-                    return _symbolic_trace(own_copy(model), constants, tracer)
+                    return _symbolic_trace(own_copy(model), tracer)
                 except Exception as error:
                     if is_out_of_memory(error):
                         raise
@@ -199,22 +201,14 @@ def _changes_of_inputs(traced: nn.Module) -> Iterator[list[str]]:
             hook.remove()
 
 
-def _symbolic_trace(model: nn.Module, constants: dict[str, Any], tracer: Tracer) -> fx.GraphModule:
-    """Trace a model with constants for some of its arguments, which the result does not take."""
+def _symbolic_trace(model: nn.Module, tracer: Tracer) -> Network:
     forward = vars(model).pop("forward", None)
     if isinstance(forward, MethodType):  # torch.fx looks for it in the class
         model.__class__ = type(type(model).__name__, (type(model),), {"forward": forward.__func__})
-    graph = tracer.trace(model, constants)
-    parameters = inspect.signature(model.forward).parameters
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and constants and str(node.target).lstrip("*") not in parameters:
-            checks = [*node.users, *(u for user in node.users for u in user.users)]
-            for check in reversed(checks):
-                graph.erase_node(check)
-            graph.erase_node(node)
+    graph = tracer.trace(model)
     for node in graph.nodes:
         node.type = None  # annotations may be strings, of which torch.fx writes code that cannot be pickled
-    return Network.of(tracer.root, graph)
+    return Network.of(tracer.root, graph, tracer.constants)
 
 
 def _constant_defaults(model: nn.Module) -> dict[str, Any]:
@@ -238,8 +232,11 @@ def same(a: Any, b: Any) -> bool:
         # The largest value is the measure of all: what cancels to nearly zero may round in another way.
         limit = max(1e-3, 16 * torch.finfo(a.dtype).eps) * float(a.nan_to_num(0.0, 0.0, 0.0).abs().max())
         return torch.allclose(a, b, rtol=0.0, atol=limit, equal_nan=True)
-    if isinstance(a, (tuple, list)):
-        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return type(a) is type(b)
+    if type(a) is not type(b) and not {type(a), type(b)} <= {tuple, list, torch.Size}:
+        return False
+    if isinstance(a, Mapping) and a.keys() != b.keys():
+        return False
+    held, other = contents(a), contents(b)
+    if held is None or other is None:
+        return True
+    return len(held) == len(other) and all(map(same, held, other))

@@ -16,7 +16,7 @@ import math
 import operator
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from ptq4cuda.containers import contents
 from ptq4cuda.graph.functionalize import INPLACE_OPERATORS
 from ptq4cuda.graph.layers import layer_kind, why_left
 from ptq4cuda.graph.shapes import Shapes
@@ -46,6 +48,13 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, k: str) -> _Attribute:
         return _Attribute(self, k)
 
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        if _SLOTS not in memo:
+            return super().__deepcopy__(memo)
+        slot = _Slot()
+        memo[_SLOTS].append((slot, self))
+        return slot
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -62,19 +71,53 @@ for _function in INPLACE_OPERATORS:
     setattr(_Proxy, f"__{_function.__name__}__", _inplace(_function))
 
 
+class _Slot:
+    """Stands for a value in a container."""
+
+
+_SLOTS = "slots"  # in the memo of deepcopy
+
+
+class Rebuilt:
+    """Makes a container of a class of its own anew, with other values in its slots, as deepcopy would copy it."""
+
+    __name__ = "rebuilt"
+
+    def __init__(self, template: Any, slots: list[_Slot]) -> None:
+        self.template, self.slots = template, slots
+
+    def __call__(self, *values: Any) -> Any:
+        """Return the container with these values."""
+        return copy.deepcopy(self.template, {id(s): v for s, v in zip(self.slots, values, strict=True)})
+
+
+def expect(value: Any, constant: Any, name: str) -> None:
+    """Raise ValueError unless an argument has the value for which a network was traced."""
+    if isinstance(value, Tensor) or value != constant:
+        found = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"the network was quantized with {name}={constant!r}, and is called with {found}")
+
+
+fx.node.has_side_effect(expect)  # or torch.fx would drop calls of it
+
+
 class Tracer(fx.Tracer):
     """Traces a model that no one else uses; its modules are the tracer's while it runs.
 
     Args:
         opaque: classes of modules that are one node, although they are no modules of torch.nn.
+        constants: arguments of forward that are not traced; the network expects them to have this value.
 
     Attributes:
         blamed: after a failed trace: the class of the innermost module that failed and could be one node.
     """
 
-    def __init__(self, opaque: frozenset[type[nn.Module]] = frozenset()) -> None:
+    def __init__(
+        self, opaque: frozenset[type[nn.Module]] = frozenset(), constants: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.opaque = opaque
+        self.constants = constants or {}
         self.blamed: type[nn.Module] | None = None
         # torch.fx counts for all tracers of the process, so that names would depend on what else is traced.
         self._qualname_counter = defaultdict(int)
@@ -171,6 +214,31 @@ class Tracer(fx.Tracer):
         """Decide a branch where all inputs would take the same."""
         known = self.shapes.known(obj.node)
         return super().to_bool(obj) if known is None else bool(known)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Return forward and its arguments: proxies, and what is constant."""
+        forward, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, argument in enumerate(args):
+            name = str(argument.node.target) if isinstance(argument, fx.Proxy) else ""
+            if name in self.constants:
+                args[i] = self.constants[name]
+                self.create_proxy("call_function", expect, (argument, args[i], name), {})
+        return forward, args
+
+    def create_arg(self, a: Any) -> Any:
+        """Return the form in which a graph holds an argument; containers of any class keep it."""
+        plain = type(a) in (tuple, list, dict, slice, range, immutable_list, immutable_dict) or hasattr(a, "_fields")
+        if plain or isinstance(a, (fx.Proxy, fx.Node)) or contents(a) is None:
+            return super().create_arg(a)
+        memo: dict[Any, Any] = {_SLOTS: []}
+        template = copy.deepcopy(a, memo)
+        found: list[tuple[_Slot, fx.Proxy]] = memo[_SLOTS]
+        if not found:
+            return super().create_arg(a)
+        rebuilt = Rebuilt(template, [slot for slot, _ in found])
+        return self.create_node("call_function", rebuilt, tuple(proxy.node for _, proxy in found), {})
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what code gets in place of a value."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from torch.nn import functional as F
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
+from ptq4cuda.containers import contents, tensors_of
 from ptq4cuda.metrics import Noise
 from ptq4cuda.record import record_of
 
@@ -274,3 +279,174 @@ def test_what_is_no_batch_is_refused_with_the_remedy(batches: Any, message: str)
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         quantize(Net(), batches, progress=False)
     assert "put it in a list" not in str(caught.value)
+
+
+# --- constants ------------------------------------------------------------------------------------------------
+
+
+class Flags(Net):
+    """Has arguments on which its code depends."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, mask: Tensor | None = None, twice: bool = False, size: tuple[int, int] = (12, 12)
+    ) -> Tensor:
+        h, w = size
+        x = F.interpolate(x, (h, w))
+        y = super().forward(x)
+        if twice:
+            y = y * 2
+        return y if mask is None else y + mask
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"twice": True}, {"twice": False, "mask": None}, {"mask": torch.ones(10)}, {"size": (9, 10), "twice": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_what_code_depends_on_is_constant(
+    images: Tensor, given: dict[str, Any], execution: str, tmp_path: Path
+) -> None:
+    model = Flags()
+    config = QuantConfig.naive(8, 8, fold_activation_scale=True, execution=execution)
+    network = quantize(model, [{"x": x, **given} for x in images.split(24)], config, progress=False)
+    record = record_of(network)
+    assert (record.walked_by, record.folded > 0) == ("graph", True), record.reason
+    ptq4cuda.save(network, tmp_path / "net.ptq4")
+    loaded = ptq4cuda.load(tmp_path / "net.ptq4", model)
+    assert record_of(loaded).constants == record.constants
+    with torch.no_grad():
+        expected = model(images, **given)
+        for other in (network, loaded, copy.deepcopy(network)):
+            assert sqnr(expected, other(images, **given)) > 30
+            assert torch.equal(other(images, **given), network(images, **given))
+            with pytest.raises(ValueError, match=r"was quantized with twice=(True|False), and is called with"):
+                other(images, **{**given, "twice": not given.get("twice", False)})
+            if given.get("twice"):
+                with pytest.raises(ValueError, match="was quantized with twice=True, and is called with False"):
+                    other(images)
+            if "mask" not in given:
+                with pytest.raises(ValueError, match="was quantized with mask=None, and is called with a Tensor"):
+                    other(images, mask=torch.ones(10), **given)
+
+
+# --- outputs --------------------------------------------------------------------------------------------------
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """As transformers have it: a dict whose items are attributes."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: Tensor
+    size: int
+
+
+@dataclass
+class Derived:
+    logits: Tensor
+    doubled: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.doubled = self.logits * 2
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    rest: Any
+
+
+class Instances:
+    """As detectors return them."""
+
+    def __init__(self, size: tuple[int, int], **fields: Any) -> None:
+        self.size, self.fields = size, fields
+
+    @property
+    def logits(self) -> Tensor:
+        found: Tensor = self.fields["logits"]
+        return found
+
+
+class Slots:
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Items(list[Any]):
+    pass
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "dict": lambda y: {"a": y, "b": [y, None]},
+    "ordered": lambda y: OrderedDict(out=y, aux=y + 1),
+    "default": lambda y: defaultdict(list, {"out": [y]}),
+    "model output": lambda y: ModelOutput(logits=y, hidden=(y, y + 1)),
+    "frozen": lambda y: Frozen(y, 3),
+    "derived": Derived,
+    "named": lambda y: Pair(y, Pair(y * 2, 1)),
+    "instances": lambda y: Instances((3, 4), logits=y, more={"a": y}),
+    "list": lambda y: Items([y, y + 1]),
+    "nested": lambda y: [
+        ModelOutput(a=Frozen(y, 1), b=OrderedDict(c=(Instances((1, 2), logits=y),))),
+        {"x": Pair(y, 0)},
+    ],
+}
+
+
+def shape_of(value: Any) -> Any:
+    """Return the classes of a value and of what it holds, tensors aside."""
+    held = contents(value)
+    return value if isinstance(value, (int, type(None))) else (type(value), [shape_of(v) for v in held or ()])
+
+
+@pytest.mark.parametrize("make", OUTPUTS.values(), ids=OUTPUTS)
+def test_outputs_keep_their_classes(
+    images: Tensor, make: Callable[[Tensor], Any], walked_by: str, tmp_path: Path
+) -> None:
+    class Wraps(Net):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            return make(super().forward(x))
+
+    model = Wraps(walked_by == "modules")
+    for execution in EXECUTIONS:
+        config = QuantConfig.naive(8, 8, fold_activation_scale=True, execution=execution)
+        network = quantize(model, [images], config, progress=False)
+        record = record_of(network)
+        assert record.walked_by == walked_by, record.reason
+        ptq4cuda.save(network, tmp_path / "net.ptq4")
+        with torch.no_grad():
+            expected, found = model(images), network(images)
+            loaded = ptq4cuda.load(tmp_path / "net.ptq4", model)(images)
+            assert shape_of(found) == shape_of(expected) == shape_of(loaded)
+            ratio = sqnr(tensors_of(expected), tensors_of(found))
+            assert sqnr(tensors_of(found), tensors_of(loaded)) == math.inf
+            assert sqnr(tensors_of(network(images)), tensors_of(found)) == math.inf
+        assert ratio > 30
+        assert record.sqnr == pytest.approx(ratio, abs=0.2)
+
+
+def test_a_network_with_outputs_of_a_class_can_be_pickled(images: Tensor) -> None:
+    class_of = {"model output": ModelOutput, "frozen": Frozen}
+    for name, kind in class_of.items():
+        model = Returns(name)
+        network = quantize(model, [images], QuantConfig.fast(), progress=False)
+        again = pickle.loads(pickle.dumps(network))
+        assert type(again(images)) is kind
+        assert torch.equal(again(images).logits, network(images).logits)
+
+
+class Returns(Net):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return OUTPUTS[self.name](super().forward(x))
