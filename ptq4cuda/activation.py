@@ -98,7 +98,7 @@ def _fit(profile: TensorProfile, mean_bits: int, rule: ClipRule, config: QuantCo
         spread = statistics.std if config.clipping == "gaussian" else statistics.absdev
         bits = allocate_bits(spread, mean_bits, fewest, most)
     else:
-        bits = torch.empty(0)
+        bits = torch.empty(0, device="cpu")
     if profile.histogram is None:
         low, high = clip_range(statistics, bits, rule, profile.activation)  # type: ignore[arg-type]
         return _Fit(rule, bits, low, high, 0.0)

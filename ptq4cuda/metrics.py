@@ -48,7 +48,7 @@ class Noise:
             samples: of a batch, to tell them apart: those tensors count that have one item for each.
         """
         if samples:
-            self._samples.append(torch.zeros(samples, 2, dtype=torch.float64))
+            self._samples.append(torch.zeros(samples, 2, dtype=torch.float64, device="cpu"))
         self._add(expected, found, samples)
 
     def _add(self, expected: Any, found: Any, samples: int) -> None:
@@ -82,7 +82,7 @@ class Noise:
         return self._quantile(0.0)
 
     def _quantile(self, share: float) -> float | None:
-        signal, noise = torch.cat([torch.zeros(0, 2, dtype=torch.float64), *self._samples]).unbind(1)
+        signal, noise = torch.cat([torch.zeros(0, 2, dtype=torch.float64, device="cpu"), *self._samples]).unbind(1)
         ratios = (signal / noise)[signal > 0]  # inf without noise
         if not len(ratios):
             return None

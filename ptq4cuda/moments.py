@@ -149,7 +149,7 @@ def layer_moments(
         assert a is not None
         return a, b if b is not None else a  # a single sample cannot be halved
     found = list(_samples(module, inputs, targets, min(limit, max(BLOCK, _KEPT // (width + outputs)))))
-    odd = torch.cat([torch.full((u.shape[1],), half == 1) for half, u, _ in found])
+    odd = torch.cat([torch.full((u.shape[1],), half == 1, device=u.device) for half, u, _ in found])
     u, t = (torch.cat([parts[i] for parts in found], 1) for i in (1, 2))  # type: ignore[misc]
     return Samples(u, t, odd.to(u.device))
 
@@ -160,11 +160,11 @@ def _samples(
     """Yield which half they belong to and samples u float32 [G, n, d] and t float32 [G, n, R], `limit` in all."""
     outputs, groups, device = module.weight_shape[0], module.groups, module.weight_scale.device
     positions = sum(t.numel() // outputs for t in targets)
-    picked = torch.arange(positions)
+    picked = torch.arange(positions, device="cpu")
     if positions > limit:  # one of each of equal parts, wherever the chunks are cut
         generator = torch.Generator().manual_seed(0)
-        jitter = torch.rand(limit, dtype=torch.float64, generator=generator)
-        picked = ((torch.arange(limit) + jitter) * (positions / limit)).long()
+        jitter = torch.rand(limit, dtype=torch.float64, generator=generator, device="cpu")
+        picked = ((torch.arange(limit, device="cpu") + jitter) * (positions / limit)).long()
     first = first_sample = 0
     for x, target in zip(inputs, targets, strict=True):
         u = module.quantized_input(x.to(device))
@@ -173,7 +173,7 @@ def _samples(
             u, t = u.unsqueeze(0), t.unsqueeze(0)
         t = t.movedim(1, -1) if isinstance(module, QuantConv2d) else t
         rows = t[..., 0].numel()
-        low, high = torch.searchsorted(picked, torch.tensor([first, first + rows])).tolist()
+        low, high = torch.searchsorted(picked, torch.tensor([first, first + rows], device="cpu")).tolist()
         here = picked[low:high] - first
         # By the sample, so that no image is in both halves.
         odd = (first_sample + here // max(1, rows // len(t))) % 2 == 1

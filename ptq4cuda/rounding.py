@@ -145,7 +145,9 @@ class _Rows:
             step = torch.where(bits == 8, symmetric, (high - low) / (torch.exp2(bits) - 1.0))
             step = step.clamp_min(torch.finfo(torch.float32).tiny)
             for shrink in _SHRINKS:
-                rows = cls(weight, bits, h, step * shrink, _snap(low / step, bits), torch.empty(0), blocks)
+                rows = cls(
+                    weight, bits, h, step * shrink, _snap(low / step, bits), torch.empty(0, device="cpu"), blocks
+                )
                 rows.codes = rows.nearest(weight)
                 error = rows._over_blocks((rows.difference().square() * variances).sum(-1))
                 if best is None:
@@ -180,7 +182,9 @@ class _Rows:
     def repeated(self, factors: tuple[float, ...]) -> _Rows:
         """Return the rows once for each factor on their scale; the offset keeps the lower end of the range."""
         n = len(factors)
-        factor = torch.tensor(factors, device=self.scale.device).repeat_interleave(self.scale.shape[1])
+        factor = torch.tensor(factors, dtype=torch.float32, device=self.scale.device).repeat_interleave(
+            self.scale.shape[1]
+        )
         bits = self.bits.repeat(1, n)
         return _Rows(
             self.weight.repeat(1, n, 1),

@@ -339,7 +339,7 @@ class _GraphWalk:
         streams = signal.streams
         if node not in self.as_codes:
             return Signal(streams)
-        self._clip_outliers(signal, 1, torch.ones(streams[0][0].shape[1]))
+        self._clip_outliers(signal, 1, torch.ones(streams[0][0].shape[1], dtype=torch.float64, device="cpu"))
         statistics = ChannelStatistics.over(lambda: [quantized for _, quantized in streams], 1)
         bits = torch.full_like(statistics.mean, 8, dtype=torch.uint8)
         module.set(QuantParams.from_range(statistics.min, statistics.max, bits).to(self.frontier.device))
@@ -567,7 +567,9 @@ class _ModuleWalk:
             assert isinstance(module, (nn.Conv2d, nn.Linear))
             kind = graph.layer_kind(module)
             assert kind is not None
-            importance = graph.layer_importance(module, torch.ones(len(module.weight), dtype=torch.float64))
+            importance = graph.layer_importance(
+                module, torch.ones(len(module.weight), dtype=torch.float64, device="cpu")
+            )
             signal.clip_outliers(quant_module_for(kind).activation_axis, importance, lambda tensor: tensor)
             if signal.outliers:
                 x, quantized = signal.streams[0]

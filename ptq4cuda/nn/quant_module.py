@@ -107,11 +107,11 @@ class QuantModule(QuantizerState):
             self._set_buffers(
                 weight_packed=torch.zeros(0, dtype=torch.uint8),
                 weight_bits=torch.zeros(out_channels, dtype=torch.uint8),
-                weight_scale=torch.ones(out_channels),
-                weight_offset=torch.zeros(out_channels),
-                bias=torch.zeros(out_channels) if bias else None,
+                weight_scale=torch.ones(out_channels, dtype=torch.float32),
+                weight_offset=torch.zeros(out_channels, dtype=torch.float32),
+                bias=torch.zeros(out_channels, dtype=torch.float32) if bias else None,
                 activation_bits=torch.full((1,), 8, dtype=torch.uint8) if quantized_input else None,
-                activation_scale=torch.ones(1) if quantized_input else None,
+                activation_scale=torch.ones(1, dtype=torch.float32) if quantized_input else None,
                 activation_zero_point=torch.zeros(1, dtype=torch.int32) if quantized_input else None,
             )
         self._locate_rows()
@@ -168,7 +168,7 @@ class QuantModule(QuantizerState):
         if isinstance(weight_bits, int):
             if not 0 <= weight_bits <= 8:
                 raise ValueError(f"bits must be 0 to 8, got {weight_bits}")
-            weight_bits = torch.full((self.weight_shape[0],), weight_bits, dtype=torch.uint8)
+            weight_bits = torch.full_like(self.weight_bits, weight_bits)
         if not isinstance(weight_bits, Tensor):
             raise TypeError(f"weight_bits must be a number or a tensor, got {type(weight_bits).__name__}")
         if weight_bits.shape != self.weight_bits.shape:

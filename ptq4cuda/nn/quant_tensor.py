@@ -65,9 +65,9 @@ class QuantTensor(QuantizerState):
     def __init__(self) -> None:
         super().__init__()
         self.returns_codes = False
-        self.register_buffer("bits", torch.zeros(0, dtype=torch.uint8))
-        self.register_buffer("scale", torch.zeros(0))
-        self.register_buffer("zero_point", torch.zeros(0, dtype=torch.int32))
+        self.register_buffer("bits", torch.zeros(0, dtype=torch.uint8, device="cpu"))
+        self.register_buffer("scale", torch.zeros(0, dtype=torch.float32, device="cpu"))
+        self.register_buffer("zero_point", torch.zeros(0, dtype=torch.int32, device="cpu"))
 
     def set(self, params: QuantParams) -> None:
         """Quantize with these parameters."""

@@ -7,6 +7,7 @@ import math
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ptq4cuda
-from ptq4cuda import QuantConfig, quantize
+from ptq4cuda import QuantConfig, QuantConv2d, QuantLinear, quantize
 from ptq4cuda.containers import contents, tensors_of
 from ptq4cuda.metrics import Noise
 from ptq4cuda.record import record_of
@@ -450,3 +451,71 @@ class Returns(Net):
 
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         return OUTPUTS[self.name](super().forward(x))
+
+
+# --- defaults of the process ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["float64", "bfloat16", "meta"])
+def default(request: pytest.FixtureRequest) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+    """Make another dtype or device the default, as scripts do."""
+
+    @contextmanager
+    def other() -> Iterator[None]:
+        torch.set_default_dtype(torch.float32 if request.param == "meta" else getattr(torch, request.param))
+        try:
+            with torch.device("meta") if request.param == "meta" else nullcontext():
+                yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    yield other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantConfig(),
+        QuantConfig.paper(),
+        QuantConfig.fast(target_sqnr=30.0, clipping="auto"),
+        QuantConfig(activation_granularity="per_tensor", rounding="compensated", clipping="kld"),
+        QuantConfig.fast(clipping="gaussian", execution="simulate"),
+    ],
+    ids=["default", "paper", "raised", "per tensor", "simulated"],
+)
+def test_defaults_of_the_process_change_nothing(
+    images: Tensor,
+    walked_by: str,
+    config: QuantConfig,
+    dtype: torch.dtype,
+    default: Callable[[], AbstractContextManager[object]],
+    tmp_path: Path,
+) -> None:
+    model, x = Net(walked_by == "modules").to(dtype), images[:16].to(dtype)
+    expected = quantize(model, [x[:8], x[8:]], config, progress=False)
+    y = expected(x)
+    with default():
+        network = quantize(model, [x[:8], x[8:]], config, progress=False)
+        ptq4cuda.save(network, tmp_path / "net.ptq4")
+        loaded = ptq4cuda.load(tmp_path / "net.ptq4", model)
+        outputs = [network(x), loaded(x), expected(x)]
+        text = ptq4cuda.report(network)
+    for name, tensor in expected.state_dict().items():
+        found = network.state_dict()[name]
+        assert found.dtype == tensor.dtype, name
+        assert torch.equal(found, tensor), name
+    assert all(found.dtype == y.dtype and torch.equal(found, y) for found in outputs)
+    assert text.split("total")[0] == ptq4cuda.report(expected).split("total")[0]
+
+
+def test_layers_by_hand_under_another_default() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        conv, linear = QuantConv2d(3, 4, 3), QuantLinear(3, 4)
+        layer = QuantConv2d.from_float(nn.Conv2d(3, 4, 3, dtype=torch.float32), weight_bits=4)
+        assert layer(torch.zeros(1, 3, 5, 5, dtype=torch.float32)).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for module in (conv, linear, layer):
+        assert {t.dtype for t in module.buffers() if t.is_floating_point()} == {torch.float32}
