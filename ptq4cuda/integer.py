@@ -135,9 +135,11 @@ class IntegerConv2d(QuantizerState):
         def keep(name: str, tensor: Tensor | None) -> None:  # all of it follows from the layer's own state
             self.register_buffer(name, tensor, persistent=False)
 
+        self.source_channels = channels
         if "source" in packed:
             layout = Nibbles.of(source.bits.expand(channels))
             keep("weight", layout.weight_panels(weight))
+            self.source_channels = layout.bytes
             self.low_bytes, self.span = layout.low_bytes, panels.NIBBLES
         else:
             keep("weight", panels.weight_panels(weight, groups))
@@ -218,6 +220,9 @@ class IntegerConv2d(QuantizerState):
 
         Packed codes are uint8 [N, bytes, H, W], which comes in and goes out.
         """
+        if x.shape[1] != self.source_channels:
+            takes = f"the convolution takes {self.source_channels} channels"
+            raise RuntimeError(f"the input has the shape {list(x.shape)}, and {takes}")
         if (residual is None) != (self.residual_scale is None):
             raise ValueError("a residual comes with its quantizer, and only with it")
         # The operator itself: what ops.conv2d_integer would check again and again has been checked once.

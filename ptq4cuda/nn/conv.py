@@ -134,13 +134,17 @@ class QuantConv2d(QuantModule):
             residual: codes to add, of a lowered network.
             like: where the input is codes and the output values: what has the memory format that these get.
         """
-        if self.engine is None:
-            return self._simulate(input, self._convolve)
-        if input.dim() == 3:
-            y = self.forward(input.unsqueeze(0), like=like)
-            assert isinstance(y, Tensor)
-            return y.squeeze(0)
-        y = self._integer_forward(input, residual)
+        try:
+            if self.engine is None:
+                return self._simulate(input, self._convolve)
+            if input.dim() == 3 and not self.reads_codes:
+                y = self._integer_forward(input.unsqueeze(0), None)
+                assert isinstance(y, Tensor)
+                return y.squeeze(0)
+            y = self._integer_forward(input, residual)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            self._refuse(input)
+            raise
         like = like if self.reads_codes else input
         if like is None:
             return y
@@ -148,6 +152,19 @@ class QuantConv2d(QuantModule):
         if isinstance(y, Tensor):
             return y.contiguous(memory_format=memory_format)
         return y[0].contiguous(memory_format=memory_format), y[1]
+
+    def _misfit(self, x: Tensor) -> str:
+        if x.dim() != 4 and (x.dim() != 3 or self.reads_codes):
+            batch = "" if self.reads_codes else " or [C, H, W]"
+            return f"and the convolution takes [N, C, H, W]{batch}"
+        if x.shape[-3] != self.in_channels and not self.reads_codes:
+            return f"and the convolution takes {self.in_channels} channels"
+        padding = self.padding if isinstance(self.padding, tuple) else (0, 0)
+        kernel = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        sizes = [size + 2 * p for size, p in zip(x.shape[-2:], padding, strict=True)]
+        if self.padding != "same" and any(k > size for k, size in zip(kernel, sizes, strict=True)):
+            return f"padded {sizes[0]} x {sizes[1]}, and the convolution's kernel is {kernel[0]} x {kernel[1]}"
+        return ""
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if memory_format_of(x) == torch.contiguous_format:

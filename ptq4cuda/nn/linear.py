@@ -68,9 +68,17 @@ class QuantLinear(QuantModule):
 
     def forward(self, input: Tensor) -> Outputs:
         """Return the product of the quantized input with the quantized weights."""
-        if self.engine is not None:
-            return self._integer_forward(input, None)
-        return self._simulate(input, F.linear)
+        try:
+            if self.engine is not None:
+                return self._integer_forward(input, None)
+            return self._simulate(input, F.linear)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            self._refuse(input)
+            raise
+
+    def _misfit(self, x: Tensor) -> str:
+        fits = x.dim() > 0 and x.shape[-1] == self.in_features
+        return "" if fits else f"and the layer takes {self.in_features} features along the last dimension"
 
     def extra_repr(self) -> str:
         """Describe size and bits, as `print(module)` shows them."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ptq4cuda import ops
 from ptq4cuda.correction import WEIGHT_CORRECTIONS, WeightCorrection, correct_bias
-from ptq4cuda.nn.quant_tensor import QuantizerState
+from ptq4cuda.nn.quant_tensor import QuantizerState, tensor_of_values
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.rounding import round_to_nearest
 
@@ -239,6 +239,22 @@ class QuantModule(QuantizerState):
     def _packed(self) -> Tensor:
         return ops.pack_codes(self.quantized_weight().codes.flatten(1), self.weight_bits)
 
+    def _refuse(self, x: object) -> None:
+        """Raise, in one sentence, where an input is to blame for what failed.
+
+        Raises:
+            TypeError: it is no tensor of float32, float16 or bfloat16.
+            RuntimeError: it has not the shape that the layer takes, as in torch.nn.
+        """
+        x = tensor_of_values(x, codes=self.reads_codes)
+        misfit = self._misfit(x)
+        if misfit:
+            raise RuntimeError(f"the input has the shape {list(x.shape)}, {misfit}")
+
+    def _misfit(self, x: Tensor) -> str:
+        """Return what is wrong with the shape of an input, or ""."""
+        raise NotImplementedError
+
     def _integer_forward(self, x: Tensor, residual: Tensor | None) -> Outputs:
         """Compute from codes, or from values, which are quantized first."""
         assert self.engine is not None
@@ -335,7 +351,7 @@ class QuantModule(QuantizerState):
             product: of input, weights [O, C / groups, *kernel] and bias.
         """
         if x.dtype not in ops.FLOATING:
-            raise TypeError(f"the input must be float32, float16 or bfloat16, got {x.dtype}")
+            self._refuse(x)
         scale = self.product_scale
         if self.activation_scale is None or scale is None:
             weight = self.dequantized_weight().to(x.dtype)

@@ -14,6 +14,15 @@ from ptq4cuda.quantizer import QuantParams
 _FIELDS = ("bits", "scale", "zero_point")
 
 
+def tensor_of_values(x: object, codes: bool = False) -> Tensor:
+    """Return an input, which may be codes instead; raise TypeError where it is no tensor of values."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"the input must be a tensor, got {type(x).__name__}")
+    if x.dtype not in ops.FLOATING and not codes:
+        raise TypeError(f"the input must be float32, float16 or bfloat16, got {x.dtype}: convert it, as x.float()")
+    return x
+
+
 class QuantizerState(nn.Module):
     """What modules with quantizers do with their buffers: they keep dtypes and load other lengths."""
 
@@ -49,7 +58,7 @@ class QuantizerState(nn.Module):
 
 
 class QuantTensor(QuantizerState):
-    """Quantizes what passes through it, channel by channel along dimension 1.
+    """Quantizes what passes through it, channel by channel of [N, C, H, W] or [C, H, W].
 
     Buffers:
         bits, scale, zero_point: QuantParams. While they are empty, as at first, everything passes as it is.
@@ -77,15 +86,15 @@ class QuantTensor(QuantizerState):
     @property
     def params(self) -> QuantParams:
         """The quantizer."""
-        return QuantParams(self.bits, self.scale, self.zero_point, axis=1)
+        return QuantParams(self.bits, self.scale, self.zero_point, axis=-3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the values of x's codes, or the codes."""
         if not self.scale.numel() or x.dtype == torch.uint8:
             return x
         if self.returns_codes:
-            return ops.quantize(x, self.scale, self.zero_point, self.bits, 1)
-        return ops.fake_quantize(x, self.scale, self.zero_point, self.bits, 1)
+            return ops.quantize(x, self.scale, self.zero_point, self.bits, -3)
+        return ops.fake_quantize(x, self.scale, self.zero_point, self.bits, -3)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
@@ -115,4 +124,21 @@ class Quantize(QuantizerState):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return uint8 codes."""
-        return ops.quantize(x, self.scale, self.zero_point, self.bits, self.axis)
+        try:
+            if self.axis == -3 and x.dim() != 4:
+                raise ValueError("no batch")
+            return ops.quantize(x, self.scale, self.zero_point, self.bits, self.axis)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            self._refuse(x)
+            raise
+
+    def _refuse(self, x: object) -> None:
+        """Raise, in one sentence, where an input is to blame for what failed."""
+        x = tensor_of_values(x)
+        found = f"the input has the shape {list(x.shape)}"
+        if self.axis == -3 and x.dim() != 4:
+            raise RuntimeError(f"{found}, and the network in integers takes batches [N, C, H, W]")
+        channels = max(getattr(self, name).numel() for name in _FIELDS)
+        if x.dim() < -self.axis or channels not in (1, x.shape[self.axis]):
+            kind = "channels" if self.axis == -3 else "features along the last dimension"
+            raise RuntimeError(f"{found}, and the network takes {channels} {kind}")

@@ -407,7 +407,7 @@ def test_flags_of_forward_take_their_defaults() -> None:
     network, reason = graph.trace(model)
     assert network is not None, reason
     torch.testing.assert_close(network(x4()), model(x4()))
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="quantized with double=False, and is called with True"):
         network(x4(), double=True)  # it was traced without, and must not pass over it
     assert graph.why_different(model, network, (x4(),), {"mask": x4()}) != ""
 
