@@ -7,7 +7,6 @@ x.view(len(x), -1) is no view. The graph must be free of in-place operations.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ptq4cuda.graph.copying import held_modules
+from ptq4cuda.graph.copying import copy_sharing, held_modules
 from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, leave
 from ptq4cuda.graph.readers import is_number, readers
 from ptq4cuda.graph.shapes import Shapes, infer_shapes
@@ -327,7 +326,7 @@ def _separate_calls(network: fx.GraphModule, taken: set[str]) -> None:
             name = str(node.target)
             module = network.get_submodule(name)
             if name in called and layer_kind(module) is not None:
-                _call(node, name, copy.deepcopy(module), network, taken)
+                _call(node, name, copy_sharing(module), network, taken)
             called.add(name)
 
 

@@ -43,6 +43,42 @@ def held_modules(value: Any) -> set[nn.Module]:
     return found
 
 
+def copy_sharing(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy like copy.deepcopy, and share what cannot be copied, as locks and open files.
+
+    Args:
+        network: what to copy.
+        memo: of copy.deepcopy; it is filled.
+
+    Raises:
+        ValueError: a module itself refuses.
+    """
+    memo = {} if memo is None else memo
+    given = dict(memo)
+    while True:
+        try:
+            copied: nn.Module = copy.deepcopy(network, memo)
+        except Exception as error:
+            refused = _refused(error)
+            if refused is None or isinstance(refused, nn.Module) or id(refused) in given:
+                raise ValueError(f"the model cannot be copied ({type(error).__name__}: {error})") from error
+            given[id(refused)] = refused.detach().clone() if isinstance(refused, Tensor) else refused
+            memo.clear()
+            memo.update(given)
+        else:
+            return copied
+
+
+def _refused(error: BaseException) -> Any:
+    """Return the object at which copy.deepcopy failed: what the innermost of its calls was to copy."""
+    found, traceback = None, error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is copy.deepcopy.__code__:
+            found = traceback.tb_frame.f_locals["x"]
+        traceback = traceback.tb_next
+    return found
+
+
 def copy_model(model: nn.Module) -> nn.Module:
     """Copy a model like copy.deepcopy, and let its hooks and the methods that were replaced work on the copy.
 
@@ -57,7 +93,7 @@ def copy_model(model: nn.Module) -> nn.Module:
         held = (t for t in tree_leaves(vars(module)) if isinstance(t, Tensor))
         memo.update({id(t): t.detach().clone() for t in held if not t.is_leaf})
         memo.update({id(hooks): OrderedDict() for name in _CALLED if (hooks := getattr(module, name))})
-    copied: nn.Module = copy.deepcopy(model, memo)
+    copied = copy_sharing(model, memo)
     for module in modules:
         own = vars(memo[id(module)])
         for name in _CALLED:  # also of GraphModules, whose deepcopy leaves hooks out

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import sys
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -519,3 +521,42 @@ def test_layers_by_hand_under_another_default() -> None:
         torch.set_default_dtype(torch.float32)
     for module in (conv, linear, layer):
         assert {t.dtype for t in module.buffers() if t.is_floating_point()} == {torch.float32}
+
+
+# --- what cannot be copied ------------------------------------------------------------------------------------
+
+
+class Guarded(Net):
+    """Holds what deepcopy refuses, also in containers, and needs it."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__(branches)
+        self.lock, self.log = threading.Lock(), {"where": [sys.stderr, "err"], "count": 0}
+        self.second.lock = self.lock
+        self.seen = iter(range(3))
+        self.stored = [self.second.weight * 2]  # with a history of gradients
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return super().forward(x)
+
+
+def test_what_cannot_be_copied_is_shared(images: Tensor, walked_by: str, tmp_path: Path) -> None:
+    model = Guarded(walked_by == "modules")
+    check(model, [images], lambda m: m(images[:8]), walked_by, tmp_path)
+    network = quantize(model, [images], QuantConfig.fast(), progress=False)
+    assert network.lock is model.lock
+    assert not model.lock.locked()
+    assert network.log["where"][0] is sys.stderr
+    network.log["count"] += 1
+    assert model.log["count"] == 0
+
+
+def test_a_module_that_refuses_to_be_copied_is_named(images: Tensor) -> None:
+    class Refuses(nn.Conv2d):
+        def __deepcopy__(self, memo: object) -> Any:
+            raise RuntimeError("there is one of a kind")
+
+    model = nn.Sequential(Refuses(3, 4, 3)).eval()
+    with pytest.raises(ValueError, match=r"the model cannot be copied \(RuntimeError: there is one of a kind\)"):
+        quantize(model, [images], progress=False)
