@@ -98,42 +98,31 @@ struct ConvOps {
         const char* op = "conv2d_integer";
         ConvProblem problem{};
         ConvShape& shape = problem.shape;
-        shape = conv_shape(op, x, scale, kernel_size, stride, padding, dilation, groups, low_bytes);
-        const Tensor source = channels_last(x);
-
-        const auto [rows, columns] = shape.depthwise()
-                                         ? std::pair(shape.kernel.area(), shape.channels)
-                                         : std::pair(groups * shape.panels_per_group(), shape.panel_words());
-        const bool fits = weight.scalar_type() == ScalarType::Char && weight.dim() == (shape.depthwise() ? 2 : 4) &&
-                          weight.size(0) == rows && weight.size(1) == columns &&
-                          (shape.depthwise() || (weight.size(2) == kPanelOutputs && weight.size(3) == kWordChannels));
-        STD_TORCH_CHECK(fits, op, ": weight must be int8 in panels (", rows, ", ", columns, ", ...), got ",
-                        shape_of(weight));
-        check_same_device(op, "weight", weight, x);
-        const Tensor panels = as_contiguous(weight);
-
+        shape = conv_shape(op, x, scale, bias, kernel_size, stride, padding, dilation, groups, low_bytes);
+        const std::vector<int64_t> weights =
+            shape.depthwise() ? std::vector{shape.kernel.area(), shape.channels}
+                              : std::vector<int64_t>{groups * shape.panels_per_group(), shape.panel_words(),
+                                                     kPanelOutputs, kWordChannels};
+        check_tensor(op, "weight", weight, ScalarType::Char, weights, x);
+        if (zero_sums)
+            check_tensor(op, "zero_sums", *zero_sums, ScalarType::Int, {shape.kernel.area(), shape.out_channels}, x);
+        STD_TORCH_CHECK(span != 0 && -kLimit <= span && span <= kLimit, op, ": span must be 1 to ", kLimit,
+                        " or, of nibbles, negative, got ", span);
+        STD_TORCH_CHECK(std::isfinite(negative_slope), op, ": negative_slope must be finite, got ",
+                        text_of(static_cast<float>(negative_slope)));
+        STD_TORCH_CHECK(!std::isnan(upper), op, ": upper must be a number, got nan");
+        const Tensor source = channels_last(x), panels = as_contiguous(weight);
+        const Tensor factors = as_contiguous(scale), offsets = as_contiguous(bias);
         std::optional<Tensor> zeros;
-        if (zero_sums) {
-            STD_TORCH_CHECK(zero_sums->scalar_type() == ScalarType::Int && zero_sums->dim() == 2 &&
-                                zero_sums->size(0) == shape.kernel.area() && zero_sums->size(1) == shape.out_channels,
-                            op, ": zero_sums must be int32 [", shape.kernel.area(), ", ", shape.out_channels,
-                            "], its shape is ", shape_of(*zero_sums));
-            check_same_device(op, "zero_sums", *zero_sums, x);
-            zeros = as_contiguous(*zero_sums);
-        }
-        const Tensor factors = vector(op, "scale", scale, shape.out_channels, x);
-        const Tensor offsets = vector(op, "bias", bias, shape.out_channels, x);
-        STD_TORCH_CHECK(span != 0, op, ": span is 0");
+        if (zero_sums) zeros = as_contiguous(*zero_sums);
 
-        const std::vector<int64_t> sizes = {shape.batch, shape.out_channels, shape.out.height, shape.out.width};
         std::optional<Tensor> added;
         std::optional<QuantizerArguments> added_quantizer;
         if (residual) {
-            STD_TORCH_CHECK(residual->scalar_type() == ScalarType::Byte && residual->dim() == 4 &&
-                                std::equal(sizes.begin(), sizes.end(), residual->sizes().begin()),
-                            op, ": residual must be uint8 of the output's shape, got ", shape_of(*residual));
-            STD_TORCH_CHECK(residual_scale && residual_zero_point, op, ": residual has no scale or no zero point");
-            check_same_device(op, "residual", *residual, x);
+            check_tensor(op, "residual", *residual, ScalarType::Byte,
+                         {shape.batch, shape.out_channels, shape.out.height, shape.out.width}, x);
+            STD_TORCH_CHECK(residual_scale && residual_zero_point, op,
+                            ": residual needs residual_scale and residual_zero_point");
             added = channels_last(*residual);
             added_quantizer.emplace(op, x, *residual_scale, *residual_zero_point, std::nullopt, shape.out_channels);
             problem.residual = added->const_data_ptr<uint8_t>();
@@ -142,45 +131,46 @@ struct ConvOps {
         const auto quantizer = [&](const char* name, const auto& scales, const auto& zero_points, const auto& bits) {
             std::optional<QuantizerArguments> arguments;
             if (!scales) return arguments;
-            STD_TORCH_CHECK(zero_points && bits, op, ": ", name, "_scale has no ", name, "_zero_point or no ", name,
+            STD_TORCH_CHECK(zero_points && bits, op, ": ", name, "_scale needs ", name, "_zero_point and ", name,
                             "_bits");
             arguments.emplace(op, x, *scales, *zero_points, bits, shape.out_channels);
             return arguments;
         };
+        std::vector<Tensor> tables, outputs;  // tables live as long as the launch
+        const auto packing = [&](const char* name, const std::optional<QuantizerArguments>& codes,
+                                 const std::optional<Tensor>& starts, int64_t bytes) {
+            if (!codes || !starts) return Packing{};
+            const int64_t octets = ceil_div(shape.out_channels, kOctet);
+            check_vector(op, (std::string(name) + "_starts").c_str(), *starts, ScalarType::Int, octets + 1, x);
+            STD_TORCH_CHECK(bytes >= octets * kWordChannels && bytes % kWordChannels == 0 && bytes < kLimit &&
+                                shape.whole_octets(),
+                            op, ": ", shape.out_channels, " outputs in ", groups, " groups are not packed in ", bytes,
+                            " bytes");
+            tables.push_back(as_contiguous(*starts));
+            const Packing packed{tables.back().const_data_ptr<int32_t>(), static_cast<int32_t>(bytes)};
+            STD_TORCH_CHECK(!x.is_cpu() || fits(packed, codes->table(), shape.out_channels), op, ": ", name,
+                            "_starts are not those of ", name, "_bits in ", bytes, " bytes");
+            return packed;
+        };
         const auto out_quantizer = quantizer("out", out_scale, out_zero_point, out_bits);
+        problem.out_packing = packing("out", out_quantizer, out_starts, out_bytes);
         const auto also_quantizer = quantizer("also", also_scale, also_zero_point, also_bits);
+        problem.also_packing = packing("also", also_quantizer, also_starts, also_bytes);
         if (out_quantizer) {
             problem.out_quantizer = out_quantizer->table();
             dtype = ScalarType::Byte;
         } else {
-            STD_TORCH_CHECK(is_floating(dtype), op, ": dtype must be float32, float16 or bfloat16");
+            STD_TORCH_CHECK(is_floating(dtype), op, ": dtype must be float32, float16 or bfloat16, got ",
+                            name_of(dtype));
         }
-
-        std::vector<Tensor> tables, outputs;  // tables live as long as the launch
-        const auto packing = [&](const char* name, const std::optional<Tensor>& starts, int64_t bytes) {
-            if (!starts) return Packing{};
-            const int64_t octets = ceil_div(shape.out_channels, kOctet);
-            STD_TORCH_CHECK(
-                starts->scalar_type() == ScalarType::Int && starts->dim() == 1 && starts->size(0) == octets + 1, op,
-                ": ", name, "_starts must be int32 [", octets + 1, "], its shape is ", shape_of(*starts));
-            check_same_device(op, "starts", *starts, x);
-            STD_TORCH_CHECK(bytes >= octets * kWordChannels && bytes % kWordChannels == 0 &&
-                                bytes == static_cast<int32_t>(bytes) && shape.whole_octets(),
-                            op, ": ", shape.out_channels, " outputs in ", groups, " groups are not packed in ", bytes,
-                            " bytes");
-            tables.push_back(as_contiguous(*starts));
-            return Packing{tables.back().const_data_ptr<int32_t>(), static_cast<int32_t>(bytes)};
-        };
         const auto add_output = [&](ScalarType type, const Packing& packed) {
             const int64_t channels = packed.starts ? packed.bytes : shape.out_channels, width = shape.out.width;
             const std::vector<int64_t> size = {shape.batch, channels, shape.out.height, width};
             const std::vector<int64_t> strides = {shape.out.height * width * channels, 1, width * channels, channels};
             outputs.push_back(empty_strided(size, strides, type, x));
         };
-        if (out_quantizer) problem.out_packing = packing("out", out_starts, out_bytes);
         add_output(dtype, problem.out_packing);
         if (also_quantizer) {
-            problem.also_packing = packing("also", also_starts, also_bytes);
             add_output(ScalarType::Byte, problem.also_packing);
             problem.also = outputs[1].mutable_data_ptr<uint8_t>();
             problem.also_quantizer = also_quantizer->table();
@@ -209,47 +199,80 @@ private:
         return is_channels_last(t) ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
     }
 
-    static Tensor vector(const char* op, const char* name, const Tensor& t, int64_t length, const Tensor& x) {
-        STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == length, op, ": ", name,
-                        " must be float32 [", length, "], its shape is ", shape_of(t));
+    // What is counted in 32 bits stays below: sizes of an image with its padding, of a kernel, of a panel.
+    static constexpr int64_t kLimit = 1 << 30;
+    // The rows of the image, padded, that a row of outputs reads: what the CPU kernel copies, at least.
+    static constexpr int64_t kWindowBytes = int64_t{1} << 31;
+
+    static void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                             const std::vector<int64_t>& sizes, const Tensor& x) {
+        STD_TORCH_CHECK(t.scalar_type() == dtype && list_of(sizes) == shape_of(t), op, ": ", name, " must be ",
+                        name_of(dtype), " ", list_of(sizes), ", got ", described(t));
         check_same_device(op, name, t, x);
-        return as_contiguous(t);
     }
 
     static Extent extent(const char* op, const char* name, const Pair& pair, int64_t least) {
-        STD_TORCH_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least, op, ": ", name,
-                        " must be two numbers from ", least, " on");
+        STD_TORCH_CHECK(
+            pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < kLimit, op, ": ",
+            name, " must be two numbers from ", least, " to ", kLimit - 1, ", got ", list_of(pair));
         return {pair[0], pair[1]};
     }
 
-    static ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& scale, const Pair& kernel_size,
-                                const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups,
-                                int64_t low_bytes) {
-        STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4 && x.size(1) > 0, op,
-                        ": x must be uint8 [N, C, H, W], got ", shape_of(x));
+    // Whether the starts are those of the quantizer's bits: each octet has the bytes that its high nibbles need.
+    static bool fits(const Packing& packed, const QuantizerTable& quantizer, int64_t outputs) {
+        int64_t begin = ceil_div(outputs, kOctet) * kWordChannels;
+        for (int64_t o = 0, high = 0; o < outputs; ++o) {
+            if (o % kOctet == 0 && packed.starts[o / kOctet] != begin) return false;
+            high += quantizer.bits[o * quantizer.bits_stride] > 4;
+            if (o % kOctet < kOctet - 1 && o + 1 < outputs) continue;
+            begin += ceil_div(high, 2);
+            high = 0;
+        }
+        return begin <= packed.bytes && packed.starts[ceil_div(outputs, kOctet)] == packed.bytes;
+    }
+
+    static ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& scale, const Tensor& bias,
+                                const Pair& kernel_size, const Pair& stride, const Pair& padding,
+                                const Pair& dilation, int64_t groups, int64_t low_bytes) {
+        STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4, op,
+                        ": x must be a uint8 tensor [N, C, H, W], got ", described(x));
         ConvShape s;
         s.batch = x.size(0);
-        STD_TORCH_CHECK(
-            low_bytes == 0 || (0 < low_bytes && low_bytes <= x.size(1) && low_bytes % kWordChannels == 0 &&
-                               x.size(1) % kWordChannels == 0 && groups == 1),
-            op, ": ", x.size(1), " bytes a pixel, ", low_bytes, " of them low, in ", groups,
-            " groups, are no packed codes");
-        s.low_bytes = low_bytes;
-        s.channels = low_bytes ? 2 * x.size(1) : x.size(1);
-        s.out_channels = scale.numel();
-        s.groups = groups;
-        STD_TORCH_CHECK(groups > 0 && s.channels % groups == 0 && s.out_channels % groups == 0, op, ": ", s.channels,
-                        " input and ", s.out_channels, " output channels do not make ", groups, " groups");
         s.in = {x.size(2), x.size(3)};
         s.kernel = extent(op, "kernel_size", kernel_size, 1);
         s.stride = extent(op, "stride", stride, 1);
         s.padding = extent(op, "padding", padding, 0);
         s.dilation = extent(op, "dilation", dilation, 1);
-        const Extent room = {s.in.height + 2 * s.padding.height - s.dilation.height * (s.kernel.height - 1) - 1,
-                             s.in.width + 2 * s.padding.width - s.dilation.width * (s.kernel.width - 1) - 1};
-        STD_TORCH_CHECK(room.height >= 0 && room.width >= 0, op, ": the kernel is larger than the padded input ",
-                        shape_of(x));
-        s.out = {room.height / s.stride.height + 1, room.width / s.stride.width + 1};
+        s.out_channels = scale.numel();
+        check_vector(op, "scale", scale, ScalarType::Float, s.out_channels, x);
+        check_vector(op, "bias", bias, ScalarType::Float, s.out_channels, x);
+        STD_TORCH_CHECK(
+            low_bytes == 0 || (0 < low_bytes && low_bytes <= x.size(1) && low_bytes % kWordChannels == 0 &&
+                               x.size(1) % kWordChannels == 0 && groups == 1),
+            op, ": x ", shape_of(x), " with ", low_bytes, " low bytes and ", groups, " groups holds no packed codes");
+        STD_TORCH_CHECK(groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0 && s.out_channels % groups == 0, op,
+                        ": ", x.size(1), " input and ", s.out_channels, " output channels do not make ", groups,
+                        " groups");
+        const auto too_large = [&](bool fits) {
+            STD_TORCH_CHECK(fits, op, ": x ", shape_of(x), " with the padding ", list_of(padding), ", the kernel ",
+                            list_of(kernel_size), " with the dilation ", list_of(dilation), " or ", s.out_channels,
+                            " outputs are too large");
+        };
+        too_large(std::max({x.size(1), s.in.height, s.in.width, s.out_channels}) < kLimit);
+        s.low_bytes = low_bytes;
+        s.channels = low_bytes ? 2 * x.size(1) : x.size(1);
+        s.groups = groups;
+        const Extent padded = {s.in.height + 2 * s.padding.height, s.in.width + 2 * s.padding.width};
+        const Extent reach = {s.dilation.height * (s.kernel.height - 1) + 1,
+                              s.dilation.width * (s.kernel.width - 1) + 1};
+        STD_TORCH_CHECK(padded.height >= reach.height && padded.width >= reach.width, op, ": the kernel ",
+                        list_of(kernel_size), " is larger than the padded input ", shape_of(x));
+        s.out = {(padded.height - reach.height) / s.stride.height + 1,
+                 (padded.width - reach.width) / s.stride.width + 1};
+        too_large(product_below(kLimit, {padded.height, padded.width}) &&
+                  product_below(kWindowBytes, {reach.height, padded.width, s.channels}) &&
+                  product_below(kLimit, {s.kernel.height, s.kernel.width, s.words_per_tap()}) &&
+                  product_below(int64_t{1} << 60, {s.batch, s.out.height, s.out.width, s.out_channels}));
         return s;
     }
 };

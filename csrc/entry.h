@@ -33,35 +33,51 @@ struct QuantizeOps {
 private:
     static Tensor returned(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                            const Tensor& bits, int64_t axis, ScalarType dtype) {
-        check_input(op, x);
-        const Tensor source = dense(x);
-        Tensor y = empty_like(source, dtype);
-        fill(op, source, scale, zero_point, bits, axis, y);
+        const Problem problem(op, x, scale, zero_point, bits, axis);
+        Tensor y = empty_like(problem.source, dtype);
+        problem.fill(y);
         return y;
     }
 
     static void into(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                      const Tensor& bits, int64_t axis, ScalarType dtype, const Tensor& out) {
-        check_input(op, x);
-        const Tensor source = dense(x);
-        check_out(op, out, source, dtype);
-        fill(op, source, scale, zero_point, bits, axis, out);
+        const Problem problem(op, x, scale, zero_point, bits, axis);
+        const auto sizes = problem.source.sizes(), strides = problem.source.strides();
+        check_out(op, out, dtype, {sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, x);
+        check_apart(op, out, "x", x, true);
+        problem.arguments.check_apart_from(op, out);
+        problem.fill(out);
     }
 
-    static void fill(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
-                     const Tensor& bits, int64_t axis, const Tensor& y) {
-        const ChannelLayout layout = channel_layout(x, normalized_axis(op, x, axis));
-        const QuantizerArguments arguments(op, x, scale, zero_point, bits, layout.channels);
-        if (x.numel() == 0) return;
-        dispatch_floating(x.scalar_type(), [&](auto type) {
-            using T = decltype(type);
-            if (y.scalar_type() == ScalarType::Byte) {
-                Backend::template elementwise<Quantize, T, uint8_t>(x, y, layout, arguments.table());
-            } else {
-                Backend::template elementwise<FakeQuantize, T, T>(x, y, layout, arguments.table());
-            }
-        });
+    static Tensor dense_input(const char* op, const Tensor& x) {
+        check_input(op, x);
+        return dense(x);
     }
+
+    // Checked arguments.
+    struct Problem {
+        Tensor source;  // dense
+        ChannelLayout layout;
+        QuantizerArguments arguments;
+
+        Problem(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point, const Tensor& bits,
+                int64_t axis)
+            : source(dense_input(op, x)),
+              layout(channel_layout(source, normalized_axis(op, x, axis))),
+              arguments(op, x, scale, zero_point, bits, layout.channels) {}
+
+        void fill(const Tensor& y) const {
+            if (source.numel() == 0) return;
+            dispatch_floating(source.scalar_type(), [&](auto type) {
+                using T = decltype(type);
+                if (y.scalar_type() == ScalarType::Byte) {
+                    Backend::template elementwise<Quantize, T, uint8_t>(source, y, layout, arguments.table());
+                } else {
+                    Backend::template elementwise<FakeQuantize, T, T>(source, y, layout, arguments.table());
+                }
+            });
+        }
+    };
 };
 
 // quantize_pack and unpack_dequantize. The backend's
@@ -73,59 +89,85 @@ private:
 template <class Backend>
 struct PackOps {
     static Tensor quantize_pack(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis) {
-        Tensor out = empty_packed("quantize_pack", x);
-        fill_packed(x, scale, zero_point, axis, out);
-        return out;
+        const char* op = "quantize_pack";
+        const auto arguments = check_unpacked(op, x, scale, zero_point, axis);
+        const auto sizes = packed_sizes(x);
+        Tensor packed = empty_strided(sizes, contiguous_strides(sizes), ScalarType::Byte, x);
+        fill_packed(x, arguments, axis, packed);
+        return packed;
     }
 
     static void quantize_pack_out(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis,
                                   const Tensor& out) {
-        pack_axis("quantize_pack", x.dim(), axis);
-        check_packed("quantize_pack", out, packed_sizes(x));
-        check_same_device("quantize_pack", "out", out, x);
-        fill_packed(x, scale, zero_point, axis, out);
+        const char* op = "quantize_pack";
+        const auto arguments = check_unpacked(op, x, scale, zero_point, axis);
+        const auto sizes = packed_sizes(x);
+        check_out(op, out, ScalarType::Byte, sizes, contiguous_strides(sizes), x);
+        check_apart(op, out, "x", x);
+        arguments.check_apart_from(op, out);
+        fill_packed(x, arguments, axis, out);
     }
 
     static Tensor unpack_dequantize(const Tensor& packed, const Tensor& scale, const Tensor& zero_point, int64_t axis,
                                     int64_t channels, ScalarType dtype) {
-        Tensor out = empty_unpacked("unpack_dequantize", packed, channels, dtype);
-        fill_unpacked(packed, scale, zero_point, axis, out);
+        const char* op = "unpack_dequantize";
+        check_packed(op, packed);
+        STD_TORCH_CHECK(channels >= 0 && pairs(channels) == packed.size(packed.dim() - 1), op, ": channels is ",
+                        channels, ", which does not fit the packed shape ", shape_of(packed));
+        STD_TORCH_CHECK(is_floating(dtype), op, ": dtype must be float32, float16 or bfloat16, got ", name_of(dtype));
+        const auto arguments = check_packed_quantizer(op, packed, scale, zero_point, channels, axis);
+        Tensor out = empty_unpacked(packed, channels, dtype);
+        fill_unpacked(packed, arguments, axis, out);
         return out;
     }
 
     static void unpack_dequantize_out(const Tensor& packed, const Tensor& scale, const Tensor& zero_point,
                                       int64_t axis, const Tensor& out) {
-        check_same_device("unpack_dequantize", "out", out, packed);
-        fill_unpacked(packed, scale, zero_point, axis, out);
+        const char* op = "unpack_dequantize";
+        check_packed(op, packed);
+        const bool fits = is_floating(out.scalar_type()) && out.dim() == packed.dim() &&
+                          list_of(packed_sizes(out)) == shape_of(packed);
+        STD_TORCH_CHECK(fits && device_of(out) == device_of(packed), op,
+                        ": out must be floating point, with the channels of the packed shape ", shape_of(packed),
+                        " on ", device_of(packed), ", got ", described(out), " on ", device_of(out));
+        STD_TORCH_CHECK(out.numel() == 0 || out.is_contiguous() || is_channels_last(out), op,
+                        ": out must be contiguous or channels_last, its strides are ", list_of(out.strides()));
+        const auto arguments = check_packed_quantizer(op, packed, scale, zero_point, out.size(1), axis);
+        check_apart(op, out, "packed", packed);
+        arguments.check_apart_from(op, out);
+        fill_unpacked(packed, arguments, axis, out);
     }
 
 private:
-    static void fill_packed(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t axis,
-                            const Tensor& out) {
-        const char* op = "quantize_pack";
+    static QuantizerArguments check_unpacked(const char* op, const Tensor& x, const Tensor& scale,
+                                             const Tensor& zero_point, int64_t& axis) {
         check_input(op, x);
+        STD_TORCH_CHECK(x.dim() >= 2, op, ": x must have the shape [N, C, *spatial], got ", shape_of(x));
         axis = pack_axis(op, x.dim(), axis);
-        const QuantizerArguments arguments(op, x, scale, zero_point, std::nullopt, x.size(axis));
+        return {op, x, scale, zero_point, std::nullopt, x.size(axis)};
+    }
+
+    static QuantizerArguments check_packed_quantizer(const char* op, const Tensor& packed, const Tensor& scale,
+                                                     const Tensor& zero_point, int64_t channels, int64_t& axis) {
+        axis = pack_axis(op, packed.dim(), axis);
+        return {op, packed, scale, zero_point, std::nullopt, axis == 0 ? packed.size(0) : channels};
+    }
+
+    static void fill_packed(const Tensor& x, const QuantizerArguments& arguments, int64_t axis,
+                            const Tensor& packed) {
         if (x.numel() == 0) return;
         const Tensor source = x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
         dispatch_floating(x.scalar_type(), [&](auto type) {
-            Backend::template pack<decltype(type)>(source, out, pack_layout(source), arguments.table(), axis);
+            Backend::template pack<decltype(type)>(source, packed, pack_layout(source), arguments.table(), axis);
         });
     }
 
-    static void fill_unpacked(const Tensor& packed, const Tensor& scale, const Tensor& zero_point, int64_t axis,
-                              const Tensor& out) {
-        const char* op = "unpack_dequantize";
-        axis = pack_axis(op, out.dim(), axis);
-        check_input(op, out);
-        const Tensor source = torch::stable::contiguous(packed);
-        check_packed(op, source, packed_sizes(out));
-        STD_TORCH_CHECK(out.is_contiguous() || is_channels_last(out), op,
-                        ": out must be contiguous or channels_last, its shape is ", shape_of(out));
-        const QuantizerArguments arguments(op, packed, scale, zero_point, std::nullopt, out.size(axis));
-        if (out.numel() == 0) return;
-        dispatch_floating(out.scalar_type(), [&](auto type) {
-            Backend::template unpack<decltype(type)>(source, out, pack_layout(out), arguments.table(), axis);
+    static void fill_unpacked(const Tensor& packed, const QuantizerArguments& arguments, int64_t axis,
+                              const Tensor& x) {
+        if (x.numel() == 0) return;
+        const Tensor source = as_contiguous(packed);
+        dispatch_floating(x.scalar_type(), [&](auto type) {
+            Backend::template unpack<decltype(type)>(source, x, pack_layout(x), arguments.table(), axis);
         });
     }
 };
@@ -134,57 +176,64 @@ private:
 // offsets[r]. The backend's
 //     static void pack_rows(const Tensor& codes, const Tensor& packed, const RowTable&)
 //     static void unpack_rows(const Tensor& packed, const Tensor& codes, const RowTable&)
-// must not leave the packed buffer, whatever the values of bits and offsets; pack_rows zeroes it first.
+// must not leave the packed buffer, whatever the values of bits and offsets on a device; pack_rows zeroes it first.
+// Neither is called where there are no codes.
 template <class Backend>
 struct RowOps {
     static Tensor pack_codes(const Tensor& codes, const Tensor& bits, const Tensor& offsets, int64_t packed_bytes) {
-        STD_TORCH_CHECK(packed_bytes >= 0, "pack_codes: packed_bytes is ", packed_bytes);
+        const char* op = "pack_codes";
+        const RowArguments arguments = check_codes(op, codes, bits, offsets);
+        STD_TORCH_CHECK(packed_bytes >= 0, op, ": packed_bytes must not be negative, got ", packed_bytes);
+        const RowTable table = arguments.table(op, codes.size(1), packed_bytes, true);
         Tensor packed = empty_vector(packed_bytes, ScalarType::Byte, codes);
-        fill_packed(codes, bits, offsets, packed);
+        if (packed_bytes > 0) Backend::pack_rows(as_contiguous(codes), packed, table);
         return packed;
     }
 
     static void pack_codes_out(const Tensor& codes, const Tensor& bits, const Tensor& offsets, const Tensor& out) {
         const char* op = "pack_codes";
-        STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.dim() == 1 && out.is_contiguous(), op,
-                        ": out must be contiguous uint8 [bytes], got ", shape_of(out));
-        check_same_device(op, "out", out, codes);
-        fill_packed(codes, bits, offsets, out);
+        const RowArguments arguments = check_codes(op, codes, bits, offsets);
+        check_out(op, out, ScalarType::Byte, {out.numel()}, {1}, codes);
+        const RowTable table = arguments.table(op, codes.size(1), out.numel(), true);
+        check_apart(op, out, "codes", codes);
+        arguments.check_apart_from(op, out);
+        if (out.numel() > 0) Backend::pack_rows(as_contiguous(codes), out, table);
     }
 
     static Tensor unpack_codes(const Tensor& packed, const Tensor& bits, const Tensor& offsets, int64_t length) {
-        STD_TORCH_CHECK(length >= 0, "unpack_codes: length is ", length);
-        const std::vector<int64_t> sizes = {bits.numel(), length};
+        const char* op = "unpack_codes";
+        const RowArguments arguments = check_bytes(op, packed, bits, offsets);
+        STD_TORCH_CHECK(length >= 0, op, ": length must not be negative, got ", length);
+        const RowTable table = arguments.table(op, length, packed.size(0), false);
+        const std::vector<int64_t> sizes = {bits.size(0), length};
         Tensor codes = empty_strided(sizes, contiguous_strides(sizes), ScalarType::Byte, packed);
-        fill_codes(packed, bits, offsets, codes);
+        if (codes.numel() > 0) Backend::unpack_rows(as_contiguous(packed), codes, table);
         return codes;
     }
 
     static void unpack_codes_out(const Tensor& packed, const Tensor& bits, const Tensor& offsets, const Tensor& out) {
         const char* op = "unpack_codes";
-        STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.dim() == 2 && out.is_contiguous() &&
-                            out.size(0) == bits.numel(),
-                        op, ": out must be contiguous uint8 [", bits.numel(), ", length], got ", shape_of(out));
-        check_same_device(op, "out", out, packed);
-        fill_codes(packed, bits, offsets, out);
+        const RowArguments arguments = check_bytes(op, packed, bits, offsets);
+        const int64_t length = out.dim() == 2 ? out.size(1) : 0;
+        const std::vector<int64_t> sizes = {bits.size(0), length};
+        check_out(op, out, ScalarType::Byte, sizes, contiguous_strides(sizes), packed);
+        const RowTable table = arguments.table(op, length, packed.size(0), false);
+        check_apart(op, out, "packed", packed);
+        arguments.check_apart_from(op, out);
+        if (out.numel() > 0) Backend::unpack_rows(as_contiguous(packed), out, table);
     }
 
 private:
-    static void fill_packed(const Tensor& codes, const Tensor& bits, const Tensor& offsets, const Tensor& packed) {
-        const char* op = "pack_codes";
+    static RowArguments check_codes(const char* op, const Tensor& codes, const Tensor& bits, const Tensor& offsets) {
         STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2, op,
-                        ": codes must be uint8 [rows, length], got ", shape_of(codes));
-        const RowArguments arguments(op, codes, bits, offsets, codes.size(0));
-        Backend::pack_rows(torch::stable::contiguous(codes), packed, arguments.table(codes.size(1), packed.size(0)));
+                        ": codes must be a uint8 tensor [rows, length], got ", described(codes));
+        return {op, codes, bits, offsets, codes.size(0)};
     }
 
-    static void fill_codes(const Tensor& packed, const Tensor& bits, const Tensor& offsets, const Tensor& codes) {
-        const char* op = "unpack_codes";
+    static RowArguments check_bytes(const char* op, const Tensor& packed, const Tensor& bits, const Tensor& offsets) {
         STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1, op,
-                        ": packed must be uint8 [bytes], got ", shape_of(packed));
-        const RowArguments arguments(op, packed, bits, offsets, bits.numel());
-        Backend::unpack_rows(torch::stable::contiguous(packed), codes,
-                             arguments.table(codes.size(1), packed.size(0)));
+                        ": packed must be a uint8 tensor [bytes], got ", described(packed));
+        return {op, packed, bits, offsets, bits.numel()};
     }
 };
 
@@ -201,11 +250,8 @@ struct StatisticsOps {
         const ChannelLayout layout = channel_layout(source, normalized_axis(op, x, axis));
         std::optional<Tensor> about;
         if (centre) {
-            STD_TORCH_CHECK(centre->scalar_type() == ScalarType::Double && centre->dim() == 1 &&
-                                centre->size(0) == layout.channels,
-                            op, ": centre must be float64 [", layout.channels, "], its shape is ", shape_of(*centre));
-            check_same_device(op, "centre", *centre, x);
-            about = torch::stable::contiguous(*centre);
+            check_vector(op, "centre", *centre, ScalarType::Double, layout.channels, x);
+            about = as_contiguous(*centre);
         }
         const std::vector<int64_t> sizes = {layout.channels, kStatistics};
         Tensor out = empty_strided(sizes, contiguous_strides(sizes), ScalarType::Double, x);
@@ -227,9 +273,10 @@ struct HistogramOps {
                                     int64_t axis) {
         const char* op = "channel_histogram";
         check_input(op, x);
+        axis = normalized_axis(op, x, axis);
         STD_TORCH_CHECK(1 <= bins && bins <= kMaximumBins, op, ": bins must be 1 to ", kMaximumBins, ", got ", bins);
         const Tensor source = dense(x);
-        const ChannelLayout layout = channel_layout(source, normalized_axis(op, x, axis));
+        const ChannelLayout layout = channel_layout(source, axis);
         const BinArguments arguments(op, x, low, high, layout.channels);
         const std::vector<int64_t> sizes = {layout.channels, bins};
         Tensor out = empty_strided(sizes, contiguous_strides(sizes), ScalarType::Long, x);

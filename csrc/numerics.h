@@ -30,8 +30,10 @@ struct Quantizer {
     float qmax;        // 2^bits - 1, bits in 0..8
 };
 
+// (More than 8 bits, which a table on a device may hold, are 8.)
 PTQ_INLINE Quantizer make_quantizer(float scale, int32_t zero_point, uint8_t bits) {
-    return {1.0f / scale, scale, static_cast<float>(zero_point), static_cast<float>((1 << bits) - 1)};
+    const int levels = 1 << (bits < 8 ? bits : 8);
+    return {1.0f / scale, scale, static_cast<float>(zero_point), static_cast<float>(levels - 1)};
 }
 
 // Clamp to [0, qmax]. NaN compares false twice and passes through.
@@ -85,10 +87,12 @@ struct Dequantize {
 };
 
 // What follows the integer sum of a convolution, each step rounded: scale, bias, then min(x if x > 0 else slope * x,
-// upper), which is every piecewise linear activation. A sum beyond 2^24 is rounded to the nearest float.
+// upper), which is every piecewise linear activation. A slope of 0 gives +0, as a ReLU does, also of NaN. A sum
+// beyond 2^24 is rounded to the nearest float.
 PTQ_INLINE float scaled_sum(int32_t sum, float scale, float bias) { return static_cast<float>(sum) * scale + bias; }
 PTQ_INLINE float activated(float x, float negative_slope, float upper) {
-    x = x > 0.0f ? x : negative_slope * x;
+    const float low = negative_slope == 0.0f ? 0.0f : negative_slope * x;
+    x = x > 0.0f ? x : low;
     return upper < x ? upper : x;
 }
 

@@ -1,6 +1,7 @@
 // What the entry points and the kernels of all backends share: argument checks, the view of a tensor as
-// [outer, channels, inner], tables of parameters, allocation. ptq4cuda/ops checks arguments first and raises
-// ValueError or TypeError; the checks here keep a direct torch.ops call from touching memory it does not own.
+// [outer, channels, inner], tables of parameters, allocation. The checks say, sentence by sentence, what
+// ptq4cuda/ops/checks.py says for the reference and the fake kernels. Values of parameters are looked at where they
+// lie on the CPU.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,6 +10,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cfloat>
+#include <cstdio>
+#include <initializer_list>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -23,14 +28,61 @@ using torch::stable::Tensor;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline std::string shape_of(const Tensor& t) {
+// --- what an error says
+// -----------------------------------------------------------------------------------------
+
+inline std::string list_of(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
     std::string s = "[";
-    for (int64_t d = 0; d < t.dim(); ++d) s += (d ? ", " : "") + std::to_string(t.size(d));
+    for (size_t i = 0; i < numbers.size(); ++i) s += (i ? ", " : "") + std::to_string(numbers[i]);
     return s + "]";
 }
+inline std::string shape_of(const Tensor& t) { return list_of(t.sizes()); }
+
+inline std::string name_of(ScalarType t) {
+    switch (t) {
+        case ScalarType::Byte: return "torch.uint8";
+        case ScalarType::Char: return "torch.int8";
+        case ScalarType::Short: return "torch.int16";
+        case ScalarType::Int: return "torch.int32";
+        case ScalarType::Long: return "torch.int64";
+        case ScalarType::Half: return "torch.float16";
+        case ScalarType::Float: return "torch.float32";
+        case ScalarType::Double: return "torch.float64";
+        case ScalarType::ComplexHalf: return "torch.complex32";
+        case ScalarType::ComplexFloat: return "torch.complex64";
+        case ScalarType::ComplexDouble: return "torch.complex128";
+        default: break;
+    }
+    std::string name = torch::headeronly::toString(t);
+    for (char& c : name) c = static_cast<char>(std::tolower(c));
+    return "torch." + name;
+}
+inline std::string described(const Tensor& t) { return name_of(t.scalar_type()) + " " + shape_of(t); }
+
+inline std::string device_of(const Tensor& t) {
+    return t.is_cpu() ? "cpu" : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+
+inline std::string text_of(float value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", value);
+    return value == value ? text : "nan";
+}
+
+// --- tensors in memory
+// ------------------------------------------------------------------------------------------
 
 inline bool is_floating(ScalarType t) {
     return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+
+// Whether a product of sizes, none of which is negative, is less than a limit.
+inline bool product_below(int64_t limit, std::initializer_list<int64_t> sizes) {
+    int64_t product = 1;
+    if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return limit > 0;
+    for (int64_t size : sizes)
+        if (__builtin_mul_overflow(product, size, &product) || product >= limit) return false;
+    return true;
 }
 
 // Dimensions from outermost to innermost in memory.
@@ -44,6 +96,7 @@ inline std::vector<int64_t> memory_order(const Tensor& t) {
 // True if the elements fill one block of memory, in whatever order of dimensions.
 inline bool is_dense(const Tensor& t) {
     if (t.is_contiguous()) return true;
+    if (t.numel() == 0) return false;
     int64_t expected = 1;
     const auto order = memory_order(t);
     for (auto d = order.rbegin(); d != order.rend(); ++d) {
@@ -83,7 +136,8 @@ inline Tensor empty_vector(int64_t length, ScalarType dtype, const Tensor& like)
 
 inline int64_t normalized_axis(const char* op, const Tensor& x, int64_t axis) {
     const int64_t dims = std::max<int64_t>(x.dim(), 1);
-    STD_TORCH_CHECK(-dims <= axis && axis < dims, op, ": axis ", axis, " is out of range for shape ", shape_of(x));
+    STD_TORCH_CHECK(-dims <= axis && axis < dims, op, ": axis ", axis, " is out of range for x of shape ",
+                    shape_of(x));
     return axis < 0 ? axis + dims : axis;
 }
 
@@ -102,6 +156,7 @@ inline ChannelLayout channel_layout(const Tensor& t, int64_t axis) {
     ChannelLayout layout;
     bool before = true;
     if (t.dim() == 0) return layout;
+    if (t.numel() == 0) return {0, t.size(axis), 1};
     for (int64_t d : memory_order(t)) {
         if (d == axis) {
             layout.channels = t.size(d);
@@ -113,21 +168,94 @@ inline ChannelLayout channel_layout(const Tensor& t, int64_t axis) {
     return layout;
 }
 
+// --- checks
+// -----------------------------------------------------------------------------------------------------
+
 inline void check_input(const char* op, const Tensor& x) {
-    STD_TORCH_CHECK(is_floating(x.scalar_type()), op, ": x must be float32, float16 or bfloat16");
+    STD_TORCH_CHECK(is_floating(x.scalar_type()), op, ": x must be a float32, float16 or bfloat16 tensor, got ",
+                    described(x));
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
     STD_TORCH_CHECK(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), op, ": ", name,
-                    " is on another device than the input");
+                    " is on ", device_of(t), ", the tensor it belongs to on ", device_of(x));
 }
 
-inline void check_parameter(const char* op, const char* name, const Tensor& p, ScalarType dtype, int64_t channels,
-                            const Tensor& x) {
-    STD_TORCH_CHECK(p.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
-    STD_TORCH_CHECK(p.dim() == 1 && (p.size(0) == channels || p.size(0) == 1), op, ": ", name, " has shape ",
-                    shape_of(p), ", expected [", channels, "] or [1]");
+inline void check_dtype(const char* op, const char* name, const Tensor& p, ScalarType dtype) {
+    STD_TORCH_CHECK(p.scalar_type() == dtype, op, ": ", name, " must be ", name_of(dtype), ", got ",
+                    name_of(p.scalar_type()));
+}
+
+// A vector of this length, or, for parameters of channels, of length 1.
+inline void check_vector(const char* op, const char* name, const Tensor& p, ScalarType dtype, int64_t length,
+                         const Tensor& x, bool or_one = false) {
+    check_dtype(op, name, p, dtype);
+    STD_TORCH_CHECK(p.dim() == 1 && (p.size(0) == length || (or_one && p.size(0) == 1)), op, ": ", name,
+                    " must have the shape [", length, or_one && length != 1 ? "] or [1], got " : "], got ",
+                    shape_of(p));
     check_same_device(op, name, p, x);
+}
+
+// The limits of what the arithmetic of numerics.h holds exactly.
+constexpr int64_t kMaximumZeroPoint = 1 << 22;
+constexpr uint8_t kMaximumBits = 8;
+
+inline void check_scales(const char* op, const float* scale, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+        STD_TORCH_CHECK(FLT_MIN <= scale[i] && scale[i] <= FLT_MAX, op,
+                        ": scale must be positive and finite (at least ", text_of(FLT_MIN), "), scale[", i, "] is ",
+                        text_of(scale[i]));
+}
+inline void check_zero_points(const char* op, const int32_t* zero_point, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+        STD_TORCH_CHECK(-kMaximumZeroPoint <= zero_point[i] && zero_point[i] <= kMaximumZeroPoint, op,
+                        ": zero_point must be from ", -kMaximumZeroPoint, " to ", kMaximumZeroPoint, ", got ",
+                        zero_point[i]);
+}
+inline void check_bits(const char* op, const uint8_t* bits, int64_t count) {
+    const int largest = count ? *std::max_element(bits, bits + count) : 0;
+    STD_TORCH_CHECK(largest <= kMaximumBits, op, ": bits must be 0 to 8, got ", largest);
+}
+
+// The bytes from a tensor's first element to behind its last one.
+struct MemoryRange {
+    const char *begin, *end;
+
+    explicit MemoryRange(const Tensor& t) : begin(static_cast<const char*>(t.data_ptr())), end(begin) {
+        if (t.numel() == 0) return;
+        int64_t last = 0;
+        for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+        end += (last + 1) * t.element_size();
+    }
+};
+
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+    bool same = a.dim() == b.dim();
+    for (int64_t d = 0; same && d < a.dim(); ++d)
+        same = a.size(d) == b.size(d) && (a.stride(d) == b.stride(d) || a.size(d) == 1);
+    return same;
+}
+
+// out must not have memory of an input. Where the op can work in place, it may be the input itself.
+inline void check_apart(const char* op, const Tensor& out, const char* name, const Tensor& t, bool in_place = false) {
+    const MemoryRange a(out), b(t);
+    if (a.begin == a.end || b.begin == b.end || a.end <= b.begin || b.end <= a.begin) return;
+    if (in_place && a.begin == b.begin && out.scalar_type() == t.scalar_type() && same_layout(out, t)) return;
+    STD_TORCH_CHECK(false, op, ": out overlaps ", name, " in memory",
+                    in_place ? " without being the same tensor" : "");
+}
+
+// out must be what the op would return.
+inline void check_out(const char* op, const Tensor& out, ScalarType dtype, const std::vector<int64_t>& sizes,
+                      const std::vector<int64_t>& strides, const Tensor& x) {
+    const bool same_shape = std::equal(sizes.begin(), sizes.end(), out.sizes().begin(), out.sizes().end());
+    STD_TORCH_CHECK(out.scalar_type() == dtype && same_shape && device_of(out) == device_of(x), op, ": out must be ",
+                    name_of(dtype), " ", list_of(sizes), " on ", device_of(x), ", got ", described(out), " on ",
+                    device_of(out));
+    bool same = true;
+    for (int64_t d = 0; d < out.dim(); ++d) same &= out.stride(d) == strides[d] || out.size(d) == 1;
+    STD_TORCH_CHECK(same || out.numel() == 0, op, ": out must have the strides ", list_of(strides), ", it has ",
+                    list_of(out.strides()));
 }
 
 // The per-channel parameters of a quantizer as raw pointers. A vector of length 1 serves every channel:
@@ -152,13 +280,22 @@ struct QuantizerArguments {
 
     QuantizerArguments(const char* op, const Tensor& x, const Tensor& scale_, const Tensor& zero_point_,
                        const std::optional<Tensor>& bits_, int64_t channels)
-        : scale(as_contiguous(scale_)), zero_point(as_contiguous(zero_point_)) {
-        check_parameter(op, "scale", scale, ScalarType::Float, channels, x);
-        check_parameter(op, "zero_point", zero_point, ScalarType::Int, channels, x);
-        if (bits_) {
-            check_parameter(op, "bits", *bits_, ScalarType::Byte, channels, x);
-            bits = as_contiguous(*bits_);
-        }
+        : scale(scale_), zero_point(zero_point_), bits(bits_) {
+        check_vector(op, "scale", scale, ScalarType::Float, channels, x, true);
+        check_vector(op, "zero_point", zero_point, ScalarType::Int, channels, x, true);
+        if (bits) check_vector(op, "bits", *bits, ScalarType::Byte, channels, x, true);
+        scale = as_contiguous(scale);
+        zero_point = as_contiguous(zero_point);
+        if (bits) bits = as_contiguous(*bits);
+        if (!x.is_cpu()) return;
+        check_scales(op, scale.const_data_ptr<float>(), scale.size(0));
+        check_zero_points(op, zero_point.const_data_ptr<int32_t>(), zero_point.size(0));
+        if (bits) check_bits(op, bits->const_data_ptr<uint8_t>(), bits->size(0));
+    }
+    void check_apart_from(const char* op, const Tensor& out) const {
+        check_apart(op, out, "scale", scale);
+        check_apart(op, out, "zero_point", zero_point);
+        if (bits) check_apart(op, out, "bits", *bits);
     }
     QuantizerTable table() const {
         return {scale.const_data_ptr<float>(),
@@ -185,36 +322,29 @@ struct BinArguments {
     Tensor low, high;
 
     BinArguments(const char* op, const Tensor& x, const Tensor& low_, const Tensor& high_, int64_t channels)
-        : low(torch::stable::contiguous(low_)), high(torch::stable::contiguous(high_)) {
-        check_parameter(op, "low", low, ScalarType::Float, channels, x);
-        check_parameter(op, "high", high, ScalarType::Float, channels, x);
+        : low(low_), high(high_) {
+        check_vector(op, "low", low, ScalarType::Float, channels, x, true);
+        check_vector(op, "high", high, ScalarType::Float, channels, x, true);
+        low = as_contiguous(low);
+        high = as_contiguous(high);
     }
     BinTable table(int64_t bins) const {
         return {low.const_data_ptr<float>(), high.const_data_ptr<float>(), low.size(0) > 1, high.size(0) > 1, bins};
     }
 };
 
-// An out= argument must have the shape, dtype, device and memory order of what the op would return.
-inline void check_out(const char* op, const Tensor& out, const Tensor& like, ScalarType dtype) {
-    STD_TORCH_CHECK(out.scalar_type() == dtype, op, ": out has the wrong dtype");
-    check_same_device(op, "out", out, like);
-    bool same = out.dim() == like.dim();
-    for (int64_t d = 0; same && d < out.dim(); ++d) {
-        same = out.size(d) == like.size(d) && (out.stride(d) == like.stride(d) || out.size(d) == 1);
-    }
-    STD_TORCH_CHECK(same || (out.numel() == 0 && shape_of(out) == shape_of(like)), op, ": out has shape ",
-                    shape_of(out), " or strides that differ from the input's ", shape_of(like));
-}
-
 // --- packed 4-bit tensors: [N, C, *spatial] <-> uint8 [N, *spatial, ceil(C / 2)]
 // -------------------------------
+
+// Bytes of so many 4-bit codes. (No size of a tensor makes it overflow.)
+inline int64_t pairs(int64_t codes) { return codes / 2 + codes % 2; }
 
 // The shape of an unpacked tensor [N, C, *spatial] as three numbers, and the order that its memory has.
 struct PackLayout {
     int64_t batch, channels, spatial;
     bool channels_last;  // [N, spatial, C] in memory, else [N, C, spatial]
 
-    int64_t packed_channels() const { return (channels + 1) / 2; }
+    int64_t packed_channels() const { return pairs(channels); }
     // Channel layout of the unpacked tensor in memory, for quantizers along dimension `axis` (0 or 1).
     ChannelLayout rows(int64_t axis) const {
         if (axis == 0) return {1, batch, channels * spatial};
@@ -242,7 +372,6 @@ inline PackLayout pack_layout(const Tensor& x) {
 }
 
 inline int64_t pack_axis(const char* op, int64_t dims, int64_t axis) {
-    STD_TORCH_CHECK(dims >= 2, op, ": needs a tensor of shape [N, C, ...], got ", dims, " dimension(s)");
     const int64_t normalized = axis < 0 ? axis + dims : axis;
     STD_TORCH_CHECK(normalized == 0 || normalized == 1, op, ": axis must be 0 or 1, got ", axis);
     return normalized;
@@ -251,7 +380,7 @@ inline int64_t pack_axis(const char* op, int64_t dims, int64_t axis) {
 inline std::vector<int64_t> packed_sizes(const Tensor& x) {
     std::vector<int64_t> sizes = {x.size(0)};
     for (int64_t d = 2; d < x.dim(); ++d) sizes.push_back(x.size(d));
-    sizes.push_back((x.size(1) + 1) / 2);
+    sizes.push_back(pairs(x.size(1)));
     return sizes;
 }
 
@@ -261,24 +390,14 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
     return strides;
 }
 
-inline void check_packed(const char* op, const Tensor& packed, const std::vector<int64_t>& sizes) {
-    bool same = packed.dim() == static_cast<int64_t>(sizes.size()) && packed.is_contiguous();
-    for (size_t d = 0; same && d < sizes.size(); ++d) same = packed.size(d) == sizes[d];
-    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && same, op,
-                    ": the packed tensor must be contiguous uint8 [N, *spatial, ceil(C / 2)], got ",
-                    shape_of(packed));
-}
-
-inline Tensor empty_packed(const char* op, const Tensor& x) {
-    STD_TORCH_CHECK(x.dim() >= 2, op, ": needs a tensor of shape [N, C, ...], got ", shape_of(x));
-    const auto sizes = packed_sizes(x);
-    return empty_strided(sizes, contiguous_strides(sizes), ScalarType::Byte, x);
+// A packed tensor that is read: uint8 [N, *spatial, ceil(C / 2)].
+inline void check_packed(const char* op, const Tensor& packed) {
+    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() >= 2, op,
+                    ": packed must be a uint8 tensor [N, *spatial, ceil(C / 2)], got ", described(packed));
 }
 
 // [N, C, *spatial] with the memory order of the packed tensor: channels innermost.
-inline Tensor empty_unpacked(const char* op, const Tensor& packed, int64_t channels, ScalarType dtype) {
-    STD_TORCH_CHECK(packed.dim() >= 2 && channels >= 0 && (channels + 1) / 2 == packed.size(packed.dim() - 1), op,
-                    ": ", channels, " channels do not fit the packed shape ", shape_of(packed));
+inline Tensor empty_unpacked(const Tensor& packed, int64_t channels, ScalarType dtype) {
     std::vector<int64_t> sizes;
     for (int64_t d = 0; d < packed.dim() - 1; ++d) sizes.push_back(packed.size(d));
     sizes.push_back(channels);
@@ -297,10 +416,11 @@ struct RowTable {
     const int64_t* offsets;
     int64_t rows, length, packed_bytes;
 
+    // The bytes of a row. (No length of a tensor makes it overflow.)
+    PTQ_INLINE int64_t bytes(int64_t r) const { return length / 8 * bits[r] + (length % 8 * bits[r] + 7) / 8; }
     // Whether row r lies inside the packed buffer.
     PTQ_INLINE bool holds(int64_t r) const {
-        const int64_t bytes = (length * bits[r] + 7) / 8;
-        return bits[r] <= 8 && offsets[r] >= 0 && bytes <= packed_bytes && offsets[r] <= packed_bytes - bytes;
+        return bits[r] <= 8 && offsets[r] >= 0 && bytes(r) <= packed_bytes && offsets[r] <= packed_bytes - bytes(r);
     }
 };
 
@@ -309,17 +429,40 @@ struct RowArguments {
     Tensor bits, offsets;
 
     RowArguments(const char* op, const Tensor& x, const Tensor& bits_, const Tensor& offsets_, int64_t rows)
-        : bits(torch::stable::contiguous(bits_)), offsets(torch::stable::contiguous(offsets_)) {
-        STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.dim() == 1 && bits.size(0) == rows, op,
-                        ": bits must be uint8 [", rows, "], its shape is ", shape_of(bits));
-        STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1 && offsets.size(0) == rows,
-                        op, ": offsets must be int64 [", rows, "], its shape is ", shape_of(offsets));
-        check_same_device(op, "bits", bits, x);
-        check_same_device(op, "offsets", offsets, x);
+        : bits(bits_), offsets(offsets_) {
+        check_vector(op, "bits", bits, ScalarType::Byte, rows, x);
+        check_vector(op, "offsets", offsets, ScalarType::Long, rows, x);
+        bits = as_contiguous(bits);
+        offsets = as_contiguous(offsets);
     }
-    RowTable table(int64_t length, int64_t packed_bytes) const {
-        return {bits.const_data_ptr<uint8_t>(), offsets.const_data_ptr<int64_t>(), bits.size(0), length,
-                packed_bytes};
+    // The table, whose values are checked if they can be read: rows must lie inside of the packed buffer, and, to be
+    // written, apart from each other.
+    RowTable table(const char* op, int64_t length, int64_t packed_bytes, bool written) const {
+        const RowTable t = {bits.const_data_ptr<uint8_t>(), offsets.const_data_ptr<int64_t>(), bits.size(0), length,
+                            packed_bytes};
+        if (!bits.is_cpu()) return t;
+        check_bits(op, t.bits, t.rows);
+        for (int64_t r = 0; r < t.rows; ++r)
+            STD_TORCH_CHECK(t.holds(r), op, ": row ", r, " of ", length, " codes of ", static_cast<int>(t.bits[r]),
+                            " bits at byte ", t.offsets[r], " does not fit into ", packed_bytes, " bytes");
+        if (written) check_rows_apart(op, t);
+        return t;
+    }
+    void check_apart_from(const char* op, const Tensor& out) const {
+        check_apart(op, out, "bits", bits);
+        check_apart(op, out, "offsets", offsets);
+    }
+
+private:
+    static void check_rows_apart(const char* op, const RowTable& t) {
+        std::vector<int64_t> order;
+        for (int64_t r = 0; r < t.rows; ++r)
+            if (t.bytes(r) > 0) order.push_back(r);
+        const auto earlier = [&](int64_t a, int64_t b) { return t.offsets[a] < t.offsets[b]; };
+        if (!std::is_sorted(order.begin(), order.end(), earlier)) std::sort(order.begin(), order.end(), earlier);
+        for (size_t i = 1; i < order.size(); ++i)
+            STD_TORCH_CHECK(t.offsets[order[i - 1]] + t.bytes(order[i - 1]) <= t.offsets[order[i]], op,
+                            ": rows overlap at byte ", t.offsets[order[i]]);
     }
 };
 

@@ -36,7 +36,7 @@ class QuantParams:
         fields = {"bits": torch.uint8, "scale": torch.float32, "zero_point": torch.int32}
         channels = max(p.numel() for p in map(self.__getattribute__, fields) if isinstance(p, Tensor))
         for name, dtype in fields.items():
-            ops.check_vector(name, getattr(self, name), dtype, (channels, 1), self.scale)
+            ops.check_vector(name, getattr(self, name), dtype, channels, self.scale, or_one=True)
         ops.check_bits(self.bits)
         ops.check_scale(self.scale)
         ops.check_zero_point(self.zero_point)

@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kUnitBytes = 64 << 10;    // of input
 constexpr int64_t kUnitPixels = 1024;       // at most
 constexpr int64_t kMinimumUnitPixels = 24;  // less does not pay for reading all weights
+constexpr int64_t kBandBytes = 64 << 20;    // of more than one row of outputs, at most
 constexpr int64_t kPanelBytes = 16 << 10;   // of weights that meet a tile before the next tile
 constexpr int64_t kTaskProducts = 1 << 18;  // worth a thread
 constexpr int64_t kTasksPerThread = 4;
@@ -36,7 +37,7 @@ public:
                  !packed_),  // packed codes are nibbles already
           span_(std::abs(problem.span)),
           y_(y),
-          finish_(finisher<T>(problem)) {
+          finish_(finisher_of<T>(problem)) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
@@ -55,9 +56,12 @@ public:
 
     void run() const {
         const Extent out = shape_.out;
-        int64_t pixels = kUnitBytes / (pixel_bytes_ * shape_.stride.area());
+        int64_t pixels = kUnitBytes / pixel_bytes_ / shape_.stride.height / shape_.stride.width;
         pixels = std::clamp(pixels, kMinimumUnitPixels, kUnitPixels);
-        const int64_t bands = ceil_div(out.height, std::clamp<int64_t>(pixels / out.width, 1, out.height));
+        // However far apart rows of outputs are, their band must not outgrow memory.
+        const int64_t most = std::max<int64_t>(kBandBytes / row_bytes_ / shape_.stride.height, 1);
+        const int64_t bands =
+            ceil_div(out.height, std::clamp<int64_t>(std::min(pixels / out.width, most), 1, out.height));
         const int64_t rows = ceil_div(out.height, bands);
         if (!direct_) pixels = rows * out.width;
         const int64_t units = direct_ ? ceil_div(shape_.pixels(), pixels) : shape_.batch * ceil_div(out.height, rows);
@@ -65,12 +69,13 @@ public:
         // Where units are few, their output channels are shared out, too.
         const int64_t wanted = torch::stable::get_num_threads() * kTasksPerThread;
         const int64_t parts = std::clamp<int64_t>(ceil_div(wanted, units), 1, blocks());
-        const int64_t products =
-            ceil_div(pixels * shape_.out_channels, parts) * shape_.kernel.area() * shape_.group_channels();
+        const double products = static_cast<double>(pixels) * static_cast<double>(shape_.out_channels) / parts *
+                                static_cast<double>(shape_.kernel.area() * shape_.group_channels());
         // Threads take the next task when they are done with one: some are late, and processors are shared.
         const int64_t tasks = units * parts;
         std::atomic<int64_t> next = 0;
-        torch::stable::parallel_for(0, tasks, kTaskProducts / products + 1, [&](int64_t, int64_t) {
+        const int64_t grain = static_cast<int64_t>(kTaskProducts / products) + 1;
+        torch::stable::parallel_for(0, tasks, grain, [&](int64_t, int64_t) {
             Unit unit;
             int64_t held = -1;
             for (int64_t task; (task = next++) < tasks;) {

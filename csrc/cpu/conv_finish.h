@@ -123,7 +123,7 @@ private:
 // The same for codes, with fewer steps. Rounding keeps order, as a product with a positive number does: so both ends
 // of the codes, and those of the activation, can be taken as limits before rint, in units of codes, and the
 // conversion to integers rounds. (It rounds half to even, as rint does.) What is left of the activation is a slope
-// other than 0 and 1. Only what NaN becomes is not the same.
+// other than 0 and 1. What NaN becomes is not the same, so they are for problems in which there can be none.
 //
 // A panel's outputs of all pixels at a time, or eight of them, so that their parameters stay in registers.
 struct EightQuantizers {
@@ -236,6 +236,20 @@ PTQ_TARGET_AVX512 void finish_avx512(const int32_t* sums, const Finishing<uint8_
                : finish_panel<kResidual, kSlope, false>(sums, f, i);
 }
 
+// Whether all values are finite, whatever the sums are.
+inline bool stays_finite(const ConvProblem& problem) {
+    const float slope = std::max(1.0f, std::abs(problem.activation.negative_slope));
+    for (int64_t o = 0; o < problem.shape.out_channels; ++o) {
+        float largest = std::abs(problem.scale[o]) * 0x1p31f + std::abs(problem.bias[o]);
+        if (problem.residual) {
+            const Quantizer q = problem.residual_quantizer[o];
+            largest += (255.0f + std::abs(q.zero_point)) * q.scale;
+        }
+        if (!std::isfinite(largest * slope)) return false;
+    }
+    return true;
+}
+
 template <bool kResidual, bool kSlope>
 Finisher<uint8_t> code_finisher() {
     return simd::level() >= simd::Level::avx512 ? finish_avx512<kResidual, kSlope> : finish_avx2<kResidual, kSlope>;
@@ -243,10 +257,11 @@ Finisher<uint8_t> code_finisher() {
 #endif
 
 template <class T, bool kResidual>
-Finisher<T> finisher(const Activation& act) {
+Finisher<T> finisher(const ConvProblem& problem) {
+    const Activation& act = problem.activation;
 #if defined(__x86_64__)
     if constexpr (std::is_same_v<T, uint8_t>)
-        if (simd::level() >= simd::Level::avx2)
+        if (simd::level() >= simd::Level::avx2 && stays_finite(problem))
             return act.negative_slope == 0.0f || act.negative_slope == 1.0f ? code_finisher<kResidual, false>()
                                                                             : code_finisher<kResidual, true>();
 #endif
@@ -258,8 +273,8 @@ Finisher<T> finisher(const Activation& act) {
 }
 
 template <class T>
-Finisher<T> finisher(const ConvProblem& problem) {
-    return problem.residual ? finisher<T, true>(problem.activation) : finisher<T, false>(problem.activation);
+Finisher<T> finisher_of(const ConvProblem& problem) {
+    return problem.residual ? finisher<T, true>(problem) : finisher<T, false>(problem);
 }
 
 }  // namespace ptq4cuda

@@ -1,7 +1,7 @@
 """Every operator once more in plain PyTorch: the specification that the CPU and CUDA kernels are tested against.
 
 It runs on any device and also serves where no kernel is built. Signatures are those of the operators; arguments
-have been checked by ptq4cuda.ops.
+have been checked by ops.checks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq4cuda.ops import nibbles
+from ptq4cuda.ops import checks, nibbles
 from ptq4cuda.ops.panels import weight_of_panels
 
 # Columns of channel_statistics.
@@ -218,6 +218,8 @@ def conv2d_integer(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """Convolve codes with integer weights; values, or the codes of the next layer, channels innermost in memory."""
+    size = checks.output_size(x, kernel_size, stride, padding, dilation)
+    shape = (x.shape[0], scale.numel(), *size)
     inside = torch.ones_like(x[:1, :1], dtype=torch.float64)
     if low_bytes:  # every nibble is a channel
         weight = nibbles.weight_of_panels(weight, scale.numel(), kernel_size, low_bytes)
@@ -225,16 +227,20 @@ def conv2d_integer(
         x[:, 2 * low_bytes :] *= 16
     else:
         weight = weight_of_panels(weight, scale.numel(), kernel_size, x.shape[1] // groups, groups)
-    # float64 adds integers exactly up to 2^53.
-    sums = torch.conv2d(x.double(), weight.movedim(-1, 1).double(), None, stride, padding, dilation, groups)
-    if zero_sums is not None:  # the share of the zero points, of those taps that are inside of the image
-        kernel = zero_sums.t().reshape(-1, 1, *kernel_size).double()
-        sums = sums - torch.conv2d(inside, kernel, None, stride, padding, dilation)
+    if not x.numel() or not scale.numel():  # there is nothing to sum, which torch.conv2d refuses
+        sums = torch.zeros(shape, dtype=torch.float64, device=x.device)
+    else:  # float64 adds integers exactly up to 2^53
+        sums = torch.conv2d(x.double(), weight.movedim(-1, 1).double(), None, stride, padding, dilation, groups)
+        if zero_sums is not None:  # the share of the zero points, of those taps that are inside of the image
+            kernel = zero_sums.t().reshape(-1, 1, *kernel_size).double()
+            sums = sums - torch.conv2d(inside, kernel, None, stride, padding, dilation)
+    sums = sums.to(torch.int64).to(torch.int32)  # those that do not fit wrap around
     y = sums.float() * _along(scale, x, 1) + _along(bias, x, 1)
     if residual is not None:
         assert residual_scale is not None and residual_zero_point is not None
         y = y + (residual.float() - _along(residual_zero_point, x, 1).float()) * _along(residual_scale, x, 1)
-    y = torch.where(y > 0, y, negative_slope * y).clamp_max(upper)
+    low = torch.zeros_like(y) if negative_slope == 0 else negative_slope * y  # zeros of a ReLU are positive
+    y = torch.where(y > 0, y, low).clamp_max(upper)
 
     def codes(
         scale: Tensor, zero_point: Tensor | None, bits: Tensor | None, starts: Tensor | None, size: int

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4cuda.ops import reference
+from ptq4cuda.ops import checks, reference
 
 NAMESPACE = "ptq4cuda"
 
@@ -52,7 +52,7 @@ def define(namespace: str) -> torch.library.Library:
     return library
 
 
-# --- fake kernels: shapes, dtypes and strides without data --------------------------------------------------
+# --- fake kernels: shapes, dtypes and strides without data; arguments have been checked ------------------------
 
 
 def _fake_channel_statistics(x: Tensor, axis: int, centre: Tensor | None = None) -> Tensor:
@@ -65,15 +65,15 @@ def _fake_channel_histogram(x: Tensor, low: Tensor, high: Tensor, bins: int, axi
     return x.new_empty((channels, bins), dtype=torch.int64)
 
 
-def _fake_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, axis: int) -> Tensor:
+def _fake_fake_quantize(x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, axis: int) -> Tensor:
+def _fake_quantize(x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8)
 
 
-def _fake_quantize_pack(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+def _fake_quantize_pack(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((x.shape[0], *x.shape[2:], (x.shape[1] + 1) // 2), dtype=torch.uint8)
 
 
@@ -116,9 +116,7 @@ def _fake_conv2d_integer(
     *arguments: Any,
 ) -> list[Tensor]:
     out_scale, _, _, out_starts, out_bytes, also_scale, _, _, also_starts, also_bytes, dtype = arguments[-11:]
-    size = [
-        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
-    ]
+    size = checks.output_size(x, kernel_size, stride, padding, dilation)
 
     def output(dtype: torch.dtype, starts: Tensor | None, bytes: int) -> Tensor:
         channels = scale.shape[0] if starts is None else bytes
@@ -184,14 +182,27 @@ _FAKES: dict[str, Callable[..., Tensor | list[Tensor]]] = {
 }
 
 
+def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a kernel of Python check its arguments and record no gradient, as the native ones do."""
+
+    @torch.no_grad()
+    def checked(*args: Any, **named: Any) -> Any:
+        check(*args, **named)
+        return kernel(*args, **named)
+
+    return checked
+
+
 def implement(library: torch.library.Library, namespace: str) -> None:
     """Register the fake kernels, the gradient and the reference in a namespace."""
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        check = getattr(checks, name)
+        torch.library.register_fake(f"{namespace}::{name}", _checked(check, fake), lib=library)
+        library.impl(name, _checked(check, getattr(reference, name)), "CompositeExplicitAutograd")
     for name, kernel in _OUT.items():
-        torch.library.register_fake(f"{namespace}::{name}.out", _fake_out, lib=library)
-        library.impl(f"{name}.out", kernel, "CompositeExplicitAutograd")
+        check = getattr(checks, f"{name}_out")
+        torch.library.register_fake(f"{namespace}::{name}.out", _checked(check, _fake_out), lib=library)
+        library.impl(f"{name}.out", _checked(check, kernel), "CompositeExplicitAutograd")
     torch.library.register_autograd(
         f"{namespace}::fake_quantize", _straight_through, setup_context=_save_for_backward, lib=library
     )
