@@ -311,7 +311,7 @@ private:
         } else if (split_) {
             for (int64_t i = 0; i < n; ++i) to[i] = high_nibble(from[i]);
             for (int64_t i = 0; i < n; ++i) to[plane + i] = low_nibble(from[i]);
-        } else {
+        } else if (n > 0) {
             std::memcpy(to, from, n);
         }
     }

@@ -103,7 +103,7 @@ def fake_quantize(
     """Quantize and dequantize: value(code(x)), with x's shape, dtype and strides.
 
     NaN stays NaN, ±Inf saturates. Differentiable in x: the straight-through gradient, 1 where x is not clipped.
-    `out`, if given, has x's shape, dtype and strides and is returned.
+    `out`, if given, has x's shape, dtype and strides and is returned; no gradient is recorded then.
     """
     checks.check_input(x)
     parameters = (*_vectors(x, scale, zero_point), _bits_vector(x, bits))
@@ -111,6 +111,8 @@ def fake_quantize(
         checks.fake_quantize(x, *parameters, axis)
         return _ops.fake_quantize(x, *parameters, axis)  # type: ignore[no-any-return]
     checks.fake_quantize_out(x, *parameters, axis, out=out)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out= records no gradient, which x requires: leave out away, or use torch.no_grad()")
     _ops.fake_quantize.out(x, *parameters, axis, out=out)
     return out
 

@@ -1,4 +1,4 @@
-"""Compiles CUDA sources as host C++ against the execution model in model/.
+"""Compiles CUDA sources as host C++ against the execution model in model/, and the CPU kernels for sanitizers.
 
 Results are kept in a cache folder under the hash of everything that goes into them.
 """
@@ -19,8 +19,11 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model"
 CSRC = HERE.parent.parent / "csrc"
 KERNELS = tuple(sorted((CSRC / "cuda").glob("*.cu")))
+CPU_KERNELS = tuple(sorted((CSRC / "cpu").glob("*.cpp")))
 
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1")
+_UNDEFINED = "undefined,float-cast-overflow"
+SANITIZE_UNDEFINED = (f"-fsanitize={_UNDEFINED}", f"-fno-sanitize-recover={_UNDEFINED}", "-fno-sanitize=vptr")
 _FLAGS = (
     "-std=c++20",
     "-O1",
@@ -45,15 +48,23 @@ def compiler() -> list[str]:
 
 def library(cache: Path, *flags: str) -> Path:
     """Return the kernels of csrc/cuda as a library that registers them in the namespace ptq4cuda_on_cpu."""
+    return _build(cache, "kernels.so", KERNELS, flags, _link())
+
+
+def cpu_library(cache: Path, *flags: str) -> Path:
+    """Return the kernels of csrc/cpu as a library; loaded, they take the place of the installed ones."""
+    return _build(cache, "cpu.so", CPU_KERNELS, (*flags, "-Wno-error"), _link())
+
+
+def _link() -> list[str]:
     paths = cpp_extension.library_paths()
-    link = [
+    return [
         "-shared",
         *(f"-L{path}" for path in paths),
         *(f"-Wl,-rpath,{path}" for path in paths),
         "-ltorch_cpu",
         "-ldl",
     ]
-    return _build(cache, "kernels.so", KERNELS, flags, link)
 
 
 def program(cache: Path, source: Path, *flags: str) -> Path:

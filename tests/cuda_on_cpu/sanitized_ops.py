@@ -1,7 +1,8 @@
-"""Compares the CUDA sources with the reference, for a sanitizer to watch.
+"""Compares native kernels with the reference, for a sanitizer to watch.
 
-Arguments: a library of the execution model (AddressSanitizer, see test_model.py), or "cuda" (compute-sanitizer on a
-GPU, see benchmarks/gpu_check.sh), where fewer shapes and dtypes must do; then operators, if not all of them.
+Arguments: a library of the execution model or of the CPU kernels (built with sanitizers, see test_model.py), or
+"cuda" (compute-sanitizer on a GPU, see benchmarks/gpu_check.sh), where fewer shapes and dtypes must do; then
+operators, if not all of them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
-from ops import oracle
+from ops import oracle, test_any_arguments
 from ops.backends import Backend
 from ptq4cuda.ops import panels, reference, registration, row_offsets
 from ptq4cuda.ops.nibbles import Nibbles
@@ -144,15 +146,40 @@ def wide_convolutions() -> Iterator[tuple[int, int, int, int, int]]:
         yield 16, 24, 1, 1, multiprocessors * pixels // 6
 
 
-def operators(library: str) -> Any:
-    """The operators of a library of the execution model, or those of the GPU for "cuda"."""
+def check_any_arguments(native: Backend) -> int:
+    """Compare 300 calls with the reference: wrong arguments, empty tensors and absurd geometry are among them."""
+    calls = 0
+    specification = Backend("reference", define("ptq4cuda_reference"))
+
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @given(call=test_any_arguments.calls())
+    def run(call: tuple[str, tuple[Any, ...]]) -> None:
+        nonlocal calls
+        test_any_arguments.check(*call, [specification, native])
+        calls += 1
+
+    run()
+    return calls
+
+
+def define(namespace: str) -> str:
+    library = registration.define(namespace)
+    registration.implement(library, namespace)
+    _alive.append(library)
+    return namespace
+
+
+def operators(library: str) -> Backend:
+    """The operators of a library, or those of the GPU for "cuda"."""
     if library == "cuda":
         return Backend("cuda", "ptq4cuda", "cuda")
-    namespace = registration.define("ptq4cuda_on_cpu")
-    registration.implement(namespace, "ptq4cuda_on_cpu")
+    name, namespace = ("cpu", "ptq4cuda") if is_of_cpu(library) else ("cuda_on_cpu", define("ptq4cuda_on_cpu"))
     torch.ops.load_library(library)
-    _alive.append(namespace)
-    return torch.ops.ptq4cuda_on_cpu
+    return Backend(name, namespace)
+
+
+def is_of_cpu(library: str) -> bool:
+    return library.endswith("cpu.so")
 
 
 def main(library: str, *operators_wanted: str) -> None:
@@ -168,12 +195,14 @@ def main(library: str, *operators_wanted: str) -> None:
         assert all(same)
         calls += len(same)
     calls += check_pooling(native, wanted)
-    for device in (None,) if on_gpu else (0, 31):
+    for device in (None,) if on_gpu or is_of_cpu(library) else (0, 31):
         if device is not None:
             ctypes.CDLL(library).cuda_on_cpu_use_device(device)
         convolutions = (*CONVOLUTIONS, *(wide_convolutions() if on_gpu else ()))
         for convolution in convolutions if "conv2d_integer" in wanted else ():
             calls += check_convolution(native, *convolution)
+    if not on_gpu:
+        calls += check_any_arguments(native)
     print(f"{calls} operator calls, all as the reference")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import ptq4cuda
 from cuda_on_cpu import build
 
 PLANTED = build.HERE / "planted.cu"
@@ -149,20 +150,25 @@ def test_the_sanitizer_sees_accesses_out_of_bounds(sanitized: Path, case: str, m
     assert f"{case}_kernel" in found.stderr
 
 
-def test_the_kernels_stay_in_bounds(model_cache: Path) -> None:
-    """Every operator on tensors of odd sizes and addresses, with AddressSanitizer around each allocation."""
-    library = build.library(model_cache, *build.SANITIZE)
-    runtime = subprocess.run(
-        [*build.compiler(), "-print-file-name=libasan.so"], text=True, capture_output=True, check=True
-    ).stdout.strip()
+@pytest.mark.parametrize("kernels", ["cuda sources", "cpu kernels"])
+def test_the_kernels_stay_in_bounds(model_cache: Path, kernels: str) -> None:
+    """Every operator on tensors of odd sizes and addresses, and with any arguments, watched by sanitizers."""
+    if kernels == "cpu kernels":
+        library = build.cpu_library(model_cache, *build.SANITIZE, *build.SANITIZE_UNDEFINED)
+    else:
+        library = build.library(model_cache, *build.SANITIZE)
+    runtimes = [
+        subprocess.run([*build.compiler(), f"-print-file-name={name}"], text=True, capture_output=True, check=True)
+        for name in ("libasan.so", "libubsan.so")
+    ]
     script = build.HERE / "sanitized_ops.py"
     found = subprocess.run(
         [sys.executable, "-P", str(script), str(library)],
         env={
             **os.environ,
-            "LD_PRELOAD": runtime,
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "PYTHONPATH": str(build.HERE.parent),
+            "LD_PRELOAD": " ".join(runtime.stdout.strip() for runtime in runtimes),
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+            "PYTHONPATH": f"{build.HERE.parent}:{Path(ptq4cuda.__file__).parent.parent}",
         },
         text=True,
         capture_output=True,

@@ -61,6 +61,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("scale huge", lambda: ops.fake_quantize(X, 10**400, 0, 4), ValueError, "scale must be positive and finite, got 10000"),
     ("zero point huge", lambda: ops.quantize(X, 1.0, 10**400, 4), ValueError, "zero_point must be from -4194304 to 4194304"),
     ("out kind", lambda: ops.fake_quantize(X, SCALE, ZERO, BITS, out=[1.0]), TypeError, "out must be a tensor, got list"),  # type: ignore[arg-type]
+    ("out gradient", lambda: ops.fake_quantize(torch.nn.Parameter(X), SCALE, ZERO, BITS, out=torch.empty_like(X)), ValueError, "out= records no gradient, which x requires"),
     ("quantize out", lambda: ops.quantize(X, SCALE, ZERO, BITS, out="x"), TypeError, "out must be a tensor, got str"),  # type: ignore[arg-type]
     ("pack out kind", lambda: ops.quantize_pack(X, SCALE, ZERO, out=3), TypeError, "out must be a tensor, got int"),  # type: ignore[arg-type]
     ("unpack out kind", lambda: ops.unpack_dequantize(PACKED, SCALE, ZERO, 5, out=3), TypeError, "out must be a tensor, got int"),  # type: ignore[arg-type]
