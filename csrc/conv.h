@@ -243,6 +243,8 @@ private:
         s.stride = extent(op, "stride", stride, 1);
         s.padding = extent(op, "padding", padding, 0);
         s.dilation = extent(op, "dilation", dilation, 1);
+        if (s.kernel.height == 1) s.dilation.height = 1;
+        if (s.kernel.width == 1) s.dilation.width = 1;
         s.out_channels = scale.numel();
         check_vector(op, "scale", scale, ScalarType::Float, s.out_channels, x);
         check_vector(op, "bias", bias, ScalarType::Float, s.out_channels, x);

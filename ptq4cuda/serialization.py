@@ -175,13 +175,14 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
         fields = json.loads(metadata[_KEY])
         format = fields["format"]
         if type(format) is not int or format < 1:
-            raise ValueError(f"its format is {format!r}")
+            raise ValueError(f"its format is {str(format)[:40]}")
     except (LookupError, RecursionError, TypeError, ValueError) as error:
         raise _damaged(name, error) from error
     if format > FORMAT:
+        by = _one_line(fields.get("version", "of a later version"))
         raise ValueError(
-            f"{name} has format {format}, written by ptq4cuda {fields.get('version', 'of a later version')}; this "
-            f"version reads formats up to {FORMAT}: upgrade ptq4cuda"
+            f"{name} has format {format}, written by ptq4cuda {by}; this version reads formats up to {FORMAT}: "
+            "upgrade ptq4cuda"
         )
     try:
         # Checksums of format 2 do not cover the header, and the first files had none.
@@ -200,8 +201,8 @@ def _damaged(name: str, error: Exception) -> ValueError:
     return ValueError(f"{name} is damaged: {what}")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 def _checksum(header: dict[str, Any] | None, tensors: dict[str, Tensor]) -> str:

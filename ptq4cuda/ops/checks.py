@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -355,7 +356,7 @@ def _check_rows(bits: Tensor, offsets: Tensor, length: int, packed_bytes: int, w
 
 
 def _check_pair(name: str, pair: tuple[int, int], least: int) -> None:
-    if not (isinstance(pair, (tuple, list)) and all(isinstance(n, (int, torch.SymInt)) for n in pair)):
+    if not (isinstance(pair, (tuple, list)) and all(isinstance(n, (Integral, torch.SymInt)) for n in pair)):
         raise TypeError(f"{name} must be two ints, got {pair!r}")
     if len(pair) != 2 or not (least <= min(pair) and max(pair) < _LIMIT):
         raise ValueError(f"{name} must be two numbers from {least} to {_LIMIT - 1}, got {list(pair)}")

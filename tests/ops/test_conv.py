@@ -219,7 +219,8 @@ def finished(case: Case, sums: Any, a: dict[str, Any], residual: Tensor | None) 
         if residual is not None:
             difference = residual.numpy().astype(np.float32) - along(a["residual_zero_point"]).astype(np.float32)
             y = y + difference * along(a["residual_scale"])
-        y = np.minimum(np.where(y > 0, y, y * np.float32(a["negative_slope"])), np.float32(a["upper"]))
+        slope = np.float32(a["negative_slope"])
+        y = np.minimum(np.where(y > 0, y, y * slope if slope else slope), np.float32(a["upper"]))
     assert y.dtype == np.float32
     return torch.from_numpy(y)
 
