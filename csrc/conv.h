@@ -148,7 +148,7 @@ struct ConvOps {
                             " bytes");
             tables.push_back(as_contiguous(*starts));
             const Packing packed{tables.back().const_data_ptr<int32_t>(), static_cast<int32_t>(bytes)};
-            STD_TORCH_CHECK(!x.is_cpu() || fits(packed, codes->table(), shape.out_channels), op, ": ", name,
+            STD_TORCH_CHECK(!is_readable(x) || fits(packed, codes->table(), shape.out_channels), op, ": ", name,
                             "_starts are not those of ", name, "_bits in ", bytes, " bytes");
             return packed;
         };

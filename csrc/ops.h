@@ -196,6 +196,16 @@ inline void check_vector(const char* op, const char* name, const Tensor& p, Scal
     check_same_device(op, name, p, x);
 }
 
+// Whether the values of a tensor can be looked at without waiting. What the execution model of CUDA takes for memory
+// of a device cannot.
+inline bool is_readable(const Tensor& t) {
+#if defined(PTQ4CUDA_ON_CPU)
+    return false;
+#else
+    return t.is_cpu();
+#endif
+}
+
 // The limits of what the arithmetic of numerics.h holds exactly.
 constexpr int64_t kMaximumZeroPoint = 1 << 22;
 constexpr uint8_t kMaximumBits = 8;
@@ -287,7 +297,7 @@ struct QuantizerArguments {
         scale = as_contiguous(scale);
         zero_point = as_contiguous(zero_point);
         if (bits) bits = as_contiguous(*bits);
-        if (!x.is_cpu()) return;
+        if (!is_readable(scale)) return;
         check_scales(op, scale.const_data_ptr<float>(), scale.size(0));
         check_zero_points(op, zero_point.const_data_ptr<int32_t>(), zero_point.size(0));
         if (bits) check_bits(op, bits->const_data_ptr<uint8_t>(), bits->size(0));
@@ -440,7 +450,7 @@ struct RowArguments {
     RowTable table(const char* op, int64_t length, int64_t packed_bytes, bool written) const {
         const RowTable t = {bits.const_data_ptr<uint8_t>(), offsets.const_data_ptr<int64_t>(), bits.size(0), length,
                             packed_bytes};
-        if (!bits.is_cpu()) return t;
+        if (!is_readable(bits)) return t;
         check_bits(op, t.bits, t.rows);
         for (int64_t r = 0; r < t.rows; ++r)
             STD_TORCH_CHECK(t.holds(r), op, ": row ", r, " of ", length, " codes of ", static_cast<int>(t.bits[r]),

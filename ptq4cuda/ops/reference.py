@@ -89,10 +89,16 @@ def unpack_dequantize(
     return out.copy_(values)
 
 
+def _rows(x: Tensor, axis: int) -> Tensor:
+    """Return the values of each channel as a row."""
+    if not x.numel():  # sizes that are not zero may have no product
+        return x.new_empty((x.shape[axis], 0))
+    return x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
+
+
 def channel_statistics(x: Tensor, axis: int, centre: Tensor | None = None) -> Tensor:
     """Return float64 [C, 7]: count, min, max, mean, m2, absdev, positive of each channel."""
-    rows = x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
-    rows = rows.double()
+    rows = _rows(x, axis).double()
     channels, count = rows.shape
     out = rows.new_zeros((channels, len(STATISTICS)))
     if count == 0:
@@ -114,8 +120,7 @@ def channel_statistics(x: Tensor, axis: int, centre: Tensor | None = None) -> Te
 
 def channel_histogram(x: Tensor, low: Tensor, high: Tensor, bins: int, axis: int) -> Tensor:
     """Return how many values of each channel are in each of `bins` bins from low to high, int64 [C, bins]."""
-    rows = x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
-    rows = rows.float()
+    rows = _rows(x, axis).float()
     span = high - low
     factor = torch.full_like(span, bins) / span  # not bins / span, which is rounded twice
     factor = torch.where((span > 0) & factor.isfinite(), factor, 0.0)

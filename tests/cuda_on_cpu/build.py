@@ -53,7 +53,7 @@ def library(cache: Path, *flags: str) -> Path:
 
 def cpu_library(cache: Path, *flags: str) -> Path:
     """Return the kernels of csrc/cpu as a library; loaded, they take the place of the installed ones."""
-    return _build(cache, "cpu.so", CPU_KERNELS, (*flags, "-Wno-error"), _link())
+    return _build(cache, "cpu.so", CPU_KERNELS, (*flags, "-UPTQ4CUDA_ON_CPU", "-Wno-error"), _link())
 
 
 def _link() -> list[str]:

@@ -256,6 +256,10 @@ def outcome(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor
     return [found] if isinstance(found, Tensor) else list(found)
 
 
+# Values that are not read back from a device: kernels go on with them, in bounds.
+OF_VALUES = re.compile(
+    "(scale|zero_point|bits) must be .*(finite|from|0 to 8)|does not fit into|overlap at|are not those of"
+)
 # What torch says itself, before it calls a kernel, of what is no tensor or no dtype.
 OF_TORCH = re.compile("Expected a value of type|supported ScalarType")
 
@@ -265,8 +269,12 @@ def strides(x: Tensor) -> list[int]:
     return [stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1] if x.numel() else []
 
 
-def agree(op: str, found: list[Tensor] | Exception, expected: list[Tensor] | Exception) -> None:
+def agree(
+    op: str, found: list[Tensor] | Exception, expected: list[Tensor] | Exception, of_device: bool = False
+) -> None:
     if isinstance(expected, Exception):
+        if of_device and OF_VALUES.search(str(expected)):
+            return
         assert isinstance(found, Exception), f"{expected!r}, but a result"
         if isinstance(expected, (TypeError, ValueError)):
             assert str(expected) in str(found) or OF_TORCH.search(str(found)), (found, expected)
@@ -285,7 +293,8 @@ def check(op: str, arguments: tuple[Any, ...], implementations: list[Backend]) -
     """Tell whether a call is right; the first implementation is the reference."""
     expected = outcome(getattr(implementations[0], op), arguments)
     for implementation in implementations[1:]:
-        agree(op, outcome(getattr(implementation, op), arguments), expected)
+        found = outcome(getattr(implementation, op), arguments)
+        agree(op, found, expected, implementation.is_cuda_source)
     named = dict(zip(inspect.signature(getattr(checks, op)).parameters, arguments, strict=True))
     if op == "pack_codes":
         del named["offsets"], named["packed_bytes"]

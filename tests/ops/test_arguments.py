@@ -314,7 +314,7 @@ def test_direct_calls_are_checked(
     assert re.search(f"{op}: .*{re.escape(words)}", refusal(getattr(native, op), arguments, named))
 
 
-@pytest.mark.parametrize("which", ["reference", "cpu", "cuda_on_cpu"])
+@pytest.mark.parametrize("which", ["reference", "cpu"])
 @pytest.mark.parametrize(("op", "arguments", "named", "message"), VALUES)
 def test_values_that_can_be_read_are_checked(
     request: pytest.FixtureRequest,

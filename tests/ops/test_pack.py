@@ -195,7 +195,12 @@ def test_no_rows_and_no_bytes(backend: Backend, no_rows: bool) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "offset", "complaint"),
-    [(9, 0, r"bits\[1\] is 9"), (4, 7, "row 1 of 5 codes at byte 7"), (4, -1, "byte -1"), (4, 1 << 62, "row 1")],
+    [
+        (9, 0, r"bits must be 0 to 8, got 9"),
+        (4, 7, "row 1 of 5 codes at byte 7"),
+        (4, -1, "byte -1"),
+        (4, 1 << 62, "row 1"),
+    ],
 )
 def test_a_row_outside_of_the_buffer(backend: Backend, bits: int, offset: int, complaint: str) -> None:
     """The CPU raises. On a device the table cannot be read without waiting: the row has no bytes there."""
