@@ -28,6 +28,18 @@ struct Extent {
     PTQ_INLINE int64_t area() const { return height * width; }
 };
 
+// What is counted in 32 bits stays below: sizes of an image with its padding, of a kernel, of a panel.
+constexpr int64_t kLimit = 1 << 30;
+// The rows of an image, padded, that a row of outputs reads: what a CPU kernel copies, at least.
+constexpr int64_t kWindowBytes = int64_t{1} << 31;
+constexpr int64_t kOutputs = int64_t{1} << 60;  // of a result
+
+inline Extent extent(const char* op, const char* name, const std::vector<int64_t>& pair, int64_t least) {
+    STD_TORCH_CHECK(pair.size() == 2 && least <= std::min(pair[0], pair[1]) && std::max(pair[0], pair[1]) < kLimit,
+                    op, ": ", name, " must be two numbers from ", least, " to ", kLimit - 1, ", got ", list_of(pair));
+    return {pair[0], pair[1]};
+}
+
 struct ConvShape {
     int64_t batch, channels, out_channels, groups;
     int64_t low_bytes;  // of a pixel of packed codes; 0: codes are bytes
@@ -199,23 +211,11 @@ private:
         return is_channels_last(t) ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
     }
 
-    // What is counted in 32 bits stays below: sizes of an image with its padding, of a kernel, of a panel.
-    static constexpr int64_t kLimit = 1 << 30;
-    // The rows of the image, padded, that a row of outputs reads: what the CPU kernel copies, at least.
-    static constexpr int64_t kWindowBytes = int64_t{1} << 31;
-
     static void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType dtype,
                              const std::vector<int64_t>& sizes, const Tensor& x) {
         STD_TORCH_CHECK(t.scalar_type() == dtype && list_of(sizes) == shape_of(t), op, ": ", name, " must be ",
                         name_of(dtype), " ", list_of(sizes), ", got ", described(t));
         check_same_device(op, name, t, x);
-    }
-
-    static Extent extent(const char* op, const char* name, const Pair& pair, int64_t least) {
-        STD_TORCH_CHECK(
-            pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < kLimit, op, ": ",
-            name, " must be two numbers from ", least, " to ", kLimit - 1, ", got ", list_of(pair));
-        return {pair[0], pair[1]};
     }
 
     // Whether the starts are those of the quantizer's bits: each octet has the bytes that its high nibbles need.
@@ -274,7 +274,7 @@ private:
         too_large(product_below(kLimit, {padded.height, padded.width}) &&
                   product_below(kWindowBytes, {reach.height, padded.width, s.channels}) &&
                   product_below(kLimit, {s.kernel.height, s.kernel.width, s.words_per_tap()}) &&
-                  product_below(int64_t{1} << 60, {s.batch, s.out.height, s.out.width, s.out_channels}));
+                  product_below(kOutputs, {s.batch, s.out.height, s.out.width, s.out_channels}));
         return s;
     }
 };

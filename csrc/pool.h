@@ -53,9 +53,7 @@ struct PoolOps {
                                  bool ceil_mode) {
         const char* op = "max_pool_codes";
         STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4, op,
-                        ": x must be uint8 [N, C, H, W], its shape is ", shape_of(x));
-        const Tensor source =
-            is_channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+                        ": x must be a uint8 tensor [N, C, H, W], got ", described(x));
         PoolProblem problem{};
         problem.batch = x.size(0);
         problem.channels = x.size(1);
@@ -64,10 +62,17 @@ struct PoolOps {
         problem.stride = extent(op, "stride", stride, 1);
         problem.padding = extent(op, "padding", padding, 0);
         problem.dilation = extent(op, "dilation", dilation, 1);
+        if (problem.kernel.height == 1) problem.dilation.height = 1;
+        if (problem.kernel.width == 1) problem.dilation.width = 1;
+        const auto too_large = [&](bool fits) {
+            STD_TORCH_CHECK(fits, op, ": x ", shape_of(x), " with the padding ", list_of(padding), " or the window ",
+                            list_of(kernel_size), " with the stride ", list_of(stride), " is too large");
+        };
+        too_large(std::max({problem.channels, problem.in.height, problem.in.width}) < kLimit);
         const auto size = [&](int64_t in, int64_t k, int64_t s, int64_t p, int64_t d) {
-            STD_TORCH_CHECK(in < kLimit, op, ": the image is too large, ", shape_of(x));
             const int64_t room = in + 2 * p - d * (k - 1) - 1;
-            STD_TORCH_CHECK(room >= 0, op, ": the window is larger than the padded input ", shape_of(x));
+            STD_TORCH_CHECK(room >= 0, op, ": the window ", list_of(kernel_size), " is larger than the padded input ",
+                            shape_of(x));
             int64_t out = (room + (ceil_mode ? s - 1 : 0)) / s + 1;
             if (ceil_mode && (out - 1) * s >= in + p) --out;  // a window must begin before the padding on its right
             return out;
@@ -76,6 +81,13 @@ struct PoolOps {
                             problem.dilation.height),
                        size(problem.in.width, problem.kernel.width, problem.stride.width, problem.padding.width,
                             problem.dilation.width)};
+        const Extent padded = {problem.in.height + 2 * problem.padding.height,
+                               problem.in.width + 2 * problem.padding.width};
+        too_large(product_below(kLimit, {padded.height, padded.width}) &&
+                  product_below(kWindowBytes, {2 * padded.width, problem.channels}) &&
+                  product_below(kOutputs, {problem.batch, problem.channels, problem.out.height, problem.out.width}));
+        const Tensor source =
+            is_channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
         const int64_t height = problem.out.height, width = problem.out.width, channels = problem.channels;
         const Tensor y =
             empty_strided({problem.batch, channels, height, width},
@@ -85,16 +97,6 @@ struct PoolOps {
         problem.y = y.mutable_data_ptr<uint8_t>();
         Backend::max_pool(source, problem);
         return y;
-    }
-
-private:
-    static constexpr int64_t kLimit = 1 << 29;  // so that the sums of Taps fit into 32 bits
-
-    static Extent extent(const char* op, const char* name, const Pair& pair, int64_t least) {
-        STD_TORCH_CHECK(
-            pair.size() == 2 && least <= std::min(pair[0], pair[1]) && std::max(pair[0], pair[1]) < kLimit, op, ": ",
-            name, " must be two numbers from ", least, " on");
-        return {pair[0], pair[1]};
     }
 };
 

@@ -61,7 +61,7 @@ struct Row {
 struct Cpu {
     static void max_pool(const Tensor&, const PoolProblem& problem) {
         const int64_t codes = problem.in.width * problem.channels * (problem.kernel.height + problem.kernel.width);
-        torch::stable::parallel_for(0, problem.batch * problem.out.height, kTask / codes + 1,
+        torch::stable::parallel_for(0, problem.batch * problem.out.height, kTask / std::max<int64_t>(codes, 1) + 1,
                                     [&](int64_t row, int64_t end) {
                                         Buffers buffers(problem);
                                         for (; row < end; ++row) simd::run<Row>(&problem, row, &buffers);

@@ -299,23 +299,17 @@ def max_pool_codes(
     Returns:
         uint8 [N, C, H', W'], channels_last.
     """
-    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
-        raise TypeError(f"x must be a uint8 tensor [N, C, H, W], got {_describe(x)}")
-    kernel = _pair("kernel_size", kernel_size, 1)
-    step = kernel if stride is None else _pair("stride", stride, 1)
-    pad, spread = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    if any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in zip(x.shape[2:], kernel, pad, spread, strict=True)):
-        raise ValueError(f"the window {kernel} is larger than the padded input {list(x.shape)}")
-    return _ops.max_pool_codes(x, kernel, step, pad, spread, ceil_mode)  # type: ignore[no-any-return]
+    kernel = _pair(kernel_size)
+    arguments = (kernel, kernel if stride is None else _pair(stride), _pair(padding), _pair(dilation), ceil_mode)
+    checks.max_pool_codes(x, *arguments)
+    return _ops.max_pool_codes(x, *arguments)  # type: ignore[no-any-return]
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     """Return the numbers of rows and columns of a number or of one or two."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    pair = pair * 2 if len(pair) == 1 else pair
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name} must be two numbers from {least} on, got {value}")
-    return pair
+    if isinstance(value, (tuple, list)):
+        return tuple(value) * 2 if len(value) == 1 else tuple(value)
+    return (value, value)  # type: ignore[return-value]  # checked later, like the rest
 
 
 def conv2d_integer(

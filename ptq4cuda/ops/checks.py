@@ -368,6 +368,50 @@ def _check_tensor(name: str, t: Tensor, dtype: torch.dtype, shape: Sequence[int]
     _check_device(name, t, x)
 
 
+def pooled_size(x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> list[int]:
+    """Return rows and columns of what max_pool_codes returns, as torch.nn.MaxPool2d counts them."""
+    sizes = []
+    for n, k, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True):
+        size = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)) // s + 1
+        # A window must begin before the padding on its right.
+        sizes.append(size - 1 if ceil_mode and (size - 1) * s >= n + p else size)
+    return sizes
+
+
+def max_pool_codes(
+    x: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+) -> None:
+    """Check the arguments of the operator."""
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
+        raise TypeError(f"x must be a uint8 tensor [N, C, H, W], got {describe(x)}")
+    _check_pair("kernel_size", kernel_size, 1)
+    _check_pair("stride", stride, 1)
+    _check_pair("padding", padding, 0)
+    _check_pair("dilation", dilation, 1)
+    padded = [x.shape[2 + i] + 2 * padding[i] for i in (0, 1)]
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
+    small = all(_holds(n < _LIMIT) for n in x.shape[1:])
+    if small and not all(_holds(p >= r) for p, r in zip(padded, reach, strict=True)):
+        raise ValueError(f"the window {list(kernel_size)} is larger than the padded input {list(x.shape)}")
+    if not (
+        small
+        and _holds(padded[0] * padded[1] < _LIMIT)
+        and _holds(2 * padded[1] * x.shape[1] < _WINDOW_BYTES)
+        and _holds(
+            _product((*x.shape[:2], *pooled_size(x, kernel_size, stride, padding, dilation, ceil_mode))) < _OUTPUTS
+        )
+    ):
+        raise ValueError(
+            f"x {list(x.shape)} with the padding {list(padding)} or the window {list(kernel_size)} with the stride "
+            f"{list(stride)} is too large"
+        )
+
+
 def output_size(x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
     """Return rows and columns of the output of a convolution."""
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]

@@ -152,23 +152,6 @@ def unpack_codes(packed: Tensor, bits: Tensor, offsets: Tensor, length: int) -> 
     return codes
 
 
-def pooled_size(
-    x: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    ceil_mode: bool,
-) -> tuple[int, int]:
-    """Return the height and width of what max_pool_codes returns, as torch.nn.MaxPool2d counts them."""
-    sizes = []
-    for n, k, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True):
-        size = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)) // s + 1
-        # A window must begin before the padding on its right.
-        sizes.append(size - 1 if ceil_mode and (size - 1) * s >= n + p else size)
-    return sizes[0], sizes[1]
-
-
 def max_pool_codes(
     x: Tensor,
     kernel_size: tuple[int, int],
@@ -178,7 +161,9 @@ def max_pool_codes(
     ceil_mode: bool,
 ) -> Tensor:
     """Take the largest code of each window: rows first, then columns, as maxima of shifted views."""
-    sizes = pooled_size(x, kernel_size, stride, padding, dilation, ceil_mode)
+    sizes = checks.pooled_size(x, kernel_size, stride, padding, dilation, ceil_mode)
+    if not x.numel():
+        return x.new_zeros((x.shape[0], *sizes, x.shape[1])).movedim(-1, 1)
     for dim, size, k, s, p, d in zip((2, 3), sizes, kernel_size, stride, padding, dilation, strict=True):
         last = s * (size - 1) + d * (k - 1) + 1  # places that windows see, the padding included
         around = (p, max(0, last - p - x.shape[dim]))

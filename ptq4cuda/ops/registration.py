@@ -99,7 +99,7 @@ def _fake_max_pool_codes(
     dilation: tuple[int, int],
     ceil_mode: bool,
 ) -> Tensor:
-    size = reference.pooled_size(x, kernel_size, stride, padding, dilation, ceil_mode)
+    size = checks.pooled_size(x, kernel_size, stride, padding, dilation, ceil_mode)
     return x.new_empty((x.shape[0], *size, x.shape[1])).movedim(-1, 1)
 
 

@@ -166,6 +166,12 @@ def pair(draw: Draw, usual: tuple[int, ...]) -> tuple[int, int]:
     return tuple(draw(st.sampled_from(GEOMETRY if chance(draw, 25) else usual)) for _ in range(2))  # type: ignore[return-value]
 
 
+def pooling(draw: Draw) -> tuple[Any, ...]:
+    x = integers(draw, tuple(draw(st.sampled_from((0, 1, 2, 5, 8))) for _ in range(4)), 0, 255, torch.uint8)
+    geometry = (pair(draw, (1, 2, 3)), pair(draw, (1, 2, 3)), pair(draw, (0, 1, 2)), pair(draw, (1, 1, 2)))
+    return x, *geometry, draw(st.booleans())
+
+
 def convolution(draw: Draw) -> tuple[Any, ...]:
     groups = draw(st.sampled_from((1, 1, 1, 2, 3)))
     channels = groups * draw(st.integers(1, 9))
@@ -233,6 +239,7 @@ OPERATORS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     "unpack_dequantize": unpacking,
     "pack_codes": row_packing,
     "unpack_codes": row_unpacking,
+    "max_pool_codes": pooling,
     "conv2d_integer": convolution,
 }
 
