@@ -197,7 +197,7 @@ def test_no_rows_and_no_bytes(backend: Backend, no_rows: bool) -> None:
     ("bits", "offset", "complaint"),
     [
         (9, 0, r"bits must be 0 to 8, got 9"),
-        (4, 7, "row 1 of 5 codes at byte 7"),
+        (4, 7, "row 1 of 5 codes of 4 bits at byte 7"),
         (4, -1, "byte -1"),
         (4, 1 << 62, "row 1"),
     ],

@@ -112,7 +112,7 @@ X = torch.zeros(1, 4, 5, 5, dtype=torch.uint8)
 BAD: list[tuple[Any, dict[str, Any], str]] = [
     (X.float(), {}, "x must be a uint8 tensor"),
     (X[0], {}, "x must be a uint8 tensor"),
-    (X, {"kernel_size": (0, 2)}, "kernel_size must be two numbers from 1 on"),
+    (X, {"kernel_size": (0, 2)}, "kernel_size must be two numbers from 1 to 1073741823, got"),
     (X, {"kernel_size": (2, 2, 2)}, "kernel_size must be two numbers"),
     (X, {"stride": (1, 0)}, "stride must be two numbers from 1 to 1073741823, got"),
     (X, {"padding": (-1, 0)}, "padding must be two numbers from 0 to 1073741823, got"),
