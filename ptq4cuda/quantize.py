@@ -212,6 +212,8 @@ def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.M
             return traced, graph.prepare(traced, config.quantizes, config.fold_activation_scale), ""
         network = graph.own_copy(model)
         check_has_convolution(network, type(model).__name__)
+    else:
+        graph.output_of(model, *inputs[0])  # which the comparison with a graph looks at otherwise
     if any(graph.why_left(module) or graph.hooks_of(module) for module in network.modules()):
         check_copy(model, network, inputs)
     return network, 0, reason

@@ -22,7 +22,7 @@ from ptq4cuda.graph.layers import (
 from ptq4cuda.graph.order import prepare, shortcuts_first
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.graph.residual import operands_as_codes
-from ptq4cuda.graph.trace import own_copy, trace, why_different
+from ptq4cuda.graph.trace import output_of, own_copy, trace, why_different
 from ptq4cuda.graph.wrappers import is_compiled, unwrap
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "module_activation",
     "operands_as_codes",
     "output_importance",
+    "output_of",
     "own_copy",
     "prepare",
     "readers",

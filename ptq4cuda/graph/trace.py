@@ -134,6 +134,33 @@ def _trace_somehow(model: nn.Module, candidates: Sequence[Mapping[str, Any]]) ->
     raise first
 
 
+def output_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a model returns for the first calibration batch.
+
+    Raises:
+        ValueError: it fails; the message says what to do where the batch is to blame.
+    """
+    try:
+        return _run(model, args, kwargs)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"the model fails on the first calibration batch ({_first_sentence(error)})"
+        samples = max((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), key=Tensor.dim)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), samples.dtype)
+        if samples.dtype != dtype:
+            reason += f": its samples are {samples.dtype} and the model is {dtype}, convert them as it was trained on"
+        elif samples.dim() == 3:
+            reason += ": its samples have three dimensions, and a batch of images has four, as torch.stack makes it"
+        raise ValueError(reason) from error
+
+
+def _run(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    own = tree_map_only(Tensor, torch.clone, (args, kwargs))  # a model may write into its input
+    with torch.no_grad():
+        return network(*own[0], **own[1])
+
+
 def why_different(
     model: nn.Module, other: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = _GRAPH
 ) -> str:
@@ -145,21 +172,10 @@ def why_different(
     Raises:
         ValueError: the model itself fails on the example.
     """
-
-    def run(network: nn.Module) -> Any:
-        own = tree_map_only(Tensor, torch.clone, (args, kwargs))  # a model may write into its input
-        with torch.no_grad():
-            return network(*own[0], **own[1])
-
-    try:
-        expected = run(model)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"the model fails on the first calibration batch ({_first_sentence(error)})") from error
+    expected = output_of(model, args, kwargs)
     try:
         with _changes_of_inputs(other) as changes:
-            found = run(other)
+            found = _run(other, args, kwargs)
     except Exception as error:
         if is_out_of_memory(error):
             raise

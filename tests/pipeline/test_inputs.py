@@ -265,7 +265,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "Path": (Path("images"), "got one PosixPath: read its images into tensors first"),
     "paths": ([Path("a.png")], "batch 0 must be a tensor.*got PosixPath: read its images"),
     "dataset": (Samples(), r"got one Samples: its items are single samples; torch\.utils\.data\.DataLoader\(dataset"),
-    "single samples": (single_images(), "the model fails on the first calibration batch .*got 3D input"),
+    "single samples": (single_images(), "the model fails on the first .*got 3D input.*four, as torch.stack makes it"),
+    "uint8": (
+        [torch.zeros(4, 3, 12, 12, dtype=torch.uint8)],
+        r"the model fails .*samples are torch\.uint8 and the model",
+    ),
+    "float64": ([torch.zeros(4, 3, 12, 12).double()], r"samples are torch\.float64 and the model is torch\.float32"),
+    "channels": ([torch.zeros(4, 1, 12, 12)], "the model fails on the first calibration batch .*to have 3 channels"),
     "images of detectors": ([[torch.rand(3, 12, 12)] * 4], "batch 0 is a list of images, as detectors take"),
     "two images": ([[torch.rand(3, 12, 12), torch.rand(3, 9, 9)]], "batch 0 is a list of images"),
     "with targets": ([([torch.rand(3, 12, 12)] * 2, [{}, {}])], "batch 0 is a list of images.*its backbone"),
@@ -279,9 +285,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("batches", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_is_no_batch_is_refused_with_the_remedy(batches: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message) as caught:
-        quantize(Net(), batches, progress=False)
-    assert "put it in a list" not in str(caught.value)
+    several = list(batches) if isinstance(batches, Iterator) else None  # for both walks
+    for branches in (False, True):
+        with pytest.raises((TypeError, ValueError), match=message) as caught:
+            quantize(Net(branches), batches if several is None else iter(several), progress=False)
+        assert "put it in a list" not in str(caught.value)
 
 
 # --- constants ------------------------------------------------------------------------------------------------
