@@ -1,4 +1,4 @@
-// The pybind11 module _C: build facts. Importing it also registers the CPU kernels of the other files.
+// The pybind11 module _C: build facts and plans. Importing it also registers the CPU kernels of the other files.
 // torch 2.10's copy of pybind11 refuses to compile where the stable ABI is targeted; this file includes no other
 // header of torch's that the macro concerns.
 #undef TORCH_TARGET_VERSION
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "conv_plan.h"
 #include "cpu/simd.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -30,5 +31,13 @@ PYBIND11_MODULE(_C, m) {
         info["cuda_architectures"] = PTQ4CUDA_CUDA_ARCHITECTURES;
         info["cuda_missing"] = PTQ4CUDA_CUDA_MISSING;
         return info;
+    });
+    m.def("conv_plan", [](int64_t pixels, int64_t outputs, int64_t groups, int64_t chunks, bool packed, bool vectors,
+                          int64_t multiprocessors) {
+        const ptq4cuda::ConvPlan plan =
+            ptq4cuda::plan_conv({pixels, outputs, groups, chunks}, {packed, vectors}, multiprocessors);
+        const ptq4cuda::ConvTile tile = ptq4cuda::kConvTiles[plan.tile];
+        return py::make_tuple(py::make_tuple(tile.outputs, tile.pixels), plan.splits, plan.blocks, plan.busiest,
+                              plan.cycles);
     });
 }

@@ -124,9 +124,10 @@ def _table_shared(match: re.Match[str]) -> int:
 
 
 def _conv_shared(match: re.Match[str]) -> int:
-    pixels = 32 * int(match["warps"])
-    row = (8 if match["packed"] == "true" else 16) + 4
-    return int(4 * max(3 * (pixels * row + 4 * 16 * 24), pixels * 68 + 64))
+    strips, warps = int(match["strips"]), int(match["warps"])
+    constants = 3888  # of a strip
+    stage = 32 * warps * (32 if match["packed"] == "true" else 64) + 64 * strips * 64
+    return 3 * stage + strips * constants
 
 
 WORK = (
@@ -142,7 +143,7 @@ WORK = (
     Work(r"whole_channel_kernel<(?P<read>\w+), (?P<vector>\d+)>", loops=2),
     Work(r"(rows|columns)_kernel<(?P<read>\w+), (?P<vector>\d+), \w+, \w+>"),
     Work(r"histogram_(rows|columns)_kernel<(?P<read>\w+), (?P<vector>\d+)>", shared=lambda match: 48 << 10),
-    Work(r"conv_kernel<(?P<warps>\d+), \(Fetch\)\d, (?P<packed>\w+)>", rare_cases=True, shared=_conv_shared),
+    Work(r"conv_kernel<(?P<strips>\d+), (?P<warps>\d+), \d+, (?P<packed>\w+)>", rare_cases=True, shared=_conv_shared),
 )
 
 

@@ -1,481 +1,470 @@
 // conv2d_integer on CUDA: an implicit matrix product on the tensor cores.
 //
 // The matrix of weights has a row for each output channel and a column for each (tap, input channel), the matrix of
-// codes a column for each output pixel. A block multiplies a strip of 64 rows (4 panels) with 32, 64 or 128 pixels.
-// It goes along the columns 64 bytes at a time: three buffers in shared memory, so that two are filled while one is
-// multiplied. The matrix of codes exists nowhere: each thread fetches 16 bytes of 2 pixels, knows where their first
-// tap lies, and finds the tap by a division; taps outside of the image are zeros.
+// codes a column for each output pixel. A warp multiplies 64 rows (a strip, 4 panels) with 32 pixels, a block has one
+// or two strips and up to 128 pixels. It goes along the columns 64 at a time: three buffers in shared memory, so that
+// two are filled while one is multiplied. The matrix of codes exists nowhere: each thread fetches pieces of the same
+// few pixels, of one tap after the other; it carries the place of the tap along, as digits with carry. Taps outside
+// of the image are zeros.
 //
-//     shared memory, in 32-bit words of four channels      a warp: 32 outputs x 32 pixels
-//     codes    [pixels][16 words + 4]                       8 products of 16 x 32 x 8 for each of 2 steps
-//     weights  [4 panels][16 words][16 outputs + 8]
+//     shared memory    codes    [pixels][64 bytes, packed 32]
+//                      weights  [panels][16 words][16 outputs]
 //
-// Packed codes stay packed until they are in registers: a chunk of them is half as long. The columns of the high
-// nibbles come first; before those of the low nibbles the sums are multiplied by 16. A word of eight nibbles is split
-// into the even ones and the odd ones, which are the two words that a lane brings to a product; the words of the
-// weights are put into shared memory in the order that matches.
+// in units of 16 bytes, in an order within each row that lets all readers of a warp find different banks (place_of).
+// Packed codes stay packed until they are in registers. The columns of the high nibbles come first; before those of
+// the low nibbles the sums are multiplied by 16. A word of eight nibbles is split into the even ones and the odd
+// ones, which are the two words that a lane brings to a product; the words of the weights are put into shared memory
+// in the order that matches.
 //
-// The paddings let the 32 lanes of a warp read 32 different banks. The sums go through shared memory once more, so
-// that they are finished and stored channel by channel, as they lie in memory.
+// Which rows of a product are which outputs is free. Lane 4 g + q takes the outputs 8 g to 8 g + 7 of the strip: that
+// is how 16 bytes of weights at a time become the operands of four products, and why a thread ends with the sums of a
+// whole octet of outputs of 8 pixels, which it can finish and store by itself (conv_finish.cuh).
 //
-// Where outputs are so few that their blocks leave multiprocessors idle (one image, late layers), the columns are
-// shared out: each block stores its share of the sums, and a second kernel adds up the shares and finishes them.
-// Integers have the same sum in any order.
+// Where blocks would leave multiprocessors idle, the columns are shared out (conv_plan.h): each block stores its
+// share of the sums, and a second kernel adds up the shares and finishes them. Integers have the same sum in any
+// order.
 //
-// A depthwise convolution has no matrix: a thread sums the taps of a few channels of one pixel.
+// Where channels do not fill words, as those of an image, the codes are copied first, each pixel filled up to words.
+//
+// A depthwise convolution has no matrix: a thread sums the taps of an octet of channels of a few pixels.
 #include "../conv.h"
+#include "../conv_plan.h"
+#include "conv_finish.cuh"
 #include "mma.cuh"
 
 namespace ptq4cuda {
 namespace {
 
-constexpr int kChunk = 16;  // words of a chunk: 64 channels
-constexpr int kStages = 3;  // buffers
-constexpr int kPanels = 4;  // of a block
-constexpr int kOutputs = kPanels * kPanelOutputs;
+constexpr int kChunk = 16;                                           // words of weights in a chunk: 64 columns
+constexpr int kStages = 3;                                           // buffers
+constexpr int kPanelBytes = kChunk * kPanelOutputs * kWordChannels;  // of a chunk
+constexpr int kWarpPixels = 32;
+constexpr int kVector = 16, kWord = kWordChannels;  // bytes that a copy moves
 
-constexpr int kWeightRow = kPanelOutputs + 8;
-constexpr int kWeightWords = kPanels * kChunk * kWeightRow;  // of a buffer
-constexpr int kWarpPixels = 32, kWarpOutputs = 32;
-constexpr int kSumRow = kOutputs + 4;
-constexpr int kVector = 4;       // outputs that a thread finishes together
-constexpr int kLeastChunks = 4;  // of a share of the columns: less does not pay for filling the buffers
-
-// kWarps warps along the pixels, two along the outputs.
-template <int kWarps, bool packed>
+template <int kStrips, int kPixelWarps, int kUnit, bool packed>
 struct Tile {
-    static constexpr int pixels = kWarps * kWarpPixels, threads = kWarps * 2 * 32;
-    static constexpr int code_words = packed ? kChunk / 2 : kChunk, code_row = code_words + 4;  // of a pixel
-    static constexpr int stage_words = pixels * code_row + kWeightWords;
-    static constexpr size_t bytes = sizeof(uint32_t) * std::max(kStages * stage_words, pixels* kSumRow + kOutputs);
+    static constexpr int outputs = kStrips * kStrip, pixels = kPixelWarps * kWarpPixels;
+    static constexpr int warps = kStrips * kPixelWarps, threads = 32 * warps;
+    static constexpr int row_bytes = packed ? 32 : 64;  // of a pixel in a chunk
+    static constexpr int code_bytes = pixels * row_bytes;
+    static constexpr int stage_bytes = code_bytes + outputs / kPanelOutputs * kPanelBytes;
+    static constexpr size_t bytes = kStages * stage_bytes + kStrips * sizeof(Constants);
+    static constexpr int resident = 512 / threads;  // blocks on a multiprocessor: a thread has 128 registers
+    static_assert(bytes <= (64 << 10), "more shared memory than the smallest GPU has");
 };
 
-// --- from sums to outputs ------------------------------------------------------------------------------------------
+// --- columns -------------------------------------------------------------------------------------------------------
 
-// Where outputs go. Their type is no template parameter: it matters in one place only, and there are enough kernels.
-struct Output {
-    void* y;
-    ScalarType dtype;  // Int: of sums that are not complete, and not finished
-    bool aligned;  // kVector outputs, and as many codes of the residual or a second output, are one vector in memory
+// How far a piece of a pixel moves: in its tap, and which tap that is.
+struct Step {
+    int unit, right, down;  // units; the tap, in pixels of the image
+    int bytes;              // in memory
 };
 
-template <class T, int V, class Value>
-__device__ __forceinline__ void put(void* to, int64_t at, int count, bool aligned, const Value (&values)[V]) {
-    T* y = static_cast<T*>(to) + at;
-    Vector<T, V> v;
-#pragma unroll
-    for (int j = 0; j < V; ++j) v.at[j] = static_cast<T>(values[j]);
-    if (count == V) return store<V>(y, v, aligned);
-#pragma unroll  // registers have no index at run time
-    for (int j = 0; j < V; ++j)
-        if (j < count) y[j] = v.at[j];
-}
+// The columns of one kind of nibbles, or all of them where codes are bytes. They begin with a chunk. A unit is what a
+// copy moves, a piece the 16 bytes that a thread fetches of a pixel, of one unit or four.
+struct Section {
+    FastDivisor units;  // of a tap
+    int chunks;
+    int first_byte;  // of a pixel
+    int first_word;  // of a panel
+    Step chunk;      // a chunk further
+    int next_tap;    // bytes, from behind the units of a tap to the next tap
+};
 
-// Stores the codes of four channels packed. The neighbouring thread has the other four of the octet: together they
-// store its high nibbles, byte by byte in turn.
-__device__ __forceinline__ void put_nibbles(uint8_t* pixel, const Packing& packing, int64_t first, int count,
-                                            const int32_t (&codes)[kVector], const Quantizer (&quantizers)[kVector]) {
-    uint32_t low = 0, high = 0;
-    int bits = 0;  // of the high nibbles
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-        if (j >= count) continue;
-        low |= (codes[j] & 15) << (4 * j);
-        if (quantizers[j].qmax <= 15.0f) continue;
-        high |= codes[j] >> 4 << bits;
-        bits += 4;
+// What conv_kernel and add_kernel know of a matrix product.
+struct Product {
+    Window window;
+    Section high, low;
+    FastDivisor tiles, strips, groups;  // blocks of a share, strips of a group as wide as a tile
+    FastDivisor kernel_columns;
+    int right_end, down_end;  // taps end here, in pixels
+    int next_row;             // bytes from behind a row of taps to the next row
+    int group_bytes;          // of a pixel: the channels of a group
+    int panels, group_outputs;
+    int panel_words;
+    FastDivisor splits;
+    int share_outputs;   // of a group in a share: whole octets
+    int64_t share_sums;  // of a share
+};
+
+// Where a thread is along the columns of a section.
+struct Walk {
+    int unit, right, down;
+    int bytes;  // from the first tap of a pixel
+    int units, next_tap;
+    Step chunk;
+
+    // `begin` units, each of `size` bytes, behind the first column.
+    __device__ __forceinline__ Walk(const Product& product, const Section& section, int begin, int size)
+        : units(static_cast<int>(section.units.divisor)), next_tap(section.next_tap), chunk(section.chunk) {
+        const int tap = section.units.quotient(begin), row = product.kernel_columns.quotient(tap);
+        unit = section.units.remainder(begin, tap);
+        right = product.kernel_columns.remainder(tap, row) * product.window.right_step;
+        down = row * product.window.down_step;
+        bytes =
+            (down * product.window.width_in + right) * product.window.pixel_bytes + section.first_byte + unit * size;
     }
-    *reinterpret_cast<uint16_t*>(pixel + first / 2) = static_cast<uint16_t>(low);
-
-    const uint32_t mine = high | bits << 16;
-    const uint32_t other = __shfl_xor_sync(3u << (threadIdx.x % 32 & ~1u), mine, 1);
-    const bool is_second = first % kOctet != 0;
-    const uint32_t before = is_second ? other : mine, after = is_second ? mine : other;
-    const uint32_t octet = (before & 0xffff) | (after & 0xffff) << (before >> 16);
-    const int32_t begin = packing.begin(first / kOctet), end = packing.end(first / kOctet);
-    for (int32_t b = begin + is_second; b < end; b += 2)
-        pixel[b] = b - begin < 4 ? static_cast<uint8_t>(octet >> (8 * (b - begin))) : 0;
-}
-
-// What the outputs of V neighbouring channels need, kept in registers from pixel to pixel.
-template <int V>
-struct Channels {
-    float scale[V], bias[V];
-    Quantizer residual[V], out[V], also[V];
-    int count;  // channels that exist
-
-    __device__ Channels(const ConvProblem& problem, int64_t first, int64_t end)
-        : count(static_cast<int>(min(end - first, int64_t{V}))) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-            if (j >= count) continue;
-            scale[j] = problem.scale[first + j];
-            bias[j] = problem.bias[first + j];
-            if (problem.residual) residual[j] = problem.residual_quantizer[first + j];
-            if (problem.out_quantizer.scale) out[j] = problem.out_quantizer[first + j];
-            if (problem.also) also[j] = problem.also_quantizer[first + j];
+    __device__ __forceinline__ void advance(const Product& product, const Step& step) {
+        unit += step.unit;
+        right += step.right;
+        down += step.down;
+        bytes += step.bytes;
+        if (unit >= units) {
+            unit -= units;
+            right += product.window.right_step;
+            bytes += next_tap;
+        }
+        if (right >= product.right_end) {
+            right -= product.right_end;
+            down += product.window.down_step;
+            bytes += product.next_row;
         }
     }
 };
-
-__device__ __forceinline__ bool inside(int i, int size) { return 0 <= i && i < size; }
-
-// The place of an output pixel in the input.
-struct Pixel {
-    int64_t image;    // of the batch
-    int row, column;  // of the first tap, may be negative
-
-    __device__ __forceinline__ Pixel(const ConvShape& s, int64_t index) {
-        const int width = static_cast<int>(s.out.width), area = static_cast<int>(s.out.area());
-        const int in_image = static_cast<int>(index % area);
-        image = index / area;
-        row = in_image / width * static_cast<int>(s.stride.height) - static_cast<int>(s.padding.height);
-        column = in_image % width * static_cast<int>(s.stride.width) - static_cast<int>(s.padding.width);
-    }
-};
-
-// Calls f(tap, row, column) for the taps of a pixel that are inside of the image.
-template <class F>
-__device__ __forceinline__ void for_each_tap(const ConvShape& s, const Pixel& pixel, const F& f) {
-    const int height = static_cast<int>(s.in.height), width = static_cast<int>(s.in.width);
-    const int down = static_cast<int>(s.dilation.height), right = static_cast<int>(s.dilation.width);
-    const int rows = static_cast<int>(s.kernel.height), columns = static_cast<int>(s.kernel.width);
-    for (int r = 0, row = pixel.row; r < rows; ++r, row += down)
-        for (int c = 0, column = pixel.column; c < columns; ++c, column += right)
-            if (inside(row, height) && inside(column, width)) f(r * columns + c, row, column);
-}
-
-// Finishes sums of V neighbouring channels of one pixel, from channel `first` on, without the share of zero points.
-template <int V>
-__device__ __forceinline__ void finish(const ConvProblem& problem, const Channels<V>& of, int64_t pixel,
-                                       int64_t first, const int32_t (&sums)[V], const Output& output) {
-    const int64_t at = pixel * problem.shape.out_channels + first;
-    if (output.dtype == ScalarType::Int) return put<int32_t>(output.y, at, of.count, output.aligned, sums);
-    Vector<uint8_t, V> residual{};
-    if (problem.residual) {
-        if (of.count == V) {
-            residual = load<V>(problem.residual + at, output.aligned);
-        } else {
-#pragma unroll
-            for (int j = 0; j < V; ++j)
-                if (j < of.count) residual.at[j] = problem.residual[at + j];
-        }
-    }
-    float values[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-        values[j] = scaled_sum(sums[j], of.scale[j], of.bias[j]);
-        if (problem.residual) values[j] += value(static_cast<float>(residual.at[j]), of.residual[j]);
-        values[j] = activated(values[j], problem.activation.negative_slope, problem.activation.upper);
-    }
-    const auto put_codes = [&](uint8_t* to, const Packing& packing, const Quantizer(&quantizers)[V]) {
-        int32_t codes[V];
-#pragma unroll
-        for (int j = 0; j < V; ++j) codes[j] = int_code(values[j], quantizers[j]);
-        if constexpr (V == kVector)
-            if (packing.starts)
-                return put_nibbles(to + pixel * int64_t{packing.bytes}, packing, first, of.count, codes, quantizers);
-        put<uint8_t>(to, at, of.count, output.aligned, codes);
-    };
-    if (problem.also) put_codes(problem.also, problem.also_packing, of.also);
-    using torch::headeronly::BFloat16, torch::headeronly::Half;
-    switch (output.dtype) {
-        case ScalarType::Byte: return put_codes(static_cast<uint8_t*>(output.y), problem.out_packing, of.out);
-        case ScalarType::Half: return put<Half>(output.y, at, of.count, output.aligned, values);
-        case ScalarType::BFloat16: return put<BFloat16>(output.y, at, of.count, output.aligned, values);
-        default: return put<float>(output.y, at, of.count, output.aligned, values);
-    }
-}
-
-// Subtracts the share of the zero points: `all` if all taps are inside of the image, else tap by tap.
-template <int V>
-__device__ __forceinline__ void subtract_zeros(const ConvProblem& problem, int count, int64_t index, int64_t first,
-                                               const int32_t* all, int32_t (&sums)[V]) {
-    const ConvShape& s = problem.shape;
-    const Pixel pixel(s, index);
-    const int64_t last_row = pixel.row + (s.kernel.height - 1) * s.dilation.height;
-    const int64_t last_column = pixel.column + (s.kernel.width - 1) * s.dilation.width;
-    if (pixel.row >= 0 && last_row < s.in.height && pixel.column >= 0 && last_column < s.in.width) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) sums[j] -= all[j];
-        return;
-    }
-    for_each_tap(s, pixel, [&](int tap, int, int) {
-#pragma unroll
-        for (int j = 0; j < V; ++j)
-            if (j < count) sums[j] -= problem.zero_sums[tap * s.out_channels + first + j];
-    });
-}
-
-__device__ __forceinline__ int32_t sum_of_zeros(const ConvProblem& problem, int64_t output) {
-    int32_t sum = 0;
-    for (int64_t tap = 0; tap < problem.shape.kernel.area(); ++tap)
-        sum += problem.zero_sums[tap * problem.shape.out_channels + output];
-    return sum;
-}
 
 // --- the matrix product --------------------------------------------------------------------------------------------
 
-// How a thread fetches codes: 16 bytes at once, words, or single bytes where channels do not fill words.
-enum class Fetch { vectors, words, bytes };
-
-// One of the pixels whose codes a thread fetches.
-struct Source {
-    const uint8_t* image;
-    int row, column;  // of the first tap
-};
-
-// The columns of one kind of nibbles, or all of them where codes are bytes. They begin with a chunk.
-struct Section {
-    int words_per_tap, words;  // of codes
-    int first_byte;            // of a pixel
-    int first_weight;          // word of a panel
-
-    // `words_per_word` words of weights meet a word of codes.
-    __device__ int chunks(int words_per_word) const { return (words * words_per_word + kChunk - 1) / kChunk; }
-};
-
 // Block `split * tiles + tile` sums share `split` of the columns; of several shares, `output` takes each for itself.
-template <int kWarps, Fetch fetch, bool packed>
-__global__ void __launch_bounds__(Tile<kWarps, packed>::threads)
-    conv_kernel(ConvProblem problem, Output output, int splits) {
-    using Shape = Tile<kWarps, packed>;
-    constexpr int kThreadsPerRow = Shape::code_words / 4;  // a thread fetches 4 words of each of its pixels
-    constexpr int kRows = Shape::pixels * kThreadsPerRow / Shape::threads;
-    constexpr int kWordsPerWord = kChunk / Shape::code_words;  // of weights, that meet a word of codes
-    uint32_t* shared = dynamic_shared_memory<uint32_t>();
-    const ConvShape& s = problem.shape;
+template <int kStrips, int kPixelWarps, int kUnit, bool packed>
+__global__ void __launch_bounds__(Tile<kStrips, kPixelWarps, kUnit, packed>::threads,
+                                  Tile<kStrips, kPixelWarps, kUnit, packed>::resident)
+    conv_kernel(const __grid_constant__ ConvProblem problem, const __grid_constant__ Output output,
+                const __grid_constant__ Product product) {
+    using Shape = Tile<kStrips, kPixelWarps, kUnit, packed>;
+    constexpr int kPieces = Shape::row_bytes / kVector;               // of a pixel in a chunk
+    constexpr int kPieceStep = Shape::threads / kPieces;              // pixels from a thread's one to its next one
+    constexpr int kRows = Shape::pixels / kPieceStep;                 // pixels of a thread
+    constexpr int kParts = kVector / kUnit;                           // copies of a piece
+    constexpr int kWeightRows = Shape::outputs * 4 / Shape::threads;  // pieces of weights of a thread
+    Constants* constants = dynamic_shared_memory<Constants>();
+    const SharedAddress buffers = shared_address(constants + kStrips);
+    const Window& window = product.window;
     const int thread = threadIdx.x;
 
     // Which outputs and pixels are this block's.
-    const int panels = static_cast<int>(s.panels_per_group()), strips = (panels + kPanels - 1) / kPanels;
-    const int groups = static_cast<int>(s.groups), tiles = static_cast<int>(gridDim.x) / splits;
-    const int tile = static_cast<int>(blockIdx.x) % tiles, split = static_cast<int>(blockIdx.x) / tiles;
-    const int strip = tile % strips, group = tile / strips % groups;
-    const int first_panel = group * panels + strip * kPanels, end_panel = (group + 1) * panels;
-    const int64_t first_pixel = int64_t{tile / strips / groups} * Shape::pixels;
-    const int64_t pixels = s.pixels();
-    const int words = static_cast<int>(s.panel_words()), taps = static_cast<int>(s.kernel.area());
-    const int high_words = packed ? static_cast<int>(s.high_bytes() / kWordChannels) : 0;
-    const int low_words = static_cast<int>(packed ? s.low_bytes / kWordChannels : s.words_per_tap());
-    const Section high{high_words, taps * high_words, static_cast<int>(s.low_bytes), 0};
-    const Section low{low_words, taps * low_words, 0, high.words * kWordsPerWord};
-    const int high_chunks = high.chunks(kWordsPerWord);
-    const int height = static_cast<int>(s.in.height), width = static_cast<int>(s.in.width);
-    const int down_step = static_cast<int>(s.dilation.height), right_step = static_cast<int>(s.dilation.width);
-    const int kernel_width = static_cast<int>(s.kernel.width), pixel_bytes = static_cast<int>(s.pixel_bytes());
-    const int channels = static_cast<int>(s.group_channels());
+    const int block = static_cast<int>(blockIdx.x), split = product.tiles.quotient(block);
+    const int tile = product.tiles.remainder(block, split), strips = product.strips.quotient(tile);
+    const int strip = product.strips.remainder(tile, strips), pixel_tile = product.groups.quotient(strips);
+    const int group = product.groups.remainder(strips, pixel_tile);
+    const int first_pixel = pixel_tile * Shape::pixels;
+    const int first_output = strip * Shape::outputs;  // of the group
 
-    const int piece = thread % kThreadsPerRow * 4;  // the first of this thread's words in a chunk
-    Source sources[kRows];
+    // Which columns.
+    const int high_chunks = packed ? product.high.chunks : 0, chunks = high_chunks + product.low.chunks;
+    const int first_chunk = product.splits.quotient(chunks * split);
+    const int end_chunk = product.splits.quotient(chunks * split + chunks);
+
+    // What this thread fetches: the same words of several panels, the same piece of several pixels.
+    const int panel = thread / 64, word = thread % 64 / 4;
+    const int64_t panel_step = int64_t{product.panel_words} * kPanelOutputs * kWordChannels;
+    const int8_t* weights = problem.weight +
+                            (int64_t{group} * product.panels + first_output / kPanelOutputs + panel) * panel_step +
+                            thread % 64 * kVector;
+    // Of words 8 step + {q, q + 4}, of packed codes {2 q, 2 q + 1}, outputs 2 t and 2 t + 1 of an octet are together.
+    const int word_q = packed ? word % 8 / 2 : word % 4, word_half = packed ? word % 2 : word % 8 / 4;
+    const int weights_to = Shape::code_bytes + panel * kPanelBytes + word / 8 * 512 + thread % 2 * 256 +
+                           thread % 4 / 2 * 64 + word_q * kVector + word_half * 8;
+    const int piece = thread % kPieces, row = thread / kPieces;
+    const int codes_to = row * Shape::row_bytes + (piece ^ (packed ? row >> 2 & 1 : row >> 1 & 3)) * kVector;
+    const uint8_t* first_tap[kRows];
+    int pixel_row[kRows], pixel_column[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-        const int64_t index = first_pixel + thread / kThreadsPerRow + i * (Shape::pixels / kRows);
-        const Pixel pixel(s, min(index, pixels - 1));  // the sums of pixels that do not exist are not stored
-        sources[i].image = problem.x + pixel.image * s.in.area() * pixel_bytes + group * channels;
-        sources[i].row = pixel.row;
-        sources[i].column = pixel.column;
+        // The sums of pixels that do not exist are not stored.
+        const Pixel pixel(window, min(first_pixel + row + i * kPieceStep, window.pixels - 1));
+        first_tap[i] = pixel.first_tap(problem.x, window) + group * product.group_bytes;
+        pixel_row[i] = pixel.row;
+        pixel_column[i] = pixel.column;
     }
 
-    const auto fetch_chunk = [&](int chunk, uint32_t* stage) {
-        const bool is_high = packed && chunk < high_chunks;
-        const Section section = is_high ? high : low;
-        const int part_of_section = is_high ? chunk : chunk - high_chunks;
-        uint32_t* weights = stage + Shape::pixels * Shape::code_row;
-        for (int i = thread; i < kPanels * kChunk * 4; i += Shape::threads) {  // 16 bytes: 4 outputs
-            const int panel = i / (kChunk * 4), word = i / 4 % kChunk;
-            const int column = part_of_section * kChunk + word;
-            const bool there = first_panel + panel < end_panel && column < section.words * kWordsPerWord;
-            const int64_t from =
-                (int64_t{first_panel + panel} * words + section.first_weight + column) * 64 + i % 4 * 16;
-            const int place = packed ? word / 8 * 8 + word % 2 * 4 + word % 8 / 2 : word;
-            copy_async<16>(weights + (panel * kChunk + place) * kWeightRow + i % 4 * 4,
-                           problem.weight + (there ? from : 0), there);
-        }
+    // Where it is along the columns.
+    int fetched = first_chunk;  // chunks that are or will be there
+    const bool begins_high = packed && first_chunk < high_chunks;
+    const int in_section = begins_high ? first_chunk : first_chunk - high_chunks;
+    const Section& begin = begins_high ? product.high : product.low;
+    Walk walk(product, begin, (in_section * kPieces + piece) * kParts, kUnit);
+    int words_left = product.panel_words - word - begin.first_word - in_section * kChunk;
+    weights += int64_t{begin.first_word + in_section * kChunk} * (kPanelOutputs * kWordChannels);
+    const auto fetch = [&](SharedAddress stage) {
+        if (fetched < end_chunk) {
+            if (packed && fetched == high_chunks) {
+                walk = Walk(product, product.low, piece * kParts, kUnit);
+                const int left = product.panel_words - word - product.low.first_word;
+                weights += int64_t{words_left - left} * (kPanelOutputs * kWordChannels);
+                words_left = left;
+            }
 #pragma unroll
-        for (int part = 0; part < (fetch == Fetch::vectors ? 1 : 4); ++part) {
-            const int word = part_of_section * Shape::code_words + piece + part;
-            const int tap = word / section.words_per_tap, in_tap = word % section.words_per_tap;
-            const int down = tap / kernel_width * down_step, right = tap % kernel_width * right_step;
+            for (int k = 0; k < kWeightRows; ++k) {
+                // Fewer than 64 threads take half of a panel's words at a time.
+                const int more_panels = k * Shape::threads / 64, more_words = k * Shape::threads % 64 / 4;
+                const bool there =
+                    first_output / kPanelOutputs + panel + more_panels < product.panels && words_left > more_words;
+                const int8_t* from = weights + more_panels * panel_step + more_words * 64;
+                const SharedAddress to = stage + weights_to + more_panels * kPanelBytes + more_words * 64;
+                copy_async<8>(to, from, there);
+                copy_async<8>(to + 128, from + 8, there);
+            }
+            Walk at = walk;
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-                const int row = sources[i].row + down, column = sources[i].column + right;
-                const bool there = word < section.words && inside(row, height) && inside(column, width);
-                const uint8_t* from = sources[i].image;
-                if (there)
-                    from += int64_t{row * width + column} * pixel_bytes + section.first_byte + in_tap * kWordChannels;
-                uint32_t* to =
-                    stage + (thread / kThreadsPerRow + i * (Shape::pixels / kRows)) * Shape::code_row + piece + part;
-                if constexpr (fetch == Fetch::vectors) {
-                    copy_async<16>(to, from, there);
-                } else if constexpr (fetch == Fetch::words) {
-                    copy_async<4>(to, from, there);
-                } else {
-                    uint32_t four = 0;
-                    for (int b = 0; b < min(kWordChannels, channels - in_tap * kWordChannels) && there; ++b)
-                        four |= static_cast<uint32_t>(from[b]) << (8 * b);
-                    *to = four;
+            for (int part = 0; part < kParts; ++part) {
+                if (part > 0) at.advance(product, {1, 0, 0, kUnit});
+#pragma unroll
+                for (int i = 0; i < kRows; ++i) {
+                    const bool there = at.down < product.down_end &&
+                                       inside(pixel_row[i] + at.down, window.height_in) &&
+                                       inside(pixel_column[i] + at.right, window.width_in);
+                    copy_async<kUnit>(stage + codes_to + i * (kPieceStep * Shape::row_bytes) + part * kUnit,
+                                      first_tap[i] + at.bytes, there);
                 }
             }
+            walk.advance(product, walk.chunk);
+            weights += kPanelBytes;
+            words_left -= kChunk;
+            ++fetched;
         }
+        end_of_copies();
     };
 
+    // What this lane multiplies: outputs 8 g to 8 g + 7 of a strip, words q and q + 4 of each half of a chunk.
     const int warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
-    const int warp_pixel = warp / 2 * kWarpPixels, warp_panel = warp % 2 * (kWarpOutputs / kPanelOutputs);
-    int sums[2][4][4] = {};  // [panel][8 pixels][of this lane]
-    const auto multiply_chunk = [&](const uint32_t* stage) {
-        const uint32_t* weights = stage + Shape::pixels * Shape::code_row;
+    const int warp_strip = warp % kStrips, warp_pixel = warp / kStrips * kWarpPixels;
+    const int weights_from =
+        Shape::code_bytes + (warp_strip * (kStrip / kPanelOutputs) + g / 2) * kPanelBytes + g % 2 * 64 + q * kVector;
+    const int codes_from = packed ? (warp_pixel + lane) * Shape::row_bytes + (lane >> 2 & 1) * kVector
+                                  : (warp_pixel + lane / 16 * 8 + lane % 8) * Shape::row_bytes +
+                                        (lane / 8 % 2 ^ (lane >> 1 & 3)) * kVector;
+    int sums[4][4][4] = {};  // [rows][8 pixels][of this lane]
+    const auto multiply = [&](SharedAddress stage) {
 #pragma unroll
-        for (int step = 0; step < kChunk; step += 8) {
-            uint32_t a[2][4], b[4][2];
+        for (int step = 0; step < 2; ++step) {
+            uint32_t a[4][4], b[4][2];
 #pragma unroll
-            for (int panel = 0; panel < 2; ++panel)
+            for (int m = 0; m < 4; ++m) load_shared(a[m], stage + weights_from + step * 512 + m * 128);
+            if constexpr (packed) {
+                uint32_t words[4];
+                load_matrices(words, stage + (codes_from ^ step * kVector));
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    a[panel][i] =
-                        weights[((warp_panel + panel) * kChunk + step + q + i / 2 * 4) * kWeightRow + g + i % 2 * 8];
+                for (int n = 0; n < 4; ++n) {
+                    b[n][0] = words[n] & 0x0f0f0f0f;
+                    b[n][1] = words[n] >> 4 & 0x0f0f0f0f;
+                }
+            } else {
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                const uint32_t* codes = stage + (warp_pixel + n * 8 + g) * Shape::code_row + q;
-                if constexpr (packed) {
-                    b[n][0] = codes[step / 2] & 0x0f0f0f0f;
-                    b[n][1] = codes[step / 2] >> 4 & 0x0f0f0f0f;
-                } else {
-                    b[n][0] = codes[step];
-                    b[n][1] = codes[step + 4];
+                for (int n = 0; n < 4; n += 2) {
+                    uint32_t words[4];
+                    load_matrices(words, stage + (codes_from ^ step * 2 * kVector) + n * 8 * Shape::row_bytes);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) b[n + i / 2][i % 2] = words[i];
                 }
             }
 #pragma unroll
-            for (int panel = 0; panel < 2; ++panel)
+            for (int m = 0; m < 4; ++m)
 #pragma unroll
-                for (int n = 0; n < 4; ++n) multiply_add(sums[panel][n], a[panel], b[n]);
+                for (int n = 0; n < 4; ++n) multiply_add(sums[m][n], a[m], b[n]);
         }
     };
-
     const auto count_16_fold = [&] {
 #pragma unroll
-        for (int panel = 0; panel < 2; ++panel)
+        for (int m = 0; m < 4; ++m)
 #pragma unroll
             for (int n = 0; n < 4; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sums[panel][n][i] *= 16;
+                for (int i = 0; i < 4; ++i) sums[m][n][i] *= 16;
     };
 
-    const int64_t chunks = high_chunks + low.chunks(kWordsPerWord);
-    const int first_chunk = static_cast<int>(chunks * split / splits);
-    const int end_chunk = static_cast<int>(chunks * (split + 1) / splits);
-    const auto fetch_if_any = [&](int chunk) {
-        if (chunk < end_chunk) fetch_chunk(chunk, shared + chunk % kStages * Shape::stage_words);
-        end_of_copies();
-    };
-    for (int i = 0; i < kStages - 1; ++i) fetch_if_any(first_chunk + i);
+    for (int i = 0; i < kStages - 1; ++i) fetch(buffers + i * Shape::stage_bytes);
+    const bool has_zeros = problem.zero_sums && split == 0, is_share = output.dtype == ScalarType::Int;
+    const int group_output = group * product.group_outputs;
+    if (!is_share || has_zeros)
+        prepare<Shape::threads, kStrips>(problem, output, has_zeros, group_output + first_output,
+                                         group_output + product.group_outputs, constants);
+    const SharedAddress last = buffers + (kStages - 1) * Shape::stage_bytes;
+    SharedAddress from = buffers, to = last;
     for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
         wait_for_copies<kStages - 2>();
         __syncthreads();  // this chunk is there, and all threads have done with the one before
-        fetch_if_any(chunk + kStages - 1);
+        fetch(to);
         if (packed && chunk == high_chunks) count_16_fold();
-        multiply_chunk(shared + chunk % kStages * Shape::stage_words);
+        multiply(from);
+        to = from;
+        from = from == last ? buffers : from + Shape::stage_bytes;
     }
     if (packed && end_chunk <= high_chunks) count_16_fold();
-    wait_for_copies<0>();
-    __syncthreads();
 
-    // The sums by pixel and output.
-    int32_t* gathered = reinterpret_cast<int32_t*>(shared);
-    int32_t* zeros = gathered + Shape::pixels * kSumRow;  // of all taps
-    const int64_t first_output = group * s.group_outputs() + strip * kOutputs;
-    const int64_t end_output = (group + 1) * s.group_outputs();
-#pragma unroll
-    for (int panel = 0; panel < 2; ++panel)
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                gathered[(warp_pixel + n * 8 + 2 * q + i % 2) * kSumRow + (warp_panel + panel) * kPanelOutputs + g +
-                         i / 2 * 8] = sums[panel][n][i];
-    const bool has_zeros = problem.zero_sums && split == 0;
+    const int octet = g, mine = first_output + warp_strip * kStrip + octet * kOctet;
+    const int count = product.group_outputs - mine, pixel = first_pixel + warp_pixel + 2 * q;
+    const auto sum = [&](int j, int p) -> int& { return sums[j / 2][p / 2][j % 2 * 2 + p % 2]; };
+    const auto place = [](int p) { return p / 2 * 8 + p % 2; };
+    constexpr int kPixels = kWarpPixels / 4;
     if (has_zeros)
-        for (int o = thread; o < kOutputs; o += Shape::threads)
-            zeros[o] = first_output + o < end_output ? sum_of_zeros(problem, first_output + o) : 0;
-    __syncthreads();
-
-    constexpr int kThreadsPerPixel = kOutputs / kVector;
-    const int mine = thread % kThreadsPerPixel * kVector;
-    const Channels<kVector> of(problem, first_output + mine, end_output);
-    if (first_output + mine / kOctet * kOctet >= end_output) return;
-    for (int p = thread / kThreadsPerPixel; p < Shape::pixels; p += Shape::threads / kThreadsPerPixel) {
-        if (first_pixel + p >= pixels) break;
-        int32_t four[kVector];
+        subtract_zeros<kPixels>(problem, window, constants[warp_strip], octet, pixel, group_output + mine, count, sum,
+                                place);
+    if (!is_share) {
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) four[j] = gathered[p * kSumRow + mine + j];
-        if (has_zeros) subtract_zeros(problem, of.count, first_pixel + p, first_output + mine, zeros + mine, four);
-        finish(problem, of, split * pixels + first_pixel + p, first_output + mine, four, output);
+        for (int half = 0; half < kPixels; half += kPixels / 2)  // fewer registers
+            finish<kPixels / 2>(
+                problem, output, constants[warp_strip], octet, pixel, window.pixels, group_output + mine, count,
+                [&](int j, int p) -> int& { return sum(j, p + half); }, [&](int p) { return place(p + half); });
+        return;
     }
-}
-
-constexpr int kAddingThreads = 128;
-
-// Threads for the outputs of a pixel: two for each octet.
-__host__ __device__ inline int64_t vectors_of_octets(int64_t outputs) {
-    return (outputs + kOctet - 1) / kOctet * (kOctet / kVector);
-}
-
-// Adds up shares of sums, int32 [splits, N, out H, out W, O], and finishes them.
-__global__ void __launch_bounds__(kAddingThreads)
-    add_kernel(ConvProblem problem, Output output, const int32_t* shares, int splits) {
-    const ConvShape& s = problem.shape;
-    const int64_t vectors = vectors_of_octets(s.out_channels), size = s.pixels() * s.out_channels;
-    const int64_t index = int64_t{blockIdx.x} * kAddingThreads + threadIdx.x;
-    const int64_t first = index % vectors * kVector, pixel = index / vectors;
-    if (pixel >= s.pixels()) return;
-    int32_t sums[kVector] = {};
-    for (int split = 0; split < splits; ++split) {
-        const int32_t* share = shares + split * size + pixel * s.out_channels + first;
-        if (s.out_channels % kVector == 0 && first < s.out_channels) {
-            const Vector<int32_t, kVector> four = load<kVector>(share, true);
+    if (count <= 0) return;
+    int32_t* share =
+        static_cast<int32_t*>(output.y) + split * product.share_sums + group * product.share_outputs + mine;
+    const int share_row = product.share_outputs * static_cast<int>(product.groups.divisor);
 #pragma unroll
-            for (int j = 0; j < kVector; ++j) sums[j] += four.at[j];
-        } else {
+    for (int p = 0; p < kPixels; ++p) {
+        if (pixel + place(p) >= window.pixels) continue;
 #pragma unroll
-            for (int j = 0; j < kVector; ++j)
-                if (first + j < s.out_channels) sums[j] += share[j];
+        for (int j = 0; j < kOctet; j += 4) {
+            const Vector<int32_t, 4> four{{sum(j, p), sum(j + 1, p), sum(j + 2, p), sum(j + 3, p)}};
+            store<4>(share + int64_t{pixel + place(p)} * share_row + j, four, true);
         }
     }
-    finish(problem, Channels<kVector>(problem, first, s.out_channels), pixel, first, sums, output);
 }
 
-// --- depthwise -----------------------------------------------------------------------------------------------------
+// --- kernels without a matrix --------------------------------------------------------------------------------------
 
-constexpr int kDepthwiseThreads = 128;
-constexpr int kDepthwisePixels = 8;  // that a thread does one after the other, with the same parameters
+// A block takes a strip of channels of some pixels; a thread an octet of kPixels of them.
+constexpr int kStripThreads = 128, kStripPixels = 4;
+constexpr int kPixelStep = kStripThreads / kOctets;  // pixels from a thread's one to its next one
 
-template <int V>
-__global__ void __launch_bounds__(kDepthwiseThreads) depthwise_kernel(ConvProblem problem, Output output) {
-    const ConvShape& s = problem.shape;
-    const int64_t vectors = (s.channels + V - 1) / V, pixels = s.pixels();
-    const int64_t index = int64_t{blockIdx.x} * kDepthwiseThreads + threadIdx.x;
-    const int64_t first = index % vectors * V, first_pixel = index / vectors * kDepthwisePixels;
-    if (first_pixel >= pixels) return;
-    const Channels<V> of(problem, first, s.channels);
-    int32_t zeros[V] = {};
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-        if (problem.zero_sums && j < of.count) zeros[j] = sum_of_zeros(problem, first + j);
+struct Strips {
+    FastDivisor strips, groups;  // strips of a group
+    int group_outputs;
 
-    for (int64_t p = first_pixel; p < min(first_pixel + kDepthwisePixels, pixels); ++p) {
-        const Pixel pixel(s, p);
-        int32_t sums[V] = {};
-        const uint8_t* image = problem.x + pixel.image * s.in.area() * s.channels + first;
-        for_each_tap(s, pixel, [&](int tap, int row, int column) {
-            const int64_t at = int64_t{row * static_cast<int>(s.in.width) + column} * s.channels;
-            const Vector<uint8_t, V> codes = load<V>(image + at, true);
-            const Vector<int8_t, V> weights = load<V>(problem.weight + tap * s.channels + first, true);
-#pragma unroll
-            for (int j = 0; j < V; ++j) sums[j] += codes.at[j] * weights.at[j];
-        });
-        if (problem.zero_sums) subtract_zeros(problem, of.count, p, first, zeros, sums);
-        finish(problem, of, p, first, sums, output);
+    Strips(int64_t outputs, int64_t groups_)
+        : strips(ceil_div(outputs, kStrip)), groups(groups_), group_outputs(static_cast<int>(outputs)) {}
+    int64_t blocks(int64_t pixels) const {
+        return int64_t{strips.divisor} * groups.divisor * ceil_div(pixels, kPixelStep * kStripPixels);
     }
+};
+
+// What a thread of such a block does.
+struct StripThread {
+    int octet, group, output, pixel;  // `output` within the group
+
+    __device__ __forceinline__ explicit StripThread(const Strips& strips) {
+        const int block = static_cast<int>(blockIdx.x), rest = strips.strips.quotient(block);
+        const int part = strips.groups.quotient(rest);
+        group = strips.groups.remainder(rest, part);
+        octet = threadIdx.x % kOctets;
+        output = strips.strips.remainder(block, rest) * kStrip + octet * kOctet;
+        pixel = part * (kPixelStep * kStripPixels) + threadIdx.x / kOctets;
+    }
+};
+
+// Adds up shares of sums and finishes them. They have whole octets of outputs.
+__global__ void __launch_bounds__(kStripThreads)
+    add_kernel(const __grid_constant__ ConvProblem problem, const __grid_constant__ Output output,
+               const __grid_constant__ Product product, const __grid_constant__ Strips strips,
+               const int32_t* shares) {
+    __shared__ Constants constants;
+    const StripThread my(strips);
+    const int first = my.group * strips.group_outputs;
+    prepare<kStripThreads, 1>(problem, output, false, first + my.output - my.octet * kOctet,
+                              first + strips.group_outputs, &constants);
+    __syncthreads();
+    int sums[kOctet][kStripPixels] = {};
+    if (my.output >= strips.group_outputs) return;
+    const int share_row = product.share_outputs * static_cast<int>(strips.groups.divisor);
+    const int32_t* share = shares + int64_t{my.pixel} * share_row + my.group * product.share_outputs + my.output;
+    for (int split = 0; split < static_cast<int>(product.splits.divisor); ++split, share += product.share_sums)
+#pragma unroll
+        for (int p = 0; p < kStripPixels; ++p) {
+            if (my.pixel + p * kPixelStep >= product.window.pixels) continue;
+#pragma unroll
+            for (int j = 0; j < kOctet; j += 4) {
+                const Vector<int32_t, 4> four = load<4>(share + int64_t{p * kPixelStep} * share_row + j, true);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[j + i][p] += four.at[i];
+            }
+        }
+    finish<kStripPixels>(
+        problem, output, constants, my.octet, my.pixel, product.window.pixels, first + my.output,
+        strips.group_outputs - my.output, [&](int j, int p) -> int& { return sums[j][p]; },
+        [](int p) { return p * kPixelStep; });
+}
+
+// An octet of bytes; the first `count` of them where they are not whole and aligned.
+template <bool kVectors>
+__device__ __forceinline__ Vector<uint32_t, 2> load_octet(const void* from, int count) {
+    if constexpr (kVectors) {
+        return load<2>(static_cast<const uint32_t*>(from), true);
+    } else {
+        Vector<uint32_t, 2> words{};
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j)
+            if (j < count)
+                words.at[j / 4] |= static_cast<uint32_t>(static_cast<const uint8_t*>(from)[j]) << j % 4 * 8;
+        return words;
+    }
+}
+
+template <bool kVectors>
+__global__ void __launch_bounds__(kStripThreads)
+    depthwise_kernel(const __grid_constant__ ConvProblem problem, const __grid_constant__ Output output,
+                     const __grid_constant__ Window window, const __grid_constant__ Strips strips) {
+    __shared__ Constants constants;
+    const StripThread my(strips);
+    const bool has_zeros = problem.zero_sums;
+    prepare<kStripThreads, 1>(problem, output, has_zeros, my.output - my.octet * kOctet, strips.group_outputs,
+                              &constants);
+    __syncthreads();
+    const int channels = strips.group_outputs, count = channels - my.output;
+    if (count <= 0 || my.pixel >= window.pixels) return;
+
+    const uint8_t* first_tap[kStripPixels];
+    int rows[kStripPixels], columns[kStripPixels];
+#pragma unroll
+    for (int p = 0; p < kStripPixels; ++p) {
+        const Pixel pixel(window, min(my.pixel + p * kPixelStep, window.pixels - 1));
+        first_tap[p] = pixel.first_tap(problem.x, window) + my.output;
+        rows[p] = pixel.row;
+        columns[p] = pixel.column;
+    }
+    int sums[kOctet][kStripPixels] = {};
+    const int8_t* weight = problem.weight + my.output;
+    for (int r = 0, down = 0; r < window.rows; ++r, down += window.down_step)
+        for (int c = 0, right = 0; c < window.columns; ++c, right += window.right_step, weight += channels) {
+            const Vector<uint32_t, 2> weights = load_octet<kVectors>(weight, count);
+            const int bytes = (down * window.width_in + right) * channels;
+            Vector<uint32_t, 2> codes[kStripPixels] = {};
+#pragma unroll
+            for (int p = 0; p < kStripPixels; ++p)
+                if (inside(rows[p] + down, window.height_in) && inside(columns[p] + right, window.width_in))
+                    codes[p] = load_octet<kVectors>(first_tap[p] + bytes, count);
+#pragma unroll
+            for (int j = 0; j < kOctet; ++j)  // a product of four bytes with one that is not zero
+#pragma unroll
+                for (int p = 0; p < kStripPixels; ++p)
+                    sums[j][p] = dot(codes[p].at[j / 4], weights.at[j / 4] & 0xffu << j % 4 * 8, sums[j][p]);
+        }
+    const auto sum = [&](int j, int p) -> int& { return sums[j][p]; };
+    const auto place = [](int p) { return p * kPixelStep; };
+    if (has_zeros)
+        subtract_zeros<kStripPixels>(problem, window, constants, my.octet, my.pixel, my.output, count, sum, place);
+    finish<kStripPixels>(problem, output, constants, my.octet, my.pixel, window.pixels, my.output, count, sum, place);
+}
+
+constexpr int kFillThreads = 128;
+
+// Copies pixels of groups of `channels` bytes so that each group begins with a word and is filled up with zeros.
+__global__ void __launch_bounds__(kFillThreads)
+    fill_words_kernel(const uint8_t* x, uint32_t* words, int64_t pixels, int groups, int channels) {
+    const int64_t pixel = int64_t{blockIdx.x} * kFillThreads + threadIdx.x;
+    if (pixel >= pixels) return;
+    const int words_of_group = (channels + kWord - 1) / kWord;
+    x += pixel * groups * channels;
+    words += pixel * groups * words_of_group;
+    for (int group = 0; group < groups; ++group)
+        for (int left = channels; left > 0; left -= kWord, ++words) {
+            uint32_t word = 0;
+#pragma unroll
+            for (int b = 0; b < kWord; ++b)
+                if (b < left) word |= static_cast<uint32_t>(*x++) << 8 * b;
+            *words = word;
+        }
 }
 
 // --- the op --------------------------------------------------------------------------------------------------------
@@ -484,89 +473,178 @@ struct Cuda {
     template <class T>
     static void conv(const Tensor& x, const ConvProblem& problem, T* y) {
         const ConvShape& s = problem.shape;
-        const int64_t limit = 1 << 30;  // of what is counted in 32 bits
-        STD_TORCH_CHECK((s.in.height + 2 * s.padding.height) * (s.in.width + 2 * s.padding.width) < limit &&
-                            s.panel_words() < limit && s.groups * s.panels_per_group() < limit,
+        const int64_t limit = 1 << 30, in_area = (s.in.height + 2 * s.padding.height) *
+                                                 (s.in.width + 2 * s.padding.width);  // counted in 32 bits
+        const int64_t reach = (s.kernel.height + kChunk) * s.dilation.height * s.in.width * filled_bytes(s);
+        STD_TORCH_CHECK(in_area < limit && s.panel_words() < limit && s.groups * s.panels_per_group() < limit,
                         "conv2d_integer: an image of ", s.in.height, " x ", s.in.width, ", a kernel of ",
                         s.kernel.height, " x ", s.kernel.width, " or ", s.out_channels, " outputs are too large");
+        STD_TORCH_CHECK(reach < 2 * limit && s.out_channels < (1 << 22), "conv2d_integer: a window of ",
+                        s.kernel.height, " rows of an image of ", s.in.width, " pixels of ", s.pixel_bytes(),
+                        " bytes, or ", s.out_channels, " outputs are too large");
         constexpr ScalarType dtype = torch::headeronly::CppTypeToScalarType<T>::value;
-        const bool aligned = is_aligned<kVector>(y) && is_aligned<kVector>(problem.residual) &&
-                             is_aligned<kVector>(problem.also);  // a null pointer is
+        const int64_t together = s.depthwise() ? s.channels : s.group_outputs();
+        const auto aligned = [](const void* p, int64_t n) { return reinterpret_cast<uintptr_t>(p) % n == 0; };
+        const Activation& activation = problem.activation;
+        Output output{y, dtype};
+        output.vectors = together % kOctet == 0 && aligned(y, dtype == ScalarType::Byte ? 8 : 16) &&
+                         aligned(problem.residual, 8) && aligned(problem.also, 8) &&
+                         std::abs(activation.negative_slope) < 0x1p20f && !std::isnan(activation.upper);
+        output.clamps =
+            dtype == ScalarType::Byte && (activation.negative_slope == 0.0f || activation.negative_slope == 1.0f);
         const CurrentStream stream(x);
-        if (s.depthwise()) {
-            depthwise(problem, {y, dtype, s.channels % kVector == 0 && aligned}, stream);
-        } else {
-            product(x, problem, {y, dtype, s.group_outputs() % kVector == 0 && aligned}, stream);
+
+        // Pixels of a launch are counted in 31 bits.
+        const int64_t images = std::max<int64_t>(1, (2 * limit - 1024) / std::max(s.out.area(), s.in.area()));
+        ConvProblem part = problem;
+        for (int64_t first = 0; first < s.batch; first += images) {
+            part.shape.batch = std::min(images, s.batch - first);
+            const auto behind = [&](auto*& p, int64_t bytes) {
+                if (p) p += first * bytes;
+            };
+            part.x = problem.x + first * s.in.area() * s.pixel_bytes();
+            output.y = y + first * s.out.area() * row_of(problem.out_packing, s.out_channels);
+            part.residual = problem.residual;
+            part.also = problem.also;
+            behind(part.residual, s.out.area() * s.out_channels);
+            behind(part.also, s.out.area() * row_of(problem.also_packing, s.out_channels));
+            if (s.depthwise()) {
+                depthwise(part, output, stream);
+            } else {
+                product(x, part, output, stream);
+            }
         }
     }
 
 private:
+    static int64_t row_of(const Packing& packing, int64_t channels) {
+        return packing.starts ? packing.bytes : channels;
+    }
+
+    // Bytes of a pixel when groups are filled up to words.
+    static int64_t filled_bytes(const ConvShape& s) {
+        return s.packed() ? s.pixel_bytes() : s.groups * s.words_per_tap() * kWord;
+    }
+
     static void depthwise(const ConvProblem& problem, const Output& output, const CurrentStream& stream) {
         const ConvShape& s = problem.shape;
-        const auto run = [&](auto width) {
-            const int64_t threads = ceil_div(s.channels, width) * ceil_div(s.pixels(), kDepthwisePixels);
-            start(depthwise_kernel<width>, ceil_div(threads, kDepthwiseThreads), kDepthwiseThreads, 0, stream,
-                  problem, output);
-        };
-        const bool vectors = is_aligned<kVector>(problem.x) && is_aligned<kVector>(problem.weight);
-        if (vectors && s.channels % kVector == 0) return run(std::integral_constant<int, kVector>{});
-        STD_TORCH_CHECK(!problem.out_packing.starts && !problem.also_packing.starts,
-                        "conv2d_integer: codes and weights must be aligned to words where outputs are packed");
-        run(std::integral_constant<int, 1>{});
+        const Strips strips(s.channels, 1);
+        const bool vectors = s.channels % kOctet == 0 && reinterpret_cast<uintptr_t>(problem.x) % kOctet == 0 &&
+                             reinterpret_cast<uintptr_t>(problem.weight) % kOctet == 0;
+        start(vectors ? depthwise_kernel<true> : depthwise_kernel<false>, strips.blocks(s.pixels()), kStripThreads, 0,
+              stream, problem, output, Window(s), strips);
     }
 
     static void product(const Tensor& x, const ConvProblem& problem, const Output& output,
                         const CurrentStream& stream) {
-        STD_TORCH_CHECK(is_aligned<16>(problem.weight), "conv2d_integer: weight must be aligned to 16 bytes");
+        STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(problem.weight) % kVector == 0,
+                        "conv2d_integer: weight must be aligned to 16 bytes");
         const ConvShape& s = problem.shape;
         const auto multiple = [&](int64_t n) {
             const int64_t begins = s.packed() ? std::gcd(s.low_bytes, s.high_bytes()) : s.group_channels();
             return begins % n == 0 && reinterpret_cast<uintptr_t>(problem.x) % n == 0;
         };
-        const bool vectors = multiple(16), words = multiple(4);
-        if (s.packed()) {
-            STD_TORCH_CHECK(words, "conv2d_integer: packed codes must be aligned to words");
-            if (vectors) return with_tile<Fetch::vectors, true>(x, problem, output, stream);
-            return with_tile<Fetch::words, true>(x, problem, output, stream);
-        }
-        if (vectors) return with_tile<Fetch::vectors, false>(x, problem, output, stream);
-        if (words) return with_tile<Fetch::words, false>(x, problem, output, stream);
-        with_tile<Fetch::bytes, false>(x, problem, output, stream);
+        if (!multiple(kWord)) return filled(x, problem, output, stream);
+        const bool vectors = multiple(kVector);
+        if (s.packed())
+            return vectors ? planned<kVector, true>(x, problem, output, stream)
+                           : planned<kWord, true>(x, problem, output, stream);
+        vectors ? planned<kVector, false>(x, problem, output, stream)
+                : planned<kWord, false>(x, problem, output, stream);
     }
 
-    // The largest tile that leaves every multiprocessor something to do.
-    template <Fetch fetch, bool packed>
-    static void with_tile(const Tensor& x, const ConvProblem& problem, const Output& output,
-                          const CurrentStream& stream) {
-        const ConvShape& s = problem.shape;
-        const auto tiles = [&](int64_t pixels) {
-            return ceil_div(s.pixels(), pixels) * s.groups * ceil_div(s.panels_per_group(), kPanels);
-        };
-        const auto run = [&](auto warps, const ConvProblem& part, const Output& to, int64_t splits) {
-            using Shape = Tile<warps, packed>;
-            start(conv_kernel<warps, fetch, packed>, tiles(Shape::pixels) * splits, Shape::threads, Shape::bytes,
-                  stream, part, to, static_cast<int>(splits));
-        };
-        constexpr std::integral_constant<int, 4> large;
-        constexpr std::integral_constant<int, 2> medium;
-        constexpr std::integral_constant<int, 1> small;
-        const int64_t wanted = 2 * multiprocessors();
-        if (tiles(4 * kWarpPixels) >= wanted) return run(large, problem, output, 1);
-        if (tiles(2 * kWarpPixels) >= wanted) return run(medium, problem, output, 1);
-        const int64_t blocks = tiles(kWarpPixels), most = ceil_div(s.panel_words(), kChunk) / kLeastChunks;
-        const int64_t splits = blocks < multiprocessors() ? std::min(wanted / blocks, most) : 1;
-        if (splits <= 1) return run(small, problem, output, 1);
+    // The same with a copy of the codes in which every group begins with a word.
+    static void filled(const Tensor& x, const ConvProblem& problem, const Output& output,
+                       const CurrentStream& stream) {
+        ConvProblem part = problem;
+        ConvShape& s = part.shape;
+        const int64_t pixels = s.batch * s.in.area();
+        const Tensor words = empty_vector(pixels * filled_bytes(s) / kWord, ScalarType::Int, x);
+        const int64_t channels = s.packed() ? s.pixel_bytes() : s.group_channels();
+        start(fill_words_kernel, ceil_div(pixels, kFillThreads), kFillThreads, 0, stream, problem.x,
+              reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>()), pixels, static_cast<int>(s.groups),
+              static_cast<int>(channels));
+        part.x = reinterpret_cast<const uint8_t*>(words.mutable_data_ptr<int32_t>());
+        if (!s.packed()) s.channels = filled_bytes(s);
+        product(x, part, output, stream);
+    }
 
-        const Tensor workspace = empty_vector(splits * s.pixels() * s.out_channels, ScalarType::Int, x);
+    static Section section(const Product& product, int64_t unit, int64_t taps, int64_t bytes, int64_t first_byte,
+                           int64_t first_word, int64_t row_bytes) {
+        const Window& w = product.window;
+        const int64_t units = bytes / unit;
+        Section section{};
+        if (units == 0) return section;
+        section.units = FastDivisor(units);
+        section.first_byte = static_cast<int>(first_byte);
+        section.first_word = static_cast<int>(first_word);
+        section.chunks = static_cast<int>(ceil_div(taps * bytes, row_bytes));
+        section.next_tap = static_cast<int>(int64_t{w.right_step} * w.pixel_bytes - bytes);
+        const auto step = [&](int64_t n) {
+            const int64_t tap = n / units, down = tap / w.columns * w.down_step,
+                          right = tap % w.columns * w.right_step;
+            return Step{static_cast<int>(n % units), static_cast<int>(right), static_cast<int>(down),
+                        static_cast<int>((down * w.width_in + right) * w.pixel_bytes + n % units * unit)};
+        };
+        section.chunk = step(row_bytes / unit);
+        return section;
+    }
+
+    template <int kUnit, bool packed>
+    static void planned(const Tensor& x, const ConvProblem& problem, const Output& output,
+                        const CurrentStream& stream) {
+        const ConvShape& s = problem.shape;
+        constexpr int kRowBytes = packed ? 32 : 64;
+        Product product{Window(s)};
+        const Window& w = product.window;
+        const int64_t taps = s.kernel.area(), low = packed ? s.low_bytes : s.group_channels();
+        const int64_t high = packed ? s.high_bytes() : 0;
+        product.high = section(product, kUnit, taps, high, s.low_bytes, 0, kRowBytes);
+        product.low = section(product, kUnit, taps, low, 0, 2 * taps * high / kWord, kRowBytes);
+        product.kernel_columns = FastDivisor(s.kernel.width);
+        product.right_end = w.columns * w.right_step;
+        product.down_end = w.rows * w.down_step;
+        product.next_row =
+            static_cast<int>((int64_t{w.down_step} * w.width_in - product.right_end) * int64_t{w.pixel_bytes});
+        product.group_bytes = static_cast<int>(s.group_channels());
+        product.panels = static_cast<int>(s.panels_per_group());
+        product.group_outputs = static_cast<int>(s.group_outputs());
+        product.panel_words = static_cast<int>(s.panel_words());
+        product.groups = FastDivisor(s.groups);
+        product.share_outputs = static_cast<int>(ceil_div(s.group_outputs(), kOctet) * kOctet);
+        product.share_sums = s.pixels() * product.share_outputs * s.groups;
+
+        const int64_t chunks = product.high.chunks + product.low.chunks;
+        const ConvPlan plan = plan_conv({s.pixels(), s.group_outputs(), s.groups, chunks}, {packed, kUnit == kVector},
+                                        multiprocessors());
+        product.splits = FastDivisor(plan.splits);
+        const auto run = [&](auto tile, const Output& to) {
+            constexpr ConvTile size = kConvTiles[tile];
+            constexpr int kStrips = size.outputs / kStrip, kPixelWarps = size.pixels / kWarpPixels;
+            using Shape = Tile<kStrips, kPixelWarps, kUnit, packed>;
+            static_assert(Shape::threads == 32 * size.warps() && Shape::row_bytes == ConvCodes{packed}.pixel_bytes());
+            product.strips = FastDivisor(ceil_div(s.group_outputs(), size.outputs));
+            const int64_t tiles = plan.blocks / plan.splits;
+            STD_TORCH_CHECK(plan.blocks <= kMaximumGrid, "conv2d_integer: the output is too large for one launch");
+            product.tiles = FastDivisor(tiles);
+            start(conv_kernel<kStrips, kPixelWarps, kUnit, packed>, plan.blocks, Shape::threads, Shape::bytes, stream,
+                  problem, to, product);
+        };
+        const auto run_tile = [&](const Output& to) {
+            switch (plan.tile) {
+                case 0: return run(std::integral_constant<int, 0>{}, to);
+                case 1: return run(std::integral_constant<int, 1>{}, to);
+                case 2: return run(std::integral_constant<int, 2>{}, to);
+                default: return run(std::integral_constant<int, 3>{}, to);
+            }
+        };
+        if (plan.splits == 1) return run_tile(output);
+        const Tensor workspace = empty_vector(plan.splits * product.share_sums, ScalarType::Int, x);
         int32_t* shares = workspace.mutable_data_ptr<int32_t>();
-        ConvProblem part = problem;  // shares of sums meet no quantizer
-        part.residual = nullptr;
-        part.also = nullptr;
-        part.out_quantizer = {};
-        run(small, part, {shares, ScalarType::Int, s.group_outputs() % kVector == 0}, splits);
-        const int64_t threads = vectors_of_octets(s.out_channels) * s.pixels();
-        start(add_kernel, ceil_div(threads, kAddingThreads), kAddingThreads, 0, stream, problem, output, shares,
-              static_cast<int>(splits));
+        run_tile({shares, ScalarType::Int});
+        const Strips strips(s.group_outputs(), s.groups);
+        start(add_kernel, strips.blocks(s.pixels()), kStripThreads, 0, stream, problem, output, product, strips,
+              static_cast<const int32_t*>(shares));
     }
 
     template <class... Parameters, class... Arguments>

@@ -31,6 +31,8 @@ struct Words {
 #else
 #define PTQ4CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CUDA, m)
 
+#define PTQ_NOINLINE __noinline__
+
 namespace ptq4cuda {
 
 // The current stream of a tensor's device, which stays the current device while this lives.

@@ -1,5 +1,5 @@
-// Tensor core products and asynchronous copies, for every GPU since Turing. tests/cuda_on_cpu/model/cuda_on_cpu.h has
-// the same functions for the CPU.
+// Tensor core products, what feeds them, and asynchronous copies, for every GPU since Turing.
+// tests/cuda_on_cpu/model/cuda_on_cpu.h has the same functions for the CPU.
 #pragma once
 
 #include "launch.cuh"
@@ -28,12 +28,44 @@ __device__ __forceinline__ void multiply_add(int (&c)[4], const uint32_t (&a)[4]
 #endif
 }
 
-// Copies N bytes (4 or 16, aligned) from global to shared memory, or zeros if `inside` is false. On Ampere and later
-// the copy goes on while the thread does; it is complete after wait_for_copies and a barrier.
+// Where something lies in shared memory, in 32 bits; a byte further is one more.
+using SharedAddress = uint32_t;
+
+// The address is worked out once: the compiler, which would rather do that anew each time, does not see how.
+__device__ __forceinline__ SharedAddress shared_address(const void* shared) {
+    SharedAddress address;
+    asm volatile("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(shared));
+    return address;
+}
+
+// 16 bytes of shared memory.
+__device__ __forceinline__ void load_shared(uint32_t (&words)[4], SharedAddress from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes from shared memory: lane 8 m + r knows where row r of matrix m is, at a
+// multiple of 16 bytes, and lane 4 r + q gets word q of it in words[m].
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// sum + the products of the four unsigned bytes of a word with the signed ones of another.
+__device__ __forceinline__ int32_t dot(uint32_t codes, uint32_t weights, int32_t sum) {
+    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(weights));
+    return sum;
+}
+
+// Copies N bytes (4, 8 or 16, aligned) from global to shared memory, or zeros if `inside` is false. On Ampere and
+// later the copy goes on while the thread does; it is complete after wait_for_copies and a barrier.
 template <int N>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
+__device__ __forceinline__ void copy_async(SharedAddress to, const void* global, bool inside) {
 #if __CUDA_ARCH__ >= 800
-    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     if constexpr (N == 16) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(inside ? N : 0)
                      : "memory");
@@ -45,7 +77,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 #else
     Vector<uint32_t, N / 4> v{};
     if (inside) v = *static_cast<const Vector<uint32_t, N / 4>*>(global);
-    *static_cast<Vector<uint32_t, N / 4>*>(shared) = v;
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i)
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + 4 * i), "r"(v.at[i]) : "memory");
 #endif
 }
 

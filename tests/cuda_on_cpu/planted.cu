@@ -9,7 +9,8 @@
 
 namespace {
 
-using ptq4cuda::copy_async, ptq4cuda::dynamic_shared_memory, ptq4cuda::end_of_copies, ptq4cuda::wait_for_copies;
+using ptq4cuda::copy_async, ptq4cuda::dynamic_shared_memory, ptq4cuda::end_of_copies, ptq4cuda::shared_address,
+    ptq4cuda::wait_for_copies;
 
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 64;
@@ -58,7 +59,8 @@ __global__ void copies_kernel(const int4* x, int4* sums) {
     const int other = (threadIdx.x + kThreads / 2) % kThreads;
     const auto fetch = [&](int chunk) {
         if (chunk < kChunks)
-            copy_async<16>(&stages[chunk % 2][threadIdx.x], &x[chunk * kThreads + threadIdx.x], threadIdx.x != 7);
+            copy_async<16>(shared_address(&stages[chunk % 2][threadIdx.x]), &x[chunk * kThreads + threadIdx.x],
+                           threadIdx.x != 7);
         if (missing != Missing::end_of_group) end_of_copies();
     };
     int4 sum{};
@@ -123,7 +125,7 @@ __global__ void not_in_the_mask_kernel(int* x) { x[threadIdx.x] = __shfl_sync(0x
 
 __global__ void misaligned_copy_kernel(const int* x) {
     __shared__ int4 shared[2];
-    if (threadIdx.x == 3) copy_async<16>(&shared[0].y, x, true);
+    if (threadIdx.x == 3) copy_async<16>(shared_address(&shared[0].y), x, true);
 }
 
 __global__ void half_a_warp_kernel(int* x) { x[threadIdx.x] = __ballot_sync(kAll, 1); }

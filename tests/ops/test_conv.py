@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ops import oracle
-from ops.backends import NATIVE, Backend
+from ops.backends import BACKENDS, NATIVE, Backend
 from ops.test_nibbles import bits_of, codes_of
 from ptq4cuda import ops
 from ptq4cuda.ops import panels
 from ptq4cuda.ops.nibbles import Nibbles
+from ptq4cuda.ops.plan import conv_plan
 
 Pair = tuple[int, int]
 
@@ -396,27 +397,31 @@ def test_empty_batch(backend: Backend, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("multiprocessors", "case", "launches"),
+    ("multiprocessors", "case", "shared"),
     [
-        (1, Case(64, 32, kernel=(3, 3), padding=(1, 1)), 1),
-        (16, Case(64, 32, kernel=(3, 3), padding=(1, 1)), 2),
-        (16, Case(60, 70, size=(3, 5), kernel=(3, 3), padding=(1, 1), batch=1), 2),
-        (16, Case(21, 30, size=(3, 3), kernel=(5, 5), groups=3, padding=(2, 2)), 1),  # too few columns
-        (33, Case(301, 21, size=(4, 4), kernel=(3, 2), bits=8), 2),
-        (60, Case(48, 20, size=(4, 4), kernel=(7, 7), padding=(3, 3), groups=2), 2),
-        (60, Case(100, 20, size=(4, 4), kernel=(3, 3), batch=1), 2),
+        (1, Case(64, 32, kernel=(3, 3), padding=(1, 1)), False),
+        (16, Case(256, 32, kernel=(3, 3), padding=(1, 1), bits=8), True),
+        (16, Case(260, 70, size=(3, 5), kernel=(3, 3), padding=(1, 1), batch=1), True),
+        (16, Case(24, 30, size=(3, 3), kernel=(5, 5), groups=3, padding=(2, 2)), False),  # too few columns
+        (33, Case(301, 21, size=(4, 4), kernel=(3, 2), bits=8), True),
+        (60, Case(48, 20, size=(4, 4), kernel=(7, 7), padding=(3, 3), groups=2), True),
+        (60, Case(54, 40, size=(4, 4), kernel=(7, 7), padding=(3, 3), groups=2), True),
+        (60, Case(100, 20, size=(4, 4), kernel=(3, 3), batch=1), True),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_small_outputs_share_out_the_columns(
-    cuda_on_cpu: Backend, model: ctypes.CDLL, multiprocessors: int, case: Case, launches: int, packed: bool
+    cuda_on_cpu: Backend, model: ctypes.CDLL, multiprocessors: int, case: Case, shared: bool, packed: bool
 ) -> None:
     model.cuda_on_cpu_use_device(multiprocessors - 1)
-    if packed and case.groups == 1:
+    packed = packed and case.groups == 1
+    if packed:
         x, sums, a = packed_arguments(case, "some")
     else:
         x, weight, zeros = case.make()
         sums, a = case.sums(x, weight, zeros), case.arguments(weight, zeros)
+    filled = not packed and case.channels // case.groups % 4 != 0  # a copy of the codes comes first
+    launches = 1 + shared + filled
     before = model.cuda_on_cpu_launches()
     y = run(cuda_on_cpu, channels_last(x), a)
     assert model.cuda_on_cpu_launches() - before == launches
@@ -432,6 +437,76 @@ def test_small_outputs_share_out_the_columns(
         b = a | quantized("out", quantizer, layout) | quantized("also", quantizer)
         assert_packed(cuda_on_cpu.conv2d_integer(x, *b.values()), [(codes, layout), (codes, None)])
     assert model.cuda_on_cpu_launches() - before == launches * (2 if case.groups > 1 else 3)
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (64, 128), (64, 64), (64, 32)], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("channels", [64, 36])
+def test_every_tile(
+    cuda_on_cpu: Backend, model: ctypes.CDLL, tile: tuple[int, int], packed: bool, channels: int
+) -> None:
+    """Tiles that are just not full along both sides, whole vectors and words, with all that a layer may have."""
+    model.cuda_on_cpu_use_device(0)
+    outputs, pixels = tile
+    case = Case(channels, outputs - 8, (1, pixels - 3), (1, 3), padding=(0, 1), batch=1)
+    if packed:
+        x, sums, a = packed_arguments(case, "some")
+    else:
+        x, weight, zeros = case.make()
+        sums, a = case.sums(x, weight, zeros), case.arguments(weight, zeros)
+    chunks = -(-channels * 3 // 64)
+    assert conv_plan(pixels - 3, outputs - 8, 1, chunks, packed, channels == 64, 1).tile == tile
+    y, x = finishing(case, sums, a, 7), channels_last(x)
+    first, second = ((*oracle.quantizer(case.outputs, seed)[:2], bits_of(case.outputs, "some")) for seed in (5, 6))
+    one, other = (oracle.quantize(y, *quantizer, 1) for quantizer in (first, second))
+    layout = Nibbles.of(first[2])
+    packed_out = a | quantized("out", first, layout) | quantized("also", second)
+    assert_packed(cuda_on_cpu.conv2d_integer(x, *packed_out.values()), [(one, layout), (other, None)])
+    assert_packed(cuda_on_cpu.conv2d_integer(x, *(a | {"dtype": torch.float16}).values()), [(y.half(), None)])
+
+
+@pytest.mark.parametrize("name", ["1x1", "3x3", "depthwise"])
+@pytest.mark.parametrize("what", ["bias", "infinite", "zero point", "scale", "slope", "negative zero", "upper"])
+@pytest.mark.parametrize("which", [name for name in BACKENDS if name != "cpu"])
+def test_unusual_constants(request: pytest.FixtureRequest, which: str, name: str, what: str) -> None:
+    """What a short cut would get wrong: NaN, infinities, zero points beyond 2^22, tiny scales, any activation."""
+    backend: Backend = request.getfixturevalue(which)
+    case = GEOMETRIES[name]
+    x, weight, zeros = case.make()
+    sums, a = case.sums(x, weight, zeros), case.arguments(weight, zeros)
+    g = torch.Generator().manual_seed(8)
+    a["scale"], a["bias"] = torch.rand(case.outputs, generator=g) * 0.01, torch.randn(case.outputs, generator=g)
+    residual = torch.randint(0, 256, sums.shape, dtype=torch.uint8, generator=g)
+    a["residual"], a["negative_slope"] = channels_last(residual), 0.0
+    a["residual_scale"], a["residual_zero_point"], _ = oracle.quantizer(case.outputs, 4)
+    scale, zero_point, bits = oracle.quantizer(case.outputs, 5)
+    if what == "bias":
+        a["bias"][1] = float("nan")
+    elif what == "infinite":
+        a["scale"][2], a["bias"][3], a["residual_scale"][4] = float("inf"), float("-inf"), float("inf")
+    elif what == "zero point":
+        zero_point[:4] = torch.tensor([1 << 23, -(1 << 26), (1 << 31) - 1, (1 << 22) + 1], dtype=torch.int32)
+        a["scale"][:4] = torch.tensor([3e7, 1e7, 1e9, 1e5])
+        a["residual_zero_point"][5] = 1 << 24
+    elif what == "scale":
+        scale[:3] = torch.tensor([1e-39, 1e-30, 1e38])
+    elif what == "slope":
+        a["negative_slope"] = -1.5
+    elif what == "negative zero":
+        a["negative_slope"], a["upper"] = -0.0, 0.0
+    else:
+        a["upper"] = -0.5
+    with np.errstate(invalid="ignore"):
+        y = finished(case, sums, a, residual)
+    x = channels_last(x)
+    assert oracle.same(run(backend, x, a), y)
+    with np.errstate(over="ignore"):
+        codes = oracle.quantize(y, scale, zero_point, bits, 1)
+    assert oracle.same(run(backend, x, a | quantized("out", (scale, zero_point, bits))), codes)
+    layout = Nibbles.of(bits)
+    if what != "slope":  # one activation is enough
+        b = a | quantized("out", (scale, zero_point, bits), layout) | quantized("also", (scale, zero_point, bits))
+        assert_packed(backend.conv2d_integer(x, *b.values()), [(codes, layout), (codes, None)])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

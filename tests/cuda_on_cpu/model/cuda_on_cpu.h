@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#define PTQ_NOINLINE __attribute__((noinline))
+
 #undef STD_CUDA_CHECK
 #define STD_CUDA_CHECK(EXPR) cuda_on_cpu::check(EXPR)
 
@@ -105,8 +107,35 @@ inline void multiply_add(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b
         }
 }
 
+using SharedAddress = uint8_t*;
+inline SharedAddress shared_address(void* shared) { return static_cast<uint8_t*>(shared); }
+
+inline void check_aligned(const void* p, const char* what) {
+    if (reinterpret_cast<uintptr_t>(p) % 16)
+        throw std::runtime_error(std::string("cuda_on_cpu: ") + what + " that is not aligned to 16 bytes");
+}
+
+inline void load_shared(uint32_t (&words)[4], SharedAddress from) {
+    check_aligned(from, "a load");
+    std::memcpy(words, from, 16);
+}
+
+inline void load_matrices(uint32_t (&words)[4], SharedAddress row,
+                          const cuda_on_cpu::Place& place = cuda_on_cpu::Place::current()) {
+    check_aligned(row, "a row of a matrix");
+    const auto rows = *cuda_on_cpu::wait_for_warp(cuda_on_cpu::kAllLanes, {reinterpret_cast<uintptr_t>(row)}, place);
+    const int lane = cuda_on_cpu::this_lane();
+    for (int m = 0; m < 4; ++m)
+        std::memcpy(&words[m], reinterpret_cast<const uint32_t*>(rows[8 * m + lane / 4]) + lane % 4, 4);
+}
+
+inline int32_t dot(uint32_t codes, uint32_t weights, int32_t sum) {
+    for (int i = 0; i < 32; i += 8) sum += static_cast<uint8_t>(codes >> i) * static_cast<int8_t>(weights >> i);
+    return sum;
+}
+
 template <int N>
-void copy_async(void* shared, const void* global, bool inside) {
+void copy_async(SharedAddress shared, const void* global, bool inside) {
     __pipeline_memcpy_async(shared, inside ? global : nullptr, N, inside ? 0 : N);
 }
 inline void end_of_copies() { __pipeline_commit(); }

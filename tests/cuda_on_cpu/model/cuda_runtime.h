@@ -40,6 +40,7 @@
     static char shared_mark_##line;                     \
     cuda_on_cpu::has_shared_memory(shared_mark_##line); \
     static
+#define __grid_constant__
 
 // --- the place of a thread ---------------------------------------------------------------------------------------
 
