@@ -26,6 +26,7 @@ ClipRule = Literal["laplace", "gaussian", "minmax", "mse", "percentile", "kld", 
 CLIP_RULES = get_args(ClipRule)
 PERCENTILE = 99.9  # of a channel's values, zeros included, that the rule "percentile" keeps
 _EDGES = 128  # limits that a search tries between the ends of a histogram
+_ROWS = 16  # channels whose ranges are compared at a time
 
 
 def lambert_w(x: Tensor) -> Tensor:
@@ -154,10 +155,16 @@ def search_clip(histogram: ChannelHistogram, bits: int, exponent: float = 2.0) -
     else:
         lower = edges
     under = density @ (distance < 0).double()  # share of values under each edge
-    inside = under[:, None, :] - under[:, : len(lower), None]
     step = (edges[None, :] - lower[:, None]).clamp_min(0.0) / (2.0**bits - 1.0)
-    noise = below[:, :, None] + above[:, None, :] + inside * (step / 2.0).pow(exponent) / (exponent + 1.0)
-    best = noise.flatten(1).argmin(1)
+    rounding = (step / 2.0).pow(exponent)
+
+    def noise(rows: slice) -> Tensor:
+        inside = under[rows, None, :] - under[rows, : len(lower), None]
+        return (below[rows, :, None] + above[rows, None, :]).add_(inside.mul_(rounding).div_(exponent + 1.0))
+
+    # A few channels at a time, whose tables of all ranges stay in the cache.
+    parts = [slice(first, first + _ROWS) for first in range(0, len(density), _ROWS)]
+    best = torch.cat([noise(rows).flatten(1).argmin(1) for rows in parts])
     width = (histogram.high - histogram.low) / bins
     low = histogram.low + lower[best // len(edges)] * width
     high = histogram.low + edges[best % len(edges)] * width

@@ -166,7 +166,10 @@ class Shapes:
             except (IndexError, TypeError):
                 return
         elif node.target in _ARITHMETIC and not node.kwargs:
-            self.numbers[node] = Size() if _symbols(args) else _ARITHMETIC[node.target](*args)
+            try:
+                self.numbers[node] = Size() if _symbols(args) else _ARITHMETIC[node.target](*args)
+            except (ArithmeticError, TypeError):  # as it will where it is computed
+                return
 
     def known(self, node: fx.Node) -> int | bool | None:
         """Return the number that a node computes for all inputs, or None."""
