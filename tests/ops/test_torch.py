@@ -54,7 +54,8 @@ def convolution(x: Tensor, layout: str, dtype: torch.dtype) -> tuple[Any, ...]:
     zeros = torch.randint(-9, 9, (9, 6), dtype=torch.int32)
     scale, zero_point, bits = oracle.quantizer(6)
     geometry = ((3, 3), (2, 1), (1, 2), (1, 1), 1, 0)
-    residual = torch.randint(0, 16, (x.shape[0], 6, 2, x.shape[3] + 2), dtype=torch.uint8)
+    rows = (x.shape[2] - 1) // 2 + 1
+    residual = torch.randint(0, 16, (x.shape[0], 6, rows, x.shape[3] + 2), dtype=torch.uint8)
     packing = Nibbles.of(bits)
     both: tuple[Any, ...] = (None, None, None, None, 0) * 2
     if layout == "channels_last":
