@@ -57,6 +57,11 @@ def check_float_model(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("the model is a torch.jit.ScriptModule: take the torch.nn.Module that it was made from")
+    scripted = next((name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise TypeError(
+            f"the model's part {scripted!r} is a torch.jit.ScriptModule: take the module that it was made from"
+        )
     if any(isinstance(module, QuantModule) for module in model.modules()):
         raise ValueError("the model is quantized already")
     if torch.nn.modules.module._has_any_global_hook():

@@ -57,7 +57,8 @@ def quantize(
     Args:
         model: a network in evaluation mode; it is not changed. It runs where its parameters are.
         batches: calibration data, an iterable of tensors [N, ...], of tuples or lists whose first item is one
-            (targets are ignored), or of dicts whose keys are arguments of the model's forward.
+            (targets are ignored), or of dicts whose keys are arguments of the model's forward: tensors, numbers,
+            strings, None, and containers of these. Of tensors the first with the most dimensions has the samples.
         config: how to quantize.
         progress: show a progress bar when it takes longer than a moment.
         memory_limit: bytes of host memory that tensors between layers may take, of all samples together; beyond it
@@ -66,8 +67,8 @@ def quantize(
 
     Returns:
         A new module in evaluation mode that is called like the model; report(network) tells what was done. A model
-        that torch.fx can trace becomes a torch.fx.GraphModule with its BatchNorms folded, another a copy with its
-        layers replaced.
+        that torch.fx can trace becomes a torch.fx.GraphModule with its BatchNorms folded, which has the model's
+        attributes and methods where these need no float layers; another a copy with its layers replaced.
 
     Raises:
         TypeError: model, batches or config are of the wrong kind.

@@ -17,7 +17,8 @@ _FIELDS = ("bits", "scale", "zero_point")
 def tensor_of_values(x: object, codes: bool = False) -> Tensor:
     """Return an input, which may be codes instead; raise TypeError where it is no tensor of values."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"the input must be a tensor, got {type(x).__name__}")
+        remedy = ": torch.from_numpy makes a tensor of it" if type(x).__module__ == "numpy" else ""
+        raise TypeError(f"the input must be a tensor, got {type(x).__name__}{remedy}")
     if x.dtype not in ops.FLOATING and not codes:
         raise TypeError(f"the input must be float32, float16 or bfloat16, got {x.dtype}: convert it, as x.float()")
     return x

@@ -150,6 +150,13 @@ def test_wrapped_models_are_quantized_from_the_original(
         assert torch.equal(ptq4cuda.load(tmp_path / "net.ptq4", model)(images), expected(images))
 
 
+def test_scripted_parts_are_refused(images: Tensor) -> None:
+    model = Net()
+    model.second = torch.jit.trace(model.second, torch.zeros(1, 8, 10, 10))
+    with pytest.raises(TypeError, match=r"the model's part 'second' is a torch\.jit\.ScriptModule: take the"):
+        quantize(model, [images], QuantConfig.naive(8, 8), progress=False)
+
+
 # --- arguments ------------------------------------------------------------------------------------------------
 
 
