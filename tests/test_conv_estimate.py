@@ -18,7 +18,8 @@ def test_resnet50_by_count() -> None:
 
 
 def test_the_slower_bound_decides_and_codes_of_few_bits_cost_less() -> None:
-    kernels = dict.fromkeys((f"conv_kernel<{s}, {w}, 16, true>" for s in (1, 2) for w in (1, 2, 4)), {"slots": 70.0})
+    tiles = [(strips, warps) for strips in (1, 2) for warps in (1, 2, 4)]
+    kernels = {f"conv_kernel<{strips}, {warps}, 16, true>": {"slots": 70.0} for strips, warps in tiles}
     layer = conv_estimate.Layer("conv", 256, 256, 28, 3)
     wide, narrow = (conv_estimate.estimate(layer, 64, high, kernels) for high in (0.5, 0.0))
     assert wide.seconds == max(wide.issue, wide.memory)
