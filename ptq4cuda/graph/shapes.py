@@ -42,10 +42,10 @@ _UNARY_NAMES = (
     "relu relu6 leaky_relu prelu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid softplus "
     "softsign logsigmoid softmax log_softmax dropout dropout1d dropout2d dropout3d alpha_dropout batch_norm "
     "layer_norm group_norm instance_norm normalize clamp clip clamp_min clamp_max abs exp log sqrt rsqrt neg square "
-    "contiguous clone detach float half bfloat16 double to type type_as pow with_item"
+    "contiguous clone detach float half bfloat16 double to type type_as with_item"
 )
 _UNARY = frozenset(_UNARY_NAMES.split())
-_BINARY = frozenset(["add", "sub", "mul", "div", "truediv", "maximum", "minimum", "where"])
+_BINARY = frozenset(["add", "sub", "mul", "div", "truediv", "pow", "maximum", "minimum", "where"])
 _POOLS = tuple(
     (dims, tuple(getattr(nn, f"{kind}Pool{dims}d") for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg")))
     for dims in (1, 2, 3)
@@ -124,7 +124,9 @@ class Shapes:
                 shape = self._item(node, source) if node.target is operator.getitem else self._shape(node, source)
             except (IndexError, ValueError, TypeError):  # the call would fail, or is of a form that is not known
                 shape = None
-            if shape is not None:
+            if shape is not None and _returns_indices(node, self.network):
+                self.pieces[node] = [shape, shape]
+            elif shape is not None:
                 self.tensors[node] = shape
 
     def rename(self, old: fx.Node, new: fx.Node) -> None:
@@ -196,7 +198,7 @@ class Shapes:
             return None if weight is None or x is None else (*x[:-1], weight[0])
         if name in ("cat", "concat", "concatenate") and isinstance(source, (tuple, list)):
             return self._concatenated(node, source)
-        if name in _BINARY:
+        if name in _BINARY and (name != "where" or len(node.args) == 3):  # a condition alone gives several tensors
             return self._broadcast([*node.args, *node.kwargs.values()])
         if name in _UNARY:
             return x
@@ -265,10 +267,10 @@ class Shapes:
         name, before, after = name_of(move, self.network), self.of(source_of(move)), self.of(move)
         if before is None or after is None:
             return None
-        if name in ("transpose", "swapaxes", "swapdims", "permute", "unsqueeze"):
+        if name in ("transpose", "swapaxes", "swapdims", "permute", "unsqueeze", *_REDUCTIONS):
             marked = tuple(Size() for _ in before)
             out = moved(name, marked, self._arguments(move), move.kwargs)
-            return None if out is None else out.index(marked[axis])
+            return None if out is None or marked[axis] not in out else out.index(marked[axis])
         for position in range(len(after)):
             front = axis == position and _all_equal(before[: axis + 1], after[: axis + 1])
             behind = len(before) - axis == len(after) - position and _all_equal(before[axis:], after[position:])
@@ -420,10 +422,10 @@ def _symbols(value: object) -> bool:
 
 def _product(sizes: Shape) -> Dim:
     """Return the product of sizes; a new symbol where one of them is."""
-    symbols = [size for size in sizes if isinstance(size, Size)]
-    if not symbols:
-        return math.prod(size for size in sizes if isinstance(size, int))
-    return symbols[0] if all(size == 1 for size in sizes if size is not symbols[0]) else Size()
+    longer = [size for size in sizes if isinstance(size, Size) or size != 1]
+    if len(longer) == 1:
+        return longer[0]
+    return Size() if any(isinstance(size, Size) for size in longer) else math.prod(longer)  # type: ignore[arg-type]
 
 
 def _rest(x: Shape | None, sizes: Sequence[Dim]) -> Dim:
@@ -447,6 +449,14 @@ def _broadcast_dim(sizes: Sequence[Dim]) -> Dim:
         return 1
     known = [size for size in longer if isinstance(size, int)]
     return known[0] if known else longer[0] if all(size is longer[0] for size in longer) else Size()
+
+
+def _returns_indices(node: fx.Node, network: nn.Module) -> bool:
+    """Tell whether a node, if it is a max pooling, may return where the maxima are beside them."""
+    if node.op == "call_module":
+        return bool(getattr(network.get_submodule(str(node.target)), "return_indices", False))
+    position = {"adaptive_max_pool": 2, "max_pool": 6}.get(name_of(node, network)[:-2], len(node.args))
+    return bool(node.kwargs.get("return_indices", any(node.args[position : position + 1])))
 
 
 def _attribute(network: nn.Module, path: str) -> Any:

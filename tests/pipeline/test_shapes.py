@@ -74,6 +74,34 @@ def test_inferred_shapes_of_all_kinds_of_nodes() -> None:
     check_shapes(outer, (torch.randn(2, 3, 6, 6),), (torch.randn(3, 3, 9, 5),))
 
 
+def test_what_returns_several_tensors_has_no_shape_of_its_own() -> None:
+    """A batch that is taken for the channels would be a number that is the same for all inputs."""
+
+    def pooled(m: Any, x: Tensor) -> Any:
+        y, indices = F.max_pool2d(m.conv(x), 2, return_indices=True)
+        z, other = m.pool(m.conv(x))
+        w, last = F.adaptive_max_pool2d(m.conv(x), (6, 6), True)
+        rows = torch.where(x.mean((1, 2, 3)) > -9.0)[0]
+        return m.last(y.reshape(y.size(0), y.shape[1], -1, 6)) + z.flatten(1).sum(), w, indices, other, last, rows
+
+    model = Written(pooled).eval()
+    model.pool = nn.MaxPool2d(2, return_indices=True)
+    network, reason = trace(model)
+    assert network is not None, reason
+    check_shapes(network, (torch.randn(2, 3, 12, 12),), (torch.randn(8, 3, 12, 12),))
+
+
+def test_shapes_of_powers_and_squares() -> None:
+    def attention(m: Any, x: Tensor) -> Tensor:
+        tokens = m.conv(x).flatten(2)
+        weights = torch.matmul(tokens.transpose(1, 2), tokens)  # the same symbol twice
+        return weights.flatten(1).sum(1)[:, None, None, None] + x.mean(1, keepdim=True) ** m.conv(x)
+
+    network, reason = trace(Written(attention).eval())
+    assert network is not None, reason
+    check_shapes(network, (torch.rand(2, 3, 6, 6),), (torch.rand(3, 3, 5, 4),))
+
+
 class Written(nn.Module):
     def __init__(self, forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -212,6 +240,12 @@ def mixed_by_reshape(m: Any, x: Tensor) -> Tensor:
     return m.fc(m.bn1(y.reshape(-1, 12, y.shape[1])).reshape_as(y))
 
 
+def averaged_away(m: Any, x: Tensor) -> Tensor:
+    """As many positions as channels, of which only the positions are left."""
+    y = m.linear(m.conv(x).permute(0, 2, 3, 1)).reshape(-1, 12, 12).transpose(1, 2)
+    return m.bn1(y.mean(1))
+
+
 def padded_average(m: Any, x: Tensor) -> Tensor:
     return m.last(m.bn(F.avg_pool2d(m.conv(x), 3, 2, 1)))
 
@@ -235,7 +269,7 @@ def values_are_read(m: Any, x: Tensor) -> Tensor:
     "forward",
     [
         *(over_positions, over_positions_turned, mixed_by_reshape, values_are_read),
-        *(padded_average, joined_with_another_reader, joined_images),
+        *(averaged_away, padded_average, joined_with_another_reader, joined_images),
     ],
     ids=lambda f: f.__name__,
 )
