@@ -123,14 +123,14 @@ def document(outcomes: dict[str, Outcome]) -> str:
         f"{len(outcomes)} architectures of timm, quantized with `QuantConfig.fast()` on eight images, saved, and "
         f"loaded into a model with other weights ({versions}). Weights are random, with the statistics of the images "
         "in the BatchNorms: this shows what is traced, folded and executed in integers, and that files are read, not "
-        "how accurate the networks are. The seconds are those that `quantize()` keeps one core of the CPU busy. "
-        "Written by `python benchmarks/timm_networks.py` (`pip install '.[networks]'`)."
+        "how accurate the networks are. The seconds are those that `quantize()` keeps one core of the CPU busy."
     )
+    made = "Written by `python benchmarks/timm_networks.py` (`pip install '.[networks]'`)."
     norms_about = (
         f"{folded} of {norms} BatchNorms are folded. Those that are not follow something else than layers, or layers "
         "that are read elsewhere too. What is not in integers stays in float."
     )
-    parts = ["# Networks", textwrap.fill(about, 118), table(outcomes), textwrap.fill(norms_about, 118)]
+    parts = ["# Networks", textwrap.fill(about, 118), made, table(outcomes), textwrap.fill(norms_about, 118)]
     if by_modules:
         parts.append("Walked by their modules, where nothing is folded:")
         parts.append("\n".join(f"- {name}: {reason}" for name, reason in by_modules.items()))
