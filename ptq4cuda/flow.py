@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ptq4cuda.graph.copying import hooks_of
-from ptq4cuda.graph.ends import Step, find_ends, is_concatenation, is_fixed, is_lookup
-from ptq4cuda.graph.layers import is_weighted, layer_kind
+from ptq4cuda.graph.ends import Step, find_ends, is_fixed, is_lookup
+from ptq4cuda.graph.layers import is_concatenation, is_weighted, layer_kind
 from ptq4cuda.graph.readers import is_question
 from ptq4cuda.graph.trace import same
 from ptq4cuda.nn import quant_module_for

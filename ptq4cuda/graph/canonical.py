@@ -15,12 +15,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ptq4cuda.graph.copying import copy_sharing, held_modules
-from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, leave
+from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, is_concatenation, layer_kind, leave
 from ptq4cuda.graph.readers import is_number, readers
 from ptq4cuda.graph.shapes import Shapes, infer_shapes
 
 _IDENTITIES = (nn.Identity, nn.modules.dropout._DropoutNd)
-_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _DROPOUTS = (
     F.dropout,
     F.dropout1d,
@@ -41,7 +40,7 @@ def canonicalize(network: fx.GraphModule) -> None:
             network.graph.erase_node(node)
         elif node.op == "call_method" and node.target in ("view", "view_as"):
             _reshape(node)
-        elif node.target in _CONCATENATIONS:
+        elif is_concatenation(node.target):
             given = arguments(node, "tensors dim", dim=0)
             node.target, node.args, node.kwargs = torch.cat, (given["tensors"], given.get("axis", given["dim"])), {}
     made = _make_modules(network)
@@ -180,10 +179,10 @@ def _answer(question: fx.Node, parameter: Tensor, like: str, graph: fx.Graph) ->
         return
     answer = tuple(answer) if isinstance(answer, torch.Size) else answer
     for reader in list(question.users):
-        _substitute(reader, question, answer)
+        substitute(reader, question, answer)
 
 
-def _substitute(reader: fx.Node, node: fx.Node, value: Any) -> None:
+def substitute(reader: fx.Node, node: fx.Node, value: Any) -> None:
     """Let a node read a value instead of another node."""
 
     def replaced(n: fx.Node) -> Any:
@@ -342,6 +341,7 @@ def _call(node: fx.Node, name: str, module: nn.Module, network: fx.GraphModule, 
 
 
 def _source(node: fx.Node) -> Any:
+    """Return the first argument of a call, which may be a list of nodes."""
     return node.args[0] if node.args else node.kwargs["input"]
 
 

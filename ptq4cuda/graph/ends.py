@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ptq4cuda.graph.layers import is_concatenation
 from ptq4cuda.graph.readers import is_number
 
-_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _LARGEST_RATIO = 4096.0  # of two fixed weights
 
 
@@ -37,11 +37,6 @@ class Step:
     layer: Hashable | None = None
     is_input: bool = False
     joins: bool = False
-
-
-def is_concatenation(function: object) -> bool:
-    """Tell whether a function puts tensors side by side."""
-    return function in _CONCATENATIONS
 
 
 def is_lookup(function: object) -> bool:

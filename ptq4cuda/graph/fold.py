@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ptq4cuda.graph.canonical import arguments, constant, drop_unused
+from ptq4cuda.graph.canonical import arguments, constant, drop_unused, substitute
 from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, why_left
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.graph.shapes import Shapes, infer_shapes, is_move, source_of
@@ -57,15 +57,10 @@ def fold_sizes(network: fx.GraphModule) -> None:
         number = shapes.known(node)
         if number is not None:
             for user in list(node.users):
-                arguments = (user.args, user.kwargs)
-                user.args, user.kwargs = fx.node.map_arg(arguments, {**_same(user), node: number}.__getitem__)
+                substitute(user, node, number)
         if node.target is torch._assert and node.args and node.args[0] is True:
             network.graph.erase_node(node)
     drop_unused(network)
-
-
-def _same(user: fx.Node) -> dict[fx.Node, fx.Node]:
-    return {node: node for node in user.all_input_nodes}
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq4cuda.graph.bind import Interpreter
-from ptq4cuda.graph.layers import activation_of, is_addition, layer_kind
+from ptq4cuda.graph.layers import activation_of, is_addition, is_concatenation, layer_kind
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.nn.conv import pair
 
@@ -140,7 +140,7 @@ def _back(
         return cost
     if len(cost) % channels == 0 and len(outputs) == 2:  # flattened
         return cost.view(channels, -1).mean(1)
-    if node.target in (torch.cat, torch.concat):
+    if is_concatenation(node.target):
         return _part_of_concatenation(node, source, seen, cost)
     return torch.full_like(positive, float(cost.mean()))
 

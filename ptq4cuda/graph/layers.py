@@ -229,6 +229,11 @@ def is_transparent(node: fx.Node, network: fx.GraphModule) -> bool:
     return node.op == "call_method" and node.target in _TRANSPARENT_METHODS
 
 
+def is_concatenation(function: object) -> bool:
+    """Tell whether a function puts tensors side by side."""
+    return function in (torch.cat, torch.concat, torch.concatenate)
+
+
 def is_addition(node: fx.Node) -> bool:
     """Tell whether a node adds two values, elementwise and unscaled."""
     return node.target in (operator.add, torch.add, "add") and not node.kwargs

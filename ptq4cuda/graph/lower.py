@@ -23,9 +23,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ptq4cuda.clipping import IDENTITY, Activation
-from ptq4cuda.graph.layers import activation_of, is_addition
+from ptq4cuda.graph.layers import activation_of, is_addition, is_concatenation
 from ptq4cuda.graph.network import Network
 from ptq4cuda.graph.readers import reads_shape
+from ptq4cuda.graph.shapes import source_of
 from ptq4cuda.graph.tracer import expect
 from ptq4cuda.integer import IntegerConv2d, IntegerLinear
 from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
@@ -235,7 +236,7 @@ class _Lowering:
         chain = self.chains.get(node)
         if chain is None:
             return [self._measured(node, n) or n for n in node.all_input_nodes]
-        return [_source(n) for n in (chain.node, chain.residual) if n is not None]
+        return [source_of(n) for n in (chain.node, chain.residual) if n is not None]
 
     def _measured(self, node: fx.Node, source: fx.Node) -> fx.Node | None:
         """Return what has the shape of a node's source if the node reads nothing else of it."""
@@ -289,9 +290,9 @@ class _Lowering:
         """Return what a node needs to give values, or codes."""
         chain = self.chains.get(node)
         if chain is not None:
-            needs: list[tuple[fx.Node, QuantParams | None]] = [(_source(chain.node), chain.layer.activation)]
+            needs: list[tuple[fx.Node, QuantParams | None]] = [(source_of(chain.node), chain.layer.activation)]
             if chain.residual is not None:
-                needs.append((_source(chain.residual), self._residual_params(chain)))
+                needs.append((source_of(chain.residual), self._residual_params(chain)))
             return needs
         if params is None:
             measured = {n: end for n in node.all_input_nodes if (end := self._measured(node, n)) is not None}
@@ -312,8 +313,8 @@ class _Lowering:
         if params.axis % 4 != 1:
             return None
         if self._max_pool(node) is not None:
-            return [(_source(node), params)]
-        if node.target in (torch.cat, torch.concat):
+            return [(source_of(node), params)]
+        if is_concatenation(node.target):
             return self._concatenated(node, params)
         return None
 
@@ -357,8 +358,8 @@ class _Lowering:
         if node in self.chains:
             return int(self.chains[node].layer.weight_shape[0])
         if self._max_pool(node) is not None:
-            return self._channels(_source(node))
-        if node.target in (torch.cat, torch.concat) and isinstance(node.args[0], (list, tuple)):
+            return self._channels(source_of(node))
+        if is_concatenation(node.target) and isinstance(node.args[0], (list, tuple)):
             sizes = [self._channels(n) if isinstance(n, fx.Node) else None for n in node.args[0]]
             return None if None in sizes else sum(s for s in sizes if s is not None)
         return None
@@ -421,28 +422,28 @@ class _Lowering:
     def _integer_layer(self, chain: _Chain, out: QuantParams | None, also: QuantParams | None = None) -> fx.Node:
         residual = self._residual_params(chain)
         forms = {
-            "source": (_source(chain.node), chain.layer.activation),
+            "source": (source_of(chain.node), chain.layer.activation),
             "out": (chain.end, out),
             "also": (chain.end, also),
         }
         packed = [name for name, form in forms.items() if self._is_packed(*form)]
         engine = _engine(chain.layer, self.dtype, chain.activation, residual, out, also, packed)
         chain.layer.execute_in_integers(engine, reads_codes=True)
-        arguments = [self._codes(_source(chain.node), chain.layer.activation)]
+        arguments = [self._codes(source_of(chain.node), chain.layer.activation)]
         if chain.residual is not None:
             marked = self._module(chain.residual)
             assert isinstance(marked, QuantTensor)
             marked.returns_codes = True
-            codes = self._codes(_source(chain.residual), residual)
+            codes = self._codes(source_of(chain.residual), residual)
             arguments.append(self.graph.call_module(str(chain.residual.target), (codes,)))
         values = out is None and isinstance(chain.layer, QuantConv2d)
-        like: dict[str, Any] = {"like": self._origin(_source(chain.node))} if values else {}
+        like: dict[str, Any] = {"like": self._origin(source_of(chain.node))} if values else {}
         return self.graph.create_node("call_module", chain.node.target, tuple(arguments), like, name=chain.node.name)
 
     def _origin(self, node: fx.Node) -> fx.Node:
         """Return the values that a node's codes were once made of."""
         while (node, None) not in self.made:
-            node = _source(self.chains[node].node) if node in self.chains else node.all_input_nodes[0]
+            node = source_of(self.chains[node].node) if node in self.chains else node.all_input_nodes[0]
         return self.made[node, None]
 
     def _quantize(self, node: fx.Node, params: QuantParams) -> fx.Node:
@@ -468,9 +469,3 @@ def _depends_on_shape(node: fx.Node, layer: fx.Node) -> bool:
             seen.add(n)
             waiting += n.all_input_nodes
     return not reading.isdisjoint(seen)
-
-
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0] if node.args else node.kwargs["input"]
-    assert isinstance(source, fx.Node)
-    return source
