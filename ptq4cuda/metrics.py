@@ -56,6 +56,7 @@ class Noise:
             masked = ~expected.isfinite()  # classes that are not there, and the like
             signal = expected.double().masked_fill(masked, 0.0).square()
             noise = (expected.double() - found.double()).masked_fill(masked, 0.0).square()
+            noise = noise.nan_to_num(nan=math.inf, posinf=math.inf)
             self.signal += float(signal.sum())
             self.noise += float(noise.sum())
             if samples and expected.dim() and len(expected) == samples:
@@ -66,10 +67,8 @@ class Noise:
 
     @property
     def sqnr(self) -> float | None:
-        """Signal to quantization noise ratio in dB; None without noise or signal."""
-        if self.noise == 0.0 or self.signal == 0.0:
-            return None
-        return 10.0 * math.log10(self.signal / self.noise)
+        """Signal to quantization noise ratio in dB; None without noise or signal, -inf where NaN or Inf was found."""
+        return None if self.noise == 0.0 or self.signal == 0.0 else _decibels(self.signal / self.noise)
 
     @property
     def median_sqnr(self) -> float | None:
@@ -87,7 +86,11 @@ class Noise:
         if not len(ratios):
             return None
         ratio = float(ratios.quantile(share, interpolation="lower"))
-        return 10.0 * math.log10(ratio) if 0.0 < ratio < math.inf else None
+        return _decibels(ratio) if ratio < math.inf else None
+
+
+def _decibels(ratio: float) -> float:
+    return 10.0 * math.log10(ratio) if ratio > 0.0 else -math.inf
 
 
 @torch.no_grad()

@@ -161,3 +161,16 @@ def test_noise_of_each_sample() -> None:
     alone = Noise()
     alone.add(torch.ones(3), torch.ones(3))
     assert alone.worst_sqnr is None and alone.median_sqnr is None
+
+
+def test_results_that_are_no_numbers_are_the_worst_noise() -> None:
+    for broken in (torch.inf, torch.nan):
+        noise = Noise()
+        found = torch.ones(3, 4)
+        found[1, 2] = broken
+        noise.add(torch.ones(3, 4) * 1.5, found, samples=3)
+        assert noise.sqnr == noise.worst_sqnr == -torch.inf
+        assert noise.median_sqnr == pytest.approx(10.0 * math.log10(9.0))
+    noise = Noise()
+    noise.add(torch.tensor([torch.inf, 1.0]), torch.tensor([torch.nan, 2.0]))  # nor is it a number in float
+    assert noise.sqnr == 0.0
