@@ -116,8 +116,9 @@ def _trace_somehow(model: nn.Module, candidates: Sequence[Mapping[str, Any]]) ->
     be traced and have no layers in them become nodes of their own, all of a class at a time.
     """
     first: Exception | None = None
+    different = [constants for i, constants in enumerate(candidates) if constants not in candidates[:i]]
     for whole in (True, False):
-        for constants in candidates:
+        for constants in different:
             opaque: frozenset[type[nn.Module]] = frozenset()
             while True:
                 tracer = Tracer(opaque, constants)
