@@ -28,8 +28,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// --- what an error says
-// -----------------------------------------------------------------------------------------
+// --- what an error says --------------------------------------------------------------------------------------------
 
 inline std::string list_of(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
     std::string s = "[";
@@ -69,8 +68,7 @@ inline std::string text_of(float value) {
     return value == value ? text : "nan";
 }
 
-// --- tensors in memory
-// ------------------------------------------------------------------------------------------
+// --- tensors in memory ---------------------------------------------------------------------------------------------
 
 inline bool is_floating(ScalarType t) {
     return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
@@ -168,8 +166,7 @@ inline ChannelLayout channel_layout(const Tensor& t, int64_t axis) {
     return layout;
 }
 
-// --- checks
-// -----------------------------------------------------------------------------------------------------
+// --- checks --------------------------------------------------------------------------------------------------------
 
 inline void check_input(const char* op, const Tensor& x) {
     STD_TORCH_CHECK(is_floating(x.scalar_type()), op, ": x must be a float32, float16 or bfloat16 tensor, got ",
@@ -343,8 +340,7 @@ struct BinArguments {
     }
 };
 
-// --- packed 4-bit tensors: [N, C, *spatial] <-> uint8 [N, *spatial, ceil(C / 2)]
-// -------------------------------
+// --- packed 4-bit tensors: [N, C, *spatial] <-> uint8 [N, *spatial, ceil(C / 2)] -----------------------------------
 
 // Bytes of so many 4-bit codes. (No size of a tensor makes it overflow.)
 inline int64_t pairs(int64_t codes) { return codes / 2 + codes % 2; }
@@ -417,8 +413,7 @@ inline Tensor empty_unpacked(const Tensor& packed, int64_t channels, ScalarType 
     return empty_strided(sizes, strides, dtype, packed);
 }
 
-// --- rows of codes of any bit-width
-// ----------------------------------------------------------------------------
+// --- rows of codes of any bit-width --------------------------------------------------------------------------------
 
 // Row r holds `length` codes of bits[r] bits from byte offsets[r] on.
 struct RowTable {
