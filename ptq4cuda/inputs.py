@@ -143,17 +143,23 @@ def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:
 def constant_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Return the arguments of the model that are no tensors and the same for all batches, defaults among them."""
     signature = inspect.signature(model.forward)
-    several = [signature.bind_partial(*args, **kwargs) for args, kwargs in inputs]
-    for bound in several:
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = {name for name, parameter in signature.parameters.items() if parameter.kind not in variable}
+    found: dict[str, Any] | None = None
+    for args, kwargs in inputs:  # one at a time: their tensors go to the device
+        bound = signature.bind_partial(*args, **kwargs)
         bound.apply_defaults()
-    first = several[0].arguments
-    return {
-        name: value
-        for name, value in first.items()
-        if signature.parameters[name].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        and all(isinstance(item, _PLAIN) for item in (value if isinstance(value, tuple) else (value,)))
-        and all(type(b.arguments[name]) is type(value) and b.arguments[name] == value for b in several)
-    }
+        plain = {
+            name: value
+            for name, value in bound.arguments.items()
+            if name in names and all(isinstance(v, _PLAIN) for v in (value if isinstance(value, tuple) else (value,)))
+        }
+        found = plain if found is None else {n: v for n, v in found.items() if n in plain and _equal(plain[n], v)}
+    return found or {}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b)
 
 
 def _remedy(value: Any) -> str:

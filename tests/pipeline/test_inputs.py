@@ -7,8 +7,9 @@ import math
 import pickle
 import sys
 import threading
+import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 import ptq4cuda
 from ptq4cuda import QuantConfig, QuantConv2d, QuantLinear, quantize
 from ptq4cuda.containers import contents, tensors_of
+from ptq4cuda.inputs import constant_arguments
 from ptq4cuda.metrics import Noise
 from ptq4cuda.record import record_of
 
@@ -575,3 +577,28 @@ def test_a_module_that_refuses_to_be_copied_is_named(images: Tensor) -> None:
     model = nn.Sequential(Refuses(3, 4, 3)).eval()
     with pytest.raises(ValueError, match=r"the model cannot be copied \(RuntimeError: there is one of a kind\)"):
         quantize(model, [images], progress=False)
+
+
+def test_constant_arguments_are_found_batch_by_batch() -> None:
+    """Tensors go to the device when a batch is looked at: no two batches are to be there at a time."""
+    held: list[weakref.ref[Tensor]] = []
+
+    class Batches(Sequence[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: Any) -> Any:
+            if index == len(self):
+                raise IndexError
+            x = torch.ones(1)
+            held.append(weakref.ref(x))
+            assert sum(ref() is not None for ref in held) <= 2  # this one, and that which its reader lets go next
+            return (x,), {"flag": True, "number": index, "kind": 1 if index else True}
+
+    class Model(nn.Module):
+        def forward(
+            self, x: Tensor, flag: bool, number: int, kind: int, sizes: Any = (1, "a"), *more: Any, **named: Any
+        ) -> Tensor:
+            return x
+
+    assert constant_arguments(Model(), Batches()) == {"flag": True, "sizes": (1, "a")}
