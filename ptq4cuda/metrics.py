@@ -108,7 +108,7 @@ def compare(model: nn.Module, quantized: nn.Module, batches: Iterable[tuple[Tens
     images = float_right = right = agree = 0
     noise = Noise()
     for x, target in batches:
-        expected, found = model(x).double(), quantized(x).double()
+        expected, found = model(x.clone()).double(), quantized(x.clone()).double()  # they may write into it
         images += len(x)
         float_right += int((expected.argmax(1) == target).sum())
         right += int((found.argmax(1) == target).sum())

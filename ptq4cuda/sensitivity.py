@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ptq4cuda.config import QuantConfig
-from ptq4cuda.inputs import Inputs, batch_size
+from ptq4cuda.inputs import Batch, Inputs, batch_size
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.record import Trade
@@ -27,12 +28,17 @@ def layer_damage(reference: nn.Module, quantized: nn.Module, inputs: Inputs) -> 
         quantized: the network with its QuantModules.
         inputs: calibration data, of which the first samples are used.
     """
-    some, count = [], 0
-    for args, kwargs in inputs:
-        if count < _SAMPLES:
-            some.append((args, kwargs))
-            count += batch_size((args, kwargs))
-    expected = [reference(*args, **kwargs) for args, kwargs in some]
+    some: list[Batch] = []
+    for batch in inputs:
+        some.append(batch)
+        if sum(map(batch_size, some)) >= _SAMPLES:
+            break
+
+    def output(batch: Batch) -> Any:
+        args, kwargs = tree_map_only(Tensor, torch.clone, batch)  # the model may write into them
+        return reference(*args, **kwargs)
+
+    expected = [output(batch) for batch in some]
     damage = {}
     for name, module in quantized.named_modules():
         if not isinstance(module, QuantModule):
@@ -40,8 +46,8 @@ def layer_damage(reference: nn.Module, quantized: nn.Module, inputs: Inputs) -> 
         layer = reference.get_submodule(name)
         reference.set_submodule(name, module)
         noise = Noise()
-        for (args, kwargs), output in zip(some, expected, strict=True):
-            noise.add(output, reference(*args, **kwargs))
+        for batch, unquantized in zip(some, expected, strict=True):
+            noise.add(unquantized, output(batch))
         reference.set_submodule(name, layer)
         damage[name] = noise.noise / noise.signal if noise.signal else 0.0
     return damage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, graph, quantize
-from ptq4cuda.metrics import Noise
+from ptq4cuda.metrics import Noise, compare
 from ptq4cuda.quantize import prepare
 from ptq4cuda.record import LayerRecord, record_of
 from ptq4cuda.sensitivity import layer_damage
@@ -470,3 +471,33 @@ def test_overrides_that_are_refused(override: object) -> None:
         QuantConfig(overrides={"conv": override})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="got the pattern 0"):
         QuantConfig(overrides={0: "float"})  # type: ignore[dict-item]
+
+
+class _Writes(nn.Module):
+    """Normalizes its input in place, and branches on values: torch.fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(0.25).sub_(0.125)
+        x = self.first(x).relu()
+        return self.third(self.second(x).relu() if x.sum() > -1.0 else x)
+
+
+def test_raising_layers_leaves_the_batches_as_they_are() -> None:
+    images = torch.rand(4, 3, 12, 12)
+    batches = [images.clone(), images.clone()]
+    network = quantize(_Writes().eval(), batches, QuantConfig.fast(target_sqnr=60.0), progress=False)
+    assert record_of(network).walked_by == "modules" and len(record_of(network).trade) > 1
+    assert all(torch.equal(batch, images) for batch in batches)
+
+
+def test_networks_that_write_into_images_are_compared_on_the_same() -> None:
+    images, net = torch.rand(4, 3, 12, 12), _Writes().eval()
+    comparison = compare(
+        nn.Sequential(net, nn.Flatten()), nn.Sequential(net, nn.Flatten()), [(images, torch.zeros(4))]
+    )
+    assert comparison.agreement == 100.0 and comparison.sqnr == math.inf
