@@ -37,12 +37,13 @@ def fold_batch_norm(network: fx.GraphModule) -> int:
     BatchNorm1d beside a linear layer is taken to see [N, C].
 
     Returns:
-        The number of BatchNorms folded.
+        The number of BatchNorms folded, not that of other products and sums.
     """
     shapes = infer_shapes(network)
     folded = 0
     for node in list(network.graph.nodes):
-        folded += _fold_into_previous(node, network, shapes) or _fold_into_next(node, network, shapes)
+        gone = _fold_into_previous(node, network, shapes) or _fold_into_next(node, network, shapes)
+        folded += gone and node.op == "call_module"
     drop_unused(network)
     return folded
 
@@ -81,7 +82,7 @@ class _Path:
 
 
 def _fold_into_previous(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> bool:
-    """Fold a node into the layer before it; tell whether that was a BatchNorm, or the scale of one."""
+    """Fold a BatchNorm, or a product or sum with a constant, into the layers before it; tell whether it was done."""
     paths = next((p for n in node.all_input_nodes if (p := _paths_from_layers(n, node, network, shapes))), None)
     if paths is None:
         return False
@@ -100,7 +101,7 @@ def _fold_into_previous(node: fx.Node, network: fx.GraphModule, shapes: Shapes) 
         _set(layer, layer.weight.double() * _expand(scale.view(shape), layer.weight), bias * scale + shift)
     node.replace_all_uses_with(paths[0].end)
     network.graph.erase_node(node)
-    return node.op == "call_module" or node.target in (*_MULTIPLY, *_DIVIDE)
+    return True
 
 
 def _paths_from_layers(end: fx.Node, reader: fx.Node, network: fx.GraphModule, shapes: Shapes) -> list[_Path] | None:
