@@ -150,13 +150,7 @@ def quantize_once(
         result = walk_graph(network, inputs, solve, kept, progress, memory)
     else:
         record.walked_by = "modules"
-        try:
-            result = walk_modules(network, inputs, solve, kept, progress)
-        except RuntimeError as error:
-            raise ValueError(
-                f"torch.fx cannot trace the model, and it fails on all calibration batches at once ({error})"
-            ) from error
-        record.reason += f"; {result.remark}" if result.remark else ""
+        result = walk_modules(network, inputs, solve, kept, progress, memory)
         try_once(network, inputs)
     record.layers = result.layers
     record.frontier_bytes, record.spilled_bytes = result.frontier_bytes, result.spilled_bytes

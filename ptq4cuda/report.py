@@ -58,14 +58,12 @@ def report(network: nn.Module) -> str:
         total += f", {record.seconds:.1f} s"
     lines = [table([header[i] for i in shown], [[row[i] for i in shown] for row in rows]), "", total]
     lines += _trade(record)
+    spilled = f", {record.spilled_bytes:,} bytes went to files" if record.spilled_bytes else ""
+    held = f"Tensors between layers held at a time: {record.frontier_bytes:,} bytes{spilled}."
     if record.walked_by == "graph":
-        spilled = f", {record.spilled_bytes:,} bytes went to files" if record.spilled_bytes else ""
-        lines.append(
-            f"BatchNorm: {record.folded} folded. Tensors between layers held at a time: "
-            f"{record.frontier_bytes:,} bytes{spilled}."
-        )
+        lines.append(f"BatchNorm: {record.folded} folded. {held}")
     else:
-        lines.append(f"Walked by its modules, BatchNorm not folded: {record.reason}.")
+        lines.append(f"Walked by its modules, BatchNorm not folded: {record.reason}. {held}")
     return "\n".join(lines)
 
 

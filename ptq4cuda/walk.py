@@ -5,40 +5,40 @@ layer's place, runs the layer both ways and goes on. Closed-form solvers look at
 ones compare the two. The tensors that are still needed (the frontier) are held for all calibration samples, chunk by
 chunk, on the host, so that device memory is bounded by one chunk.
 
-A model that torch.fx cannot trace is walked by its modules: one forward with both streams side by side along the
-batch, each layer solved when it is first called.
+A model that torch.fx cannot trace is walked by its modules: for each layer, every chunk is run up to that layer, once
+in float and once as quantized so far. Layers that are solved give what they gave before, as far as memory holds it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 from ptq4cuda import graph
 from ptq4cuda.clipping import IDENTITY, Activation, ClipRule
-from ptq4cuda.containers import map_tensors, tensors_of
 from ptq4cuda.flow import Flow
 from ptq4cuda.frontier import Frontier, Memory, naming_what_needs_memory
 from ptq4cuda.inputs import Inputs, batch_size, device_of
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule, QuantTensor, quant_module_for
-from ptq4cuda.outliers import find_outliers
+from ptq4cuda.outliers import Outliers, find_outliers
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.record import LayerRecord, tensor_bytes
 from ptq4cuda.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.structure import replace_module
 
 Layer = nn.Conv2d | nn.Linear
-_LEAST_ALONE = 30.0  # dB between float outputs of one batch and of all at once, which differ by rounding
 
 
 @dataclass(eq=False)
@@ -51,6 +51,7 @@ class Signal:
         activation: the activation that made the value.
         quantizers: fitted to this tensor and shared by all layers that read it, by (bits, channel axis).
         outliers: what is to be said about values that were clipped; None before they were looked for.
+        clip: clips them, where there were any.
     """
 
     streams: list[tuple[Any, Any]]
@@ -58,6 +59,7 @@ class Signal:
     activation: Activation = IDENTITY
     quantizers: dict[tuple[int, int], tuple[QuantParams, ClipRule]] = field(default_factory=dict)
     outliers: str | None = None
+    clip: Outliers | None = None
 
     def clip_outliers(self, axis: int, importance: Tensor, hold: Callable[[Tensor], Tensor]) -> None:
         """Clip both streams, once, to what all but a vanishing share of the samples confirm.
@@ -73,7 +75,7 @@ class Signal:
         if self.outliers is not None:
             return
         found = find_outliers([value for value, _ in self.streams], axis, importance)
-        self.outliers = found.remark if found is not None else ""
+        self.outliers, self.clip = found.remark if found is not None else "", found
         if found is not None:
             for i, (value, quantized) in enumerate(self.streams):
                 clipped = hold(found.clip(value))
@@ -140,7 +142,6 @@ class WalkResult:
         layers: records of the layers in execution order, then of what stays in float.
         noise: of the network's output.
         clipped: whether outliers of the calibration data were clipped, which the noise then does not see.
-        remark: what is to be said about the walk, or "".
         frontier_bytes: most bytes of tensors between layers that were held on the host at a time.
         spilled_bytes: bytes of such tensors that went to files.
     """
@@ -148,7 +149,6 @@ class WalkResult:
     layers: list[LayerRecord]
     noise: Noise
     clipped: bool
-    remark: str = ""
     frontier_bytes: int = 0
     spilled_bytes: int = 0
 
@@ -413,30 +413,30 @@ def _summand(x: Tensor, y: Tensor) -> Tensor:
 # --- by the modules -----------------------------------------------------------------------------------------
 
 
-def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool) -> WalkResult:
-    """Quantize the layers of any network in place, in one forward of all calibration samples.
+def walk_modules(
+    network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool, memory: Memory
+) -> WalkResult:
+    """Quantize the layers of any network in place, chunk by chunk.
 
     BatchNorm is not folded, and an activation before a layer is known only where it is a module.
+
+    Raises:
+        MemoryError: memory does not suffice; the message names the layer.
+        OSError: nor does the folder that the rest goes to.
     """
     names, flow = _observe(network, kept, inputs[0])
-    walk = _ModuleWalk(names, flow.ends, solve, samples=sum(map(batch_size, inputs)))
-    # They see what a module itself computes: the model's own hooks come before and after.
-    hooks = [module.register_forward_hook(walk.on_layer, with_kwargs=True, prepend=True) for module in names]
-    for module in network.modules():
-        if graph.module_activation(module) is not None:
-            hooks += [module.register_forward_pre_hook(walk.before_activation)]
-            hooks += [module.register_forward_hook(walk.on_activation, prepend=True)]
-    try:
-        args, kwargs = _side_by_side(inputs)
-        with (
-            torch.no_grad(),
-            _progress(len(flow.order), progress) as walk.bar,
-            naming_what_needs_memory("in a forward of all calibration samples"),
-        ):
-            output = network(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    walk = _ModuleWalk(network, names, flow.ends, inputs, solve, memory)
+    noise = Noise()
+    with torch.no_grad(), _progress(len(flow.order), progress) as bar, walk.in_place():
+        waiting = [module for module in flow.order if module in names]
+        while waiting:
+            for module in waiting:
+                with naming_what_needs_memory(f"at layer {names[module]!r}"):
+                    walk.solve_layer(module)
+                bar.update()
+            with naming_what_needs_memory("in a forward of the model"):
+                noise = walk.compare()
+            waiting = [module for module in walk.called if module not in walk.tried]  # what other batches call
     for module, solution in walk.solved.items():
         replace_module(network, module, solution.module)
     records = walk.records()
@@ -452,24 +452,9 @@ def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, 
     for function in flow.functions:
         reason = f"a call of {function}; only modules are quantized where torch.fx cannot trace the model"
         records.append(record_float(function, None, function, reason))
-    noise = Noise()
-    noise.add(*_split(output), walk.samples)
-    clipped = any(call.signal.outliers for call in walk.calls.values())
-    return WalkResult(records, noise, clipped, _mixing(flow.output, output))
-
-
-def _mixing(alone: Any, together: Any) -> str:
-    """Say so if the float output for the first batch is not what it was when that batch came alone."""
-    noise = Noise()
-    for expected, found in zip(tensors_of(alone), tensors_of(together), strict=False):
-        if expected.dim() and found[: len(expected)].shape == expected.shape:
-            noise.add(expected, found[: len(expected)])
-    if noise.sqnr is None or noise.sqnr > _LEAST_ALONE:
-        return ""
-    return (
-        "its outputs for a sample depend on the other samples of a batch, which here were those of both streams: "
-        "quantizers and weights may not fit"
-    )
+    clipped = any(call.signal.outliers for call in walk.solved_calls.values())
+    frontier = walk.frontier
+    return WalkResult(records, noise, clipped, frontier_bytes=frontier.peak, spilled_bytes=frontier.spilled)
 
 
 def _observe(network: nn.Module, kept: Kept, example: Any) -> tuple[dict[nn.Module, str], Flow]:
@@ -488,114 +473,203 @@ def _observe(network: nn.Module, kept: Kept, example: Any) -> tuple[dict[nn.Modu
             return names, flow
 
 
-def _side_by_side(inputs: Inputs) -> tuple[Any, Any]:
-    """Concatenate all batches along the batch, twice: the float stream, then the quantized one.
-
-    Raises:
-        ValueError: an argument without samples, as a grid, differs between batches.
-    """
-    sizes = [batch_size(batch) for batch in inputs]
-
-    def join(values: Sequence[Any]) -> Any:
-        first = values[0]
-        if isinstance(first, Tensor):
-            if all(t.dim() > 0 and len(t) == size for t, size in zip(values, sizes, strict=True)):
-                return torch.cat([*values, *values])
-            if any(t.shape != first.shape or not torch.equal(t, first) for t in values):
-                raise ValueError(
-                    "torch.fx cannot trace the model, and a tensor that goes with all samples differs between "
-                    "batches: give one batch"
-                )
-        if isinstance(first, (tuple, list)):
-            return type(first)(join(items) for items in zip(*values, strict=True))
-        if isinstance(first, dict):
-            return {key: join([v[key] for v in values]) for key in first}
-        return first
-
-    return join([args for args, _ in inputs]), join([kwargs for _, kwargs in inputs])
+class _Reached(BaseException):
+    """Ends a forward at the layer that is to be solved; no code of a model may take it for an error of its own."""
 
 
-def _split(value: Any) -> tuple[Any, Any]:
-    """Return the float stream and the quantized one of a value that holds both along the batch; scalars mix both."""
-    return (
-        map_tensors(value, lambda t: t[: len(t) // 2] if t.dim() else t),
-        map_tensors(value, lambda t: t[len(t) // 2 :] if t.dim() else t),
-    )
+@dataclass(eq=False)
+class _Arrival:
+    """What a layer is called with: its input, and what that was before its activation, where it is known."""
+
+    x: Tensor
+    before: Tensor | None
+    activation: Activation
 
 
 class _ModuleWalk:
-    def __init__(self, names: dict[nn.Module, str], ends: set[nn.Module], solve: Solver, samples: int) -> None:
-        self.names, self.ends, self.solve, self.samples = names, ends, solve, samples
-        self.calls: dict[nn.Module, LayerCall] = {}
+    def __init__(
+        self,
+        network: nn.Module,
+        names: dict[nn.Module, str],
+        ends: set[nn.Module],
+        inputs: Inputs,
+        solve: Solver,
+        memory: Memory,
+    ) -> None:
+        self.network, self.names, self.ends, self.inputs, self.solve = network, names, ends, inputs, solve
+        self.kinds = {module: str(graph.layer_kind(module)) for module in names}
+        self.frontier = Frontier(device_of(network), memory)
         self.solved: dict[nn.Module, Solution] = {}
+        self.solved_calls: dict[nn.Module, LayerCall] = {}
         self.noise: dict[nn.Module, Noise] = {}
-        self.called: Counter[nn.Module] = Counter()
         self.left: dict[nn.Module, str] = {}
+        self.tried: set[nn.Module] = set()
+        self.called: Counter[nn.Module] = Counter()  # in one forward, at most
+        # Outputs of solved layers, by chunk, stream, layer and call, the oldest first.
+        self.outputs: dict[tuple[int, bool, nn.Module, int], Tensor] = {}
+        self.output_bytes = 0
+        # Of the forward under way:
+        self.chunk, self.quantized = 0, False
+        self.until: nn.Module | None = None
+        self.arrival: _Arrival | None = None
+        self.calls: Counter[nn.Module] = Counter()
+        self.settled = True  # whether no layer that is still to be solved was called
         self.entering: dict[nn.Module, Tensor] = {}
         # By the output of an activation, what went in. The versions tell whether either was changed in place since.
         self.before: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self.bar: Any = None
 
-    def before_activation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Take the place of the layers' forward, and watch the activations."""
+        hooks = []
+        for module in self.network.modules():
+            if graph.module_activation(module) is not None:
+                hooks += [module.register_forward_pre_hook(self._before_activation)]
+                # It sees what a module itself computes: the model's own hooks come after.
+                hooks += [module.register_forward_hook(self._on_activation, prepend=True)]
+        try:
+            for module in self.names:
+                vars(module)["forward"] = partial(self._forward, module)
+            yield
+        finally:
+            for module in self.names:
+                vars(module).pop("forward", None)
+            for hook in hooks:
+                hook.remove()
+
+    def _run(self, chunk: int, quantized: bool, until: nn.Module | None = None) -> Any:
+        """Run the network on a chunk in one of the streams, always with the same random numbers."""
+        self.chunk, self.quantized, self.until, self.arrival = chunk, quantized, until, None
+        self.calls, self.settled, self.before = Counter(), True, WeakIdKeyDictionary()
+        args, kwargs = tree_map_only(Tensor, torch.clone, self.inputs[chunk])  # the model may write into them
+        device = self.frontier.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(chunk)
+            try:
+                return self.network(*args, **kwargs)
+            except _Reached:
+                return None
+            finally:
+                self.called |= self.calls
+                self.entering.clear()
+
+    def _forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0] if args else kwargs["input"]
+        turn = self.calls[module]
+        self.calls[module] += 1
+        if module is self.until and turn == 0:
+            self.arrival = _Arrival(x, *self._activation_before(x))
+            raise _Reached
+        if module not in self.solved:
+            self.settled &= module in self.left
+            return self._float(module, x)
+        key = (self.chunk, self.quantized, module, turn)
+        if key in self.outputs:
+            held: Tensor = self.frontier.fetch(self.outputs[key])
+            return held.clone()  # the model may write into it
+        clip = self.solved_calls[module].signal.clip
+        if clip is not None:
+            x = clip.clip(x)
+        y: Tensor = self.solved[module].module(x) if self.quantized else self._float(module, x)
+        if self.settled:
+            self._keep(key, y)
+        return y
+
+    def _float(self, module: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = type(module).forward(module, x)
+        return y
+
+    def _keep(self, key: tuple[int, bool, nn.Module, int], y: Tensor) -> None:
+        """Keep an output for the forwards that follow, in half of the memory; the oldest go first."""
+        size, room = y.numel() * y.element_size(), self.frontier.limit // 2
+        while self.outputs and self.output_bytes + size > room:
+            oldest = self.outputs.pop(next(iter(self.outputs)))
+            self.output_bytes -= oldest.numel() * oldest.element_size()
+        if size <= room and self.frontier.bytes + size <= self.frontier.limit:
+            self.outputs[key] = self.frontier.hold(y.clone())
+            self.output_bytes += size
+
+    def _before_activation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.entering[module] = args[0].clone() if getattr(module, "inplace", False) else args[0]
 
-    def on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         before = self.entering.pop(module)
         self.before[output] = (output._version, before, before._version, graph.module_activation(module))
 
-    def activation_before(self, x: Tensor) -> tuple[Tensor | None, Activation]:
+    def _activation_before(self, x: Tensor) -> tuple[Tensor | None, Activation]:
         """Return what x was before its activation, and the activation, where they are known."""
         version, before, version_before, activation = self.before.get(x, (0, None, 0, IDENTITY))
         if before is None or (x._version, before._version) != (version, version_before):
             return None, IDENTITY
         return before, activation
 
-    def on_layer(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        source = args[0] if args else kwargs["input"]
-        if source.dim() == 0 or len(source) == 0 or len(source) % (2 * self.samples):
-            self.left[module] = "its input does not keep the samples along dimension 0"
-            return None
-        x, quantized = _split(source)
-        self.called[module] += 1
-        if module not in self.solved:
-            signal = Signal([(x, quantized)])
-            before, activation = self.activation_before(source)
-            if before is not None:
-                signal.before, signal.activation = [_split(before)[0]], activation
-            assert isinstance(module, (nn.Conv2d, nn.Linear))
-            kind = graph.layer_kind(module)
-            assert kind is not None
-            importance = graph.layer_importance(
-                module, torch.ones(len(module.weight), dtype=torch.float64, device="cpu")
-            )
-            signal.clip_outliers(quant_module_for(kind).activation_axis, importance, lambda tensor: tensor)
-            if signal.outliers:
-                x, quantized = signal.streams[0]
-                output = torch.cat([module.forward(x)] * 2)
-            self.calls[module] = LayerCall(
-                self.names[module],
-                module,
-                kind,
-                signal,
-                first_or_last=module in self.ends,
-                outputs=[_split(output)[0]],
-                added=None,
-                importance=importance,
-            )
-            with naming_what_needs_memory(f"at layer {self.names[module]!r}"):
-                self.solved[module] = self.solve(self.calls[module])
-            signal.streams, signal.before = [], None  # let the tensors go
-            self.noise[module] = Noise()
-            self.bar.update()
-        y = _split(output)[0]
-        y_quantized = self.solved[module].module(quantized)
-        self.noise[module].add(y, y_quantized)
-        return torch.cat([y, y_quantized])
+    def _arrive(self, chunk: int, quantized: bool, module: nn.Module) -> _Arrival | None:
+        """Return what a layer is called with, None where a chunk does not call it."""
+        self._run(chunk, quantized, until=module)
+        found, self.arrival = self.arrival, None
+        if found is not None:
+            found.x, found.before = self.frontier.hold(found.x), self.frontier.hold(found.before)
+        return found
+
+    def solve_layer(self, module: nn.Module) -> None:
+        """Solve a layer for what it is called with, and first only."""
+        self.tried.add(module)
+        chunks, arrivals, streams = [], [], []
+        for chunk in range(len(self.inputs)):
+            found = self._arrive(chunk, False, module)
+            # Before the first layer is solved both streams are one.
+            other = self._arrive(chunk, True, module) if self.solved else found
+            if found is None or other is None or found.x.shape != other.x.shape:
+                continue
+            if found.x.dim() == 0 or len(found.x) == 0 or len(found.x) % batch_size(self.inputs[chunk]):
+                self.left[module] = "its input does not keep the samples along dimension 0"
+                return
+            chunks.append(chunk)
+            arrivals.append(found)
+            streams.append((found.x, other.x))
+        if not streams:
+            return
+        signal = Signal(streams)
+        befores = [found.before for found in arrivals if found.before is not None]
+        if len(befores) == len(arrivals) and len({found.activation for found in arrivals}) == 1:
+            signal.before, signal.activation = befores, arrivals[0].activation
+        arrivals.clear()
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        kind = self.kinds[module]
+        ones = torch.ones(len(module.weight), dtype=torch.float64, device="cpu")
+        importance = graph.layer_importance(module, ones)
+        signal.clip_outliers(quant_module_for(kind).activation_axis, importance, self.frontier.hold)
+        fetch, hold = self.frontier.fetch, self.frontier.hold
+        call = LayerCall(
+            self.names[module],
+            module,
+            kind,
+            signal,
+            first_or_last=module in self.ends,
+            outputs=[hold(self._float(module, fetch(x))) for x, _ in signal.streams],
+            added=None,
+            importance=importance,
+        )
+        solution = self.solve(call)
+        noise = Noise()
+        for chunk, y, (_, quantized) in zip(chunks, call.outputs, signal.streams, strict=True):
+            y_quantized = solution.module(fetch(quantized))
+            noise.add(fetch(y), y_quantized)
+            self._keep((chunk, False, module, 0), y)
+            self._keep((chunk, True, module, 0), y_quantized)
+        call.outputs, signal.streams, signal.before = [], [], None  # let the tensors go
+        self.solved[module], self.solved_calls[module], self.noise[module] = solution, call, noise
+
+    def compare(self) -> Noise:
+        """Run the network whole, in both streams, and return the noise of its output."""
+        noise = Noise()
+        for chunk, batch in enumerate(self.inputs):
+            expected, found = (self._run(chunk, quantized) for quantized in (False, True))
+            noise.add(expected, found, batch_size(batch))
+        return noise
 
     def records(self) -> list[LayerRecord]:
-        records = [record_solution(self.calls[m], s, self.noise[m]) for m, s in self.solved.items()]
+        records = [record_solution(self.solved_calls[m], s, self.noise[m]) for m, s in self.solved.items()]
         for record, module in zip(records, self.solved, strict=True):
             if self.called[module] > 1:
                 record.reason = f"called {self.called[module]} times, its input quantized for the first"
