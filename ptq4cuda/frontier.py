@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import tempfile
 import weakref
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+_LIBC = ctypes.CDLL(None)
 FRONTIER_LIMIT = 8 << 30  # bytes of tensors between layers in host memory
 
 
@@ -48,7 +51,7 @@ class Frontier:
         self.limit = FRONTIER_LIMIT if memory.limit is None else memory.limit
         self.bytes = self.spilled = self.peak = 0
         self._holders: Counter[int] = Counter()  # by the address of the storage; spilled ones are there too
-        self._in_files: set[int] = set()
+        self._in_files: dict[int, int] = {}  # by the same, bytes
 
     def hold(self, value: Any) -> Any:
         """Return a value whose tensors live on the host.
@@ -60,21 +63,25 @@ class Frontier:
 
     def fetch(self, value: Any) -> Any:
         """Return a held value on the device."""
+        self._unmap()
         return tree_map_only(Tensor, lambda t: t.to(self.device), value)
 
     def _hold(self, tensor: Tensor) -> Tensor:
+        self._unmap()
         tensor = tensor.detach()
         on_host = tensor.device.type == "cpu"
         known = on_host and self._holders[tensor.untyped_storage().data_ptr()] > 0
         size = tensor.untyped_storage().nbytes() if on_host else tensor.numel() * tensor.element_size()
         spills = not known and self.bytes + size > self.limit and tensor.numel() > 0
-        held = self._spill(tensor) if spills else tensor.cpu()
+        if spills:
+            held = self._spill(tensor)
+            self.spilled += held.untyped_storage().nbytes()
+            self._in_files[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+        else:
+            held = tensor.cpu()
         storage = held.untyped_storage()
         key, size = storage.data_ptr(), storage.nbytes()
-        if spills:
-            self.spilled += size
-            self._in_files.add(key)
-        elif not self._holders[key]:
+        if key not in self._in_files and not self._holders[key]:
             self.bytes += size
             self.peak = max(self.peak, self.bytes)
         self._holders[key] += 1
@@ -87,11 +94,18 @@ class Frontier:
             return
         del self._holders[key]
         if key in self._in_files:
-            self._in_files.remove(key)
+            del self._in_files[key]
         else:
             self.bytes -= size
 
+    def _unmap(self) -> None:
+        """Let go of the memory into which files were read; what was written stays with the files."""
+        for address, size in self._in_files.items():
+            _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
     def _spill(self, tensor: Tensor) -> Tensor:
+        # The heap keeps what the tensors before this one have left, in pieces too small for the next.
+        _LIBC.malloc_trim(0)
         size = tensor.numel() * tensor.element_size()
         folder = self.memory.folder if self.memory.folder is not None else tempfile.gettempdir()
         try:

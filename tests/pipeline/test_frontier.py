@@ -64,6 +64,22 @@ def test_storages_count_and_not_views() -> None:
     assert frontier.bytes == 0
 
 
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_is_in_files_takes_no_memory() -> None:
+    frontier = Frontier(CPU, Memory(0))
+    before = resident()
+    held = [frontier.hold(torch.full((1 << 20,), float(i))) for i in range(32)]  # 4 MiB each
+    total = sum(float(frontier.fetch(t).sum()) for t in held)
+    assert resident() - before < 32 << 20
+    assert total == sum(range(32)) << 20
+    assert frontier.spilled == 128 << 20
+
+
 def test_channels_last_survives() -> None:
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     held = Frontier(CPU, Memory(0)).hold(x)
