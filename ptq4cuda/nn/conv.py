@@ -140,7 +140,7 @@ class QuantConv2d(QuantModule):
             if input.dim() == 3 and not self.reads_codes:
                 y = self._integer_forward(input.unsqueeze(0), None)
                 assert isinstance(y, Tensor)
-                return y.squeeze(0)
+                return y.squeeze(0).contiguous()  # images by themselves are never channels_last
             y = self._integer_forward(input, residual)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             self._refuse(input)

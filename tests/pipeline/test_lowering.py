@@ -499,7 +499,7 @@ def test_layers_by_hand() -> None:
     assert torch.equal(executable(x), expected)
     assert torch.equal(executable(x[0]), expected[0]) and executable(x[0]).is_contiguous()
     assert executable(x.bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(TypeError, match=r"must be a float32, float16 or bfloat16 tensor, got torch\.uint8"):
+    with pytest.raises(TypeError, match=r"must be float32, float16 or bfloat16, got torch\.uint8: convert it"):
         executable((255 * x).to(torch.uint8))  # an image, which is not to be taken for codes
 
     class Two(nn.Module):
