@@ -368,6 +368,8 @@ class _GraphWalk:
         streams = self.signals[others[0]].streams
         if not all(isinstance(value, Tensor) and value.is_floating_point() for value, _ in streams):
             return None  # numbers and masks carry no error
+        if all(value is quantized for value, quantized in streams):
+            return None  # nor do constants and inputs, which may be infinite
         return [
             (_summand(value, y), _summand(quantized, y))
             for (value, quantized), y in zip(streams, outputs, strict=True)

@@ -310,6 +310,8 @@ def _constants_of(node: fx.Node, path: _Path, network: fx.GraphModule) -> tuple[
     if value.dim() > rank or value.numel() != shape[path.axis]:
         return None
     value = value.flatten()
+    if not bool(value.isfinite().all()):
+        return None  # a mask: in a layer's bias it would be a value to quantize and to correct
     one, zero = torch.ones_like(value), torch.zeros_like(value)
     if node.target in _MULTIPLY:
         return value, zero
@@ -317,7 +319,7 @@ def _constants_of(node: fx.Node, path: _Path, network: fx.GraphModule) -> tuple[
         return one, value
     if node.target in _SUBTRACT:
         return (-one, value) if backwards else (one, -value)
-    if node.target in _DIVIDE and not backwards:
+    if node.target in _DIVIDE and not backwards and bool((value != 0).all()):
         return 1.0 / value, zero
     return None
 

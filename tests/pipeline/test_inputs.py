@@ -105,6 +105,25 @@ def test_constants_may_be_infinite(images: Tensor, walked_by: str, tmp_path: Pat
     assert record_of(quantize(model, [images], QuantConfig.naive(8, 8), progress=False)).sqnr > 20
 
 
+class MaskedHead(Net):
+    """Its last layer is followed by nothing but an infinite mask, which could be a bias."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__(branches)
+        self.register_buffer("absent", torch.zeros(10).index_fill(0, torch.tensor([3, 7]), -math.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.absent
+
+
+def test_infinite_masks_are_no_biases(images: Tensor, walked_by: str, tmp_path: Path) -> None:
+    model = MaskedHead(walked_by == "modules")
+    check(model, [images], lambda m: m(images[:8]), walked_by, tmp_path)
+    network = quantize(model, [images], QuantConfig(weight_bits=8, activation_bits=8), progress=False)
+    assert record_of(network).sqnr > 20
+    assert bool(network(images).isneginf()[:, [3, 7]].all())
+
+
 @pytest.mark.parametrize("name", ["first.weight", "first.bias", "bn.running_var", "bn.weight", "head.weight"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_layers_may_not(images: Tensor, name: str, value: float) -> None:
