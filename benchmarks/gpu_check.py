@@ -207,6 +207,15 @@ class Interrupted(Exception):
     """Somebody ends the run."""
 
 
+def own_group() -> None:
+    """Become a group, to be ended as a whole, but of this session: whoever ends that ends the group as well.
+
+    An interrupt must reach it also where it would be ignored, as in a shell's background.
+    """
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_command(
     command: Sequence[str | Path], limit: float, log: Path, folder: Path, environment: Mapping[str, str]
 ) -> int | None:
@@ -222,8 +231,7 @@ def run_command(
             stderr=subprocess.STDOUT,
             cwd=folder,
             env=dict(environment),
-            # A group, to be ended as a whole, but of this session: whoever ends that ends the stage as well.
-            preexec_fn=os.setpgrp,
+            preexec_fn=own_group,
         )
         try:
             return process.wait(limit)
