@@ -197,6 +197,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     alignas(16) __shared__ uint32_t tile[Walk::kWords + kTileGap * kTileChannels / kCodes];
     __shared__ Coding shared[kTileChannels + kThreads];
 
+    // Always 4 bits: what is known need not be looked up for each sample. (Wider tiles take no fewer instructions.)
+    if constexpr (V == 1) table.bits = nullptr;
     Walk walk(tiles);
     const TileParameters<Coding> parameters(shared, table, tiles, walk.channel);
     for (; !walk.ended(); walk.advance()) {
