@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ptq4cuda import QuantConfig, quantize
+from ptq4cuda.artifact.record import record_of
+from ptq4cuda.artifact.report import DASH, table
 from ptq4cuda.bench import architectures
 from ptq4cuda.metrics import Comparison, Noise, compare
-from ptq4cuda.record import record_of
-from ptq4cuda.report import DASH, table
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def tests_command(python: str, plugins: Sequence[str]) -> tuple[str | Path, ...]
     if "pytest_timeout" in plugins:
         # A device that hangs leaves no Python to run a signal handler in: a thread ends the process.
         pytest += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
-    files = (ROOT / "tests" / "ops", ROOT / "tests" / "pipeline" / "test_cuda.py")
+    files = (ROOT / "tests" / "ops", ROOT / "tests" / "execute" / "test_cuda.py")
     if "xdist" in plugins:
         return (*pytest, "-n", str(PROCESSES), "--dist", "loadgroup", *files)
     return (python, "-c", _SHARDS, str(PROCESSES), *pytest, *files)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import ptq4cuda
+from ptq4cuda.artifact.record import record_of
 from ptq4cuda.bench import architectures
-from ptq4cuda.record import record_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "networks.md"
 _NAMES = (

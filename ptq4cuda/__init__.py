@@ -2,13 +2,13 @@
 
 from ptq4cuda import ops
 from ptq4cuda._version import __version__
+from ptq4cuda.artifact.file import load, save
+from ptq4cuda.artifact.report import report
 from ptq4cuda.config import QuantConfig
-from ptq4cuda.graph.lower import lower_layers
+from ptq4cuda.execute.lowering import lower_layers
 from ptq4cuda.nn import QuantConv2d, QuantLinear
-from ptq4cuda.quantize import quantize
+from ptq4cuda.pipeline import quantize
 from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.report import report
-from ptq4cuda.serialization import load, save
 
 __all__ = [
     "QuantConfig",

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from ptq4cuda.bit_allocation import ALLOCATIONS, Allocation
-from ptq4cuda.clipping import CLIP_RULES, ClipRule
-from ptq4cuda.correction import WEIGHT_CORRECTIONS, WeightCorrection
-from ptq4cuda.rounding import ROUNDINGS, Rounding
+from ptq4cuda.solve.bits import ALLOCATIONS, Allocation
+from ptq4cuda.solve.clipping import CLIP_RULES, ClipRule
+from ptq4cuda.solve.correction import WEIGHT_CORRECTIONS, WeightCorrection
+from ptq4cuda.solve.rounding import ROUNDINGS, Rounding
 
 Granularity = Literal["per_channel", "per_tensor"]
 Execution = Literal["auto", "integer", "simulate"]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
+from ptq4cuda.artifact.file import load, save
+from ptq4cuda.artifact.report import DASH, report, table
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.metrics import Comparison, compare
-from ptq4cuda.quantize import quantize
-from ptq4cuda.report import DASH, report, table
-from ptq4cuda.serialization import load, save
+from ptq4cuda.pipeline import quantize
 
 Batches = list[tuple[Tensor, Tensor]]
 

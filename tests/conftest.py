@@ -1,4 +1,4 @@
-"""The backends that every operator is tested on, as fixtures."""
+"""Fixtures: the backends that every operator is tested on, a small network and its images, real networks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
+import networks
 import pytest
 import torch
+from torch import Tensor, nn
 
 from cuda_on_cpu import build
 from ops.backends import BACKENDS, Backend
 from ptq4cuda import _native
 from ptq4cuda.ops import registration
+from small_networks import Residual, calibrate_batch_norm
 
 
 def pytest_sessionstart() -> None:
@@ -73,7 +76,7 @@ def cuda_on_cpu(libraries: dict[str, torch.library.Library], model_cache: Path) 
 
 
 @pytest.fixture
-def model(cuda_on_cpu: Backend, model_cache: Path) -> Iterator[ctypes.CDLL]:
+def execution_model(cuda_on_cpu: Backend, model_cache: Path) -> Iterator[ctypes.CDLL]:
     """The execution model under the CUDA sources; a device that a test chooses is its own."""
     library = ctypes.CDLL(str(build.library(model_cache)))
     yield library
@@ -89,3 +92,44 @@ def cuda() -> Backend:
 def backend(request: pytest.FixtureRequest) -> Backend:
     found: Backend = request.getfixturevalue(request.param)
     return found
+
+
+# --- networks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(48, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model(images: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    return calibrate_batch_norm(Residual(), images)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> None:
+    """Fail rather than skip where the folder is there, even if it is incomplete."""
+    if not networks.available():
+        pytest.skip(f"no trained networks in {networks.DATA} (see benchmarks/networks.py)")
+
+
+@pytest.fixture(scope="session")
+def resnet20(real_data: None) -> networks.Subject:
+    return networks.resnet20()
+
+
+@pytest.fixture(scope="session")
+def resnet20_512(real_data: None) -> networks.Subject:
+    return networks.resnet20(calibration_images=512)
+
+
+@pytest.fixture(scope="session")
+def mobilenet_128(real_data: None) -> networks.Subject:
+    return networks.mobilenet()
+
+
+@pytest.fixture(scope="session")
+def mobilenet(real_data: None) -> networks.Subject:
+    return networks.mobilenet(calibration_images=64, test_images=100)

@@ -370,7 +370,7 @@ sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "g
 
 
 def test_a_device_has_enough_tests(tmp_path: Path) -> None:
-    files = [ROOT / "tests" / "ops", ROOT / "tests" / "pipeline" / "test_cuda.py"]
+    files = [ROOT / "tests" / "ops", ROOT / "tests" / "execute" / "test_cuda.py"]
     # In another folder: the installed package is what has the tests' backends, not the sources.
     run = subprocess.run([sys.executable, "-c", COLLECT, *files], text=True, capture_output=True, cwd=tmp_path)
     found = [line for line in run.stdout.splitlines() if "::" in line]

@@ -32,12 +32,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ptq4cuda import _native, ops
-from ptq4cuda.integer import IntegerConv2d
+from ptq4cuda.artifact.report import DASH, table
+from ptq4cuda.bench.timing import captured
+from ptq4cuda.execute.engines import IntegerConv2d
 from ptq4cuda.ops import reference
 from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.report import DASH, table
-from ptq4cuda.timing import captured
 
 SHAPES = {
     "ResNet-50 stem": (32, 64, 112, 112),

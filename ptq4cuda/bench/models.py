@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from ptq4cuda.artifact.record import record_of
+from ptq4cuda.artifact.report import DASH, table
 from ptq4cuda.bench import architectures
 from ptq4cuda.bench.kernels import machine_line, write_figures
+from ptq4cuda.bench.timing import captured, take_turns
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.nn import QuantModule
-from ptq4cuda.quantize import quantize
-from ptq4cuda.record import record_of
-from ptq4cuda.report import DASH, table
-from ptq4cuda.timing import captured, take_turns
+from ptq4cuda.pipeline import quantize
 
 MODELS = ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2")
 BATCHES = (1, 8, 64)

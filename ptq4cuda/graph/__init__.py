@@ -4,7 +4,6 @@ from ptq4cuda.graph.bind import bind
 from ptq4cuda.graph.copying import copy_model, hooks_of
 from ptq4cuda.graph.ends import ends_of
 from ptq4cuda.graph.fold import fold_batch_norm
-from ptq4cuda.graph.importance import layer_importance, output_importance
 from ptq4cuda.graph.layers import (
     activation_of,
     call_name,
@@ -38,12 +37,10 @@ __all__ = [
     "is_compiled",
     "is_transparent",
     "is_weighted",
-    "layer_importance",
     "layer_kind",
     "leave",
     "module_activation",
     "operands_as_codes",
-    "output_importance",
     "output_of",
     "own_copy",
     "prepare",

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from ptq4cuda.clipping import Activation
+from ptq4cuda.activation import Activation
 from ptq4cuda.graph.readers import readers
 
 _QUANTIZABLE = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from ptq4cuda.containers import contents
-from ptq4cuda.frontier import is_out_of_memory
+from ptq4cuda.errors import is_out_of_memory
 from ptq4cuda.graph.canonical import canonicalize
 from ptq4cuda.graph.copying import copy_model, hooks_of
 from ptq4cuda.graph.fold import fold_sizes

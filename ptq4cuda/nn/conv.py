@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4cuda.correction import WeightCorrection
 from ptq4cuda.nn.quant_module import Outputs, QuantModule
 from ptq4cuda.quantizer import QuantParams
+from ptq4cuda.solve.correction import WeightCorrection
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda import ops
-from ptq4cuda.correction import WEIGHT_CORRECTIONS, WeightCorrection, correct_bias
 from ptq4cuda.nn.quant_tensor import QuantizerState, tensor_of_values
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
-from ptq4cuda.rounding import round_to_nearest
+from ptq4cuda.solve.correction import WEIGHT_CORRECTIONS, WeightCorrection, correct_bias
+from ptq4cuda.solve.rounding import round_to_nearest
 
 _ROWS = ("weight_bits", "weight_scale", "weight_offset")
 _ACTIVATION = ("activation_bits", "activation_scale", "activation_zero_point")

@@ -411,9 +411,9 @@ def test_empty_batch(backend: Backend, name: str) -> None:
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_small_outputs_share_out_the_columns(
-    cuda_on_cpu: Backend, model: ctypes.CDLL, multiprocessors: int, case: Case, shared: bool, packed: bool
+    cuda_on_cpu: Backend, execution_model: ctypes.CDLL, multiprocessors: int, case: Case, shared: bool, packed: bool
 ) -> None:
-    model.cuda_on_cpu_use_device(multiprocessors - 1)
+    execution_model.cuda_on_cpu_use_device(multiprocessors - 1)
     packed = packed and case.groups == 1
     if packed:
         x, sums, a = packed_arguments(case, "some")
@@ -422,9 +422,9 @@ def test_small_outputs_share_out_the_columns(
         sums, a = case.sums(x, weight, zeros), case.arguments(weight, zeros)
     filled = not packed and case.channels // case.groups % 4 != 0  # a copy of the codes comes first
     launches = 1 + shared + filled
-    before = model.cuda_on_cpu_launches()
+    before = execution_model.cuda_on_cpu_launches()
     y = run(cuda_on_cpu, channels_last(x), a)
-    assert model.cuda_on_cpu_launches() - before == launches
+    assert execution_model.cuda_on_cpu_launches() - before == launches
     assert oracle.same(y, torch.from_numpy(sums).float())
 
     y, x = finishing(case, sums, a, 3), channels_last(x)
@@ -436,17 +436,17 @@ def test_small_outputs_share_out_the_columns(
         layout = Nibbles.of(quantizer[2])
         b = a | quantized("out", quantizer, layout) | quantized("also", quantizer)
         assert_packed(cuda_on_cpu.conv2d_integer(x, *b.values()), [(codes, layout), (codes, None)])
-    assert model.cuda_on_cpu_launches() - before == launches * (2 if case.groups > 1 else 3)
+    assert execution_model.cuda_on_cpu_launches() - before == launches * (2 if case.groups > 1 else 3)
 
 
 @pytest.mark.parametrize("tile", [(128, 128), (64, 128), (64, 64), (64, 32)], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("channels", [64, 36])
 def test_every_tile(
-    cuda_on_cpu: Backend, model: ctypes.CDLL, tile: tuple[int, int], packed: bool, channels: int
+    cuda_on_cpu: Backend, execution_model: ctypes.CDLL, tile: tuple[int, int], packed: bool, channels: int
 ) -> None:
     """Tiles that are just not full along both sides, whole vectors and words, with all that a layer may have."""
-    model.cuda_on_cpu_use_device(0)
+    execution_model.cuda_on_cpu_use_device(0)
     outputs, pixels = tile
     case = Case(channels, outputs - 8, (1, pixels - 3), (1, 3), padding=(0, 1), batch=1)
     if packed:

@@ -77,9 +77,9 @@ def test_every_size_and_path_gives_the_same_every_time(
     if which == "cuda":
         count = torch.cuda.get_device_properties("cuda").multi_processor_count
     else:
-        model: ctypes.CDLL = request.getfixturevalue("model")
+        execution_model: ctypes.CDLL = request.getfixturevalue("execution_model")
         count = MULTIPROCESSORS
-        model.cuda_on_cpu_use_device(count - 1)
+        execution_model.cuda_on_cpu_use_device(count - 1)
     case = PATHS[path]
     rows = max(1, round((count * pixels) ** 0.5) // 2)
     case = Case(**{**vars(case), "size": (rows, -(-count * pixels // rows)), "batch": 1})

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ptq4cuda
+from graph.test_patched import sqnr
 from ptq4cuda import QuantConfig, quantize
+from ptq4cuda.artifact.record import record_of
+from ptq4cuda.calibrate.by_graph import _summand
 from ptq4cuda.nn import QuantTensor
-from ptq4cuda.record import record_of
-from ptq4cuda.walk import _summand
-
-from .test_patched import sqnr
 
 
 class Net(nn.Module):

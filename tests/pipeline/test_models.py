@@ -14,12 +14,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import ptq4cuda
-from ptq4cuda import QuantConfig, QuantConv2d, graph, quantize, walk
+from ptq4cuda import QuantConfig, QuantConv2d, graph, quantize
+from ptq4cuda.activation import IDENTITY
+from ptq4cuda.artifact.record import LayerRecord, record_of
 from ptq4cuda.bench import architectures
-from ptq4cuda.clipping import IDENTITY
+from ptq4cuda.calibrate import by_graph, by_modules
+from ptq4cuda.calibrate.signals import LayerCall
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
-from ptq4cuda.record import LayerRecord, record_of
 
 TRANSPOSED = "ConvTranspose2d is not supported"
 UNFOLDED = ("there is no layer to fold it into", "layer '0' before it has other readers")
@@ -58,13 +60,12 @@ def sqnr(expected: Any, found: Any) -> float:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[walk.LayerCall]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[LayerCall]:
     """Check what a solver is told about every layer's input, and list the calls."""
-    made: list[walk.LayerCall] = []
-    original = walk.LayerCall
+    made: list[LayerCall] = []
 
-    def checked(*args: Any, **kwargs: Any) -> walk.LayerCall:
-        call = original(*args, **kwargs)
+    def checked(*args: Any, **kwargs: Any) -> LayerCall:
+        call = LayerCall(*args, **kwargs)
         signal = call.signal
         if signal.before is None:
             assert signal.activation == IDENTITY, call.name
@@ -74,7 +75,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[walk.LayerCall]:
         made.append(copy.copy(call))
         return call
 
-    monkeypatch.setattr(walk, "LayerCall", checked)
+    for walk in (by_graph, by_modules):
+        monkeypatch.setattr(walk, "LayerCall", checked)
     return made
 
 
@@ -113,7 +115,7 @@ def test_every_architecture_is_expected() -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_architecture(name: str, calls: list[walk.LayerCall]) -> None:
+def test_architecture(name: str, calls: list[LayerCall]) -> None:
     model, x = build(name)
     least, stay = EXPECTED[name]
     before = copy.deepcopy(model.state_dict())
@@ -154,7 +156,7 @@ def test_architecture(name: str, calls: list[walk.LayerCall]) -> None:
         ("efficientnet_b0", {"": 82}),  # SiLU is not piecewise linear
     ],
 )
-def test_activations_before_layers_are_known(name: str, forms: dict[str, int], calls: list[walk.LayerCall]) -> None:
+def test_activations_before_layers_are_known(name: str, forms: dict[str, int], calls: list[LayerCall]) -> None:
     model, x = build(name)
     quantize(model, [x], QuantConfig.naive(), progress=False)
     kinds = {(0.0, float("inf")): "ReLU", (0.0, 6.0): "ReLU6", (0.1, float("inf")): "LeakyReLU"}
@@ -257,7 +259,7 @@ def everything() -> tuple[nn.Module, Tensor, Tensor]:
     return model.eval(), x, side
 
 
-def test_everything_in_one_model(calls: list[walk.LayerCall], tmp_path: Path) -> None:
+def test_everything_in_one_model(calls: list[LayerCall], tmp_path: Path) -> None:
     model, x, side = everything()
     batches = [{"x": x[:5], "side": side[:5]}, {"x": x[5:], "side": side[5:]}]
     exact = quantize(model, batches, QuantConfig.naive(8, 8), progress=False)
@@ -359,7 +361,7 @@ class Pattern(nn.Module):
 
 
 @pytest.mark.parametrize("forward", PATTERNS, ids=lambda f: f.__name__)
-def test_changes_in_place(forward: Callable[..., Any], calls: list[walk.LayerCall]) -> None:
+def test_changes_in_place(forward: Callable[..., Any], calls: list[LayerCall]) -> None:
     model, x = Pattern(forward).eval(), architectures.images(8, 16)
     network = quantize(model, [x[:5].clone(), x[5:].clone()], QuantConfig.naive(8, 8), progress=False)
     assert record_of(network).walked_by == "graph", record_of(network).reason
@@ -372,7 +374,7 @@ def test_changes_in_place(forward: Callable[..., Any], calls: list[walk.LayerCal
 
 
 @pytest.mark.parametrize("forward", PATTERNS, ids=lambda f: f.__name__)
-def test_changes_in_place_walked_by_modules(forward: Callable[..., Any], calls: list[walk.LayerCall]) -> None:
+def test_changes_in_place_walked_by_modules(forward: Callable[..., Any], calls: list[LayerCall]) -> None:
     def untraceable(m: Any, x: Tensor) -> Tensor:
         return forward(m, x if float(x.sum()) > -1e9 else -x)
 

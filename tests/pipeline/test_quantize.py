@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import ptq4cuda
-from ptq4cuda import QuantConfig, QuantConv2d, QuantLinear, quantize, walk
-from ptq4cuda.frontier import Memory
-from ptq4cuda.record import LayerRecord, record_of
+from ptq4cuda import QuantConfig, QuantConv2d, QuantLinear, quantize
+from ptq4cuda.artifact.record import LayerRecord, record_of
+from ptq4cuda.calibrate.by_modules import walk_modules
+from ptq4cuda.calibrate.frontier import Memory
+from ptq4cuda.solve.layer import solve_layer
 
 PRESETS = {
     "default": QuantConfig(),
@@ -305,10 +307,9 @@ def test_modules_and_graph_agree(images: Tensor) -> None:
     by_graph = quantize(model, [images], config, progress=False)
     by_modules = copy.deepcopy(model)
 
-    def solve(call: walk.LayerCall) -> walk.Solution:
-        return ptq4cuda.quantize.__globals__["solve_layer"](call, config)
-
-    walk.walk_modules(by_modules, inputs, solve, lambda name: "", progress=False, memory=Memory())
+    walk_modules(
+        by_modules, inputs, lambda call: solve_layer(call, config), lambda name: "", progress=False, memory=Memory()
+    )
     for name, tensor in by_modules.state_dict().items():
         torch.testing.assert_close(by_graph.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 

@@ -11,8 +11,8 @@ import torch
 
 import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
+from ptq4cuda.artifact.record import tensor_bytes
 from ptq4cuda.metrics import Comparison, compare
-from ptq4cuda.record import tensor_bytes
 
 
 def measure(subject: networks.Subject, config: QuantConfig) -> Comparison:

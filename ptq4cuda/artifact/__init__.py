@@ -1,0 +1,1 @@
+"""What remains of a quantization: its record, report and file."""

@@ -1,0 +1,250 @@
+"""Files of quantized networks: safetensors, with a header that says what is inside.
+
+A file holds every tensor of the network, so it is complete but for the architecture, which load() takes from a float
+model of the same structure. Two runs that make the same network write the same bytes. Zero points and offsets are
+stored as bytes where they fit; where all rows of weights have the same bits or offset, as one value. The header has a
+checksum of everything else in the file (of the tensors alone before format 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ptq4cuda import graph
+from ptq4cuda._version import __version__
+from ptq4cuda.artifact.record import QuantRecord, attach_record, record_of
+from ptq4cuda.artifact.structure import replace_module, structure_of
+from ptq4cuda.artifact.writing import write_whole
+from ptq4cuda.calibrate.inputs import check_float_model, not_finite
+from ptq4cuda.execute.choice import lower
+from ptq4cuda.nn import QuantModule, quant_module_for
+
+FORMAT = 3
+_KEY = "ptq4cuda"  # one key only: safetensors writes several in no fixed order
+
+
+def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a quantized network to a file, whole or not at all.
+
+    Args:
+        network: made by quantize() or load().
+        path: of the file; ".ptq4" is customary. Where it is a symbolic link, the file that it points to is replaced.
+
+    Raises:
+        TypeError: the network was not made by quantize() or load().
+        OSError: the file cannot be written; what was there is untouched.
+    """
+    record = record_of(network)
+    modules = {
+        name: {
+            "kind": module.kind,
+            "quantized_input": module.activation_bits is not None,
+            "folded": module.folded,
+        }
+        for name, module in network.named_modules()
+        if isinstance(module, QuantModule)
+    }
+    # Each tensor gets storage of its own: safetensors refuses shared storage, as of tied weights.
+    state = {name: t.detach().cpu() for name, t in network.state_dict().items() if isinstance(t, Tensor)}
+    tensors = {name: _narrow(name, t).contiguous().clone() for name, t in state.items()}
+    header = {
+        "format": FORMAT,
+        "version": __version__,
+        "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "structure")},
+        "modules": modules,
+        "structure": record.structure,
+    }
+    header["sha256"] = _checksum(header, tensors)
+    metadata = {_KEY: json.dumps(header, separators=(",", ":"))}
+    write_whole(path, safetensors.torch.save(tensors, metadata=metadata))
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Read a quantized network.
+
+    Args:
+        path: of a file that save() wrote.
+        model: a float network of the architecture that was quantized; its weights do not matter and it is not
+            changed. The result is on its device.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        ValueError: the file is truncated or damaged, is not one of ptq4cuda, or belongs to another architecture; the
+            model is quantized or without values.
+    """
+    header, tensors = _read(path)
+    model = graph.unwrap(model)
+    check_float_model(model)
+    record = header.record
+    network = graph.own_copy(model).eval()
+    misfit = f"{os.fspath(path)!r} does not fit the model {type(model).__name__}"
+    if record.walked_by == "graph":
+        traced, reason = graph.trace(network, None if record.constants is None else [record.constants])
+        if traced is None:
+            raise ValueError(f"{misfit}: {reason}")
+        graph.prepare(traced, record.config.quantizes, record.config.fold_activation_scale)
+        network = traced
+    _check_structure(header.structure, structure_of(network), path)
+    layers = dict(network.named_modules())
+    for name, quantized in header.modules.items():
+        if not isinstance(layers.get(name), getattr(nn, quantized.kind)):
+            raise ValueError(f"{misfit}: in the file {name!r} is a {quantized.kind}, in the model it is not")
+        replace_module(network, layers[name], quantized.like(layers[name]))
+    # With the versions of its modules, or BatchNorm takes the tensors for those of an old one that it must complete.
+    state = network.state_dict()
+    like = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    for name in like:
+        del state[name]
+    for name, tensor in tensors.items():
+        state[name] = _widen(name, tensor, like[name]) if name in like else tensor
+        if name in like and state[name].is_floating_point() != like[name].is_floating_point():
+            raise ValueError(f"{misfit}: {name} is {tensor.dtype} in the file, {like[name].dtype} in the model")
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split()).partition(": ")[2]
+        raise ValueError(f"{misfit}: {detail}") from error
+    broken = not_finite(network)
+    if broken is not None:
+        raise ValueError(f"{misfit}: {broken} contains NaN or Inf")
+    attach_record(network, record)
+    return lower(network, model).eval()
+
+
+@dataclass(frozen=True)
+class _QuantizedLayer:
+    """How a layer was quantized: what its buffers are."""
+
+    kind: str
+    quantized_input: bool
+    folded: bool
+
+    def __post_init__(self) -> None:
+        quant_module_for(self.kind)
+        if not (isinstance(self.quantized_input, bool) and isinstance(self.folded, bool)):
+            raise TypeError("quantized_input and folded must be true or false")
+
+    def like(self, layer: Any) -> nn.Module:
+        """Return the quantized layer of a float one, its weights zero."""
+        like = quant_module_for(self.kind).like
+        return like(layer, quantized_input=self.quantized_input, folded=self.folded)
+
+
+@dataclass(frozen=True)
+class _Header:
+    record: QuantRecord
+    modules: dict[str, _QuantizedLayer]
+    structure: list[str]
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> _Header:
+        return cls(
+            QuantRecord.from_dict(fields["record"]),
+            {name: _QuantizedLayer(**entry) for name, entry in fields["modules"].items()},
+            [str(line) for line in fields["structure"]],
+        )
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
+    name = repr(os.fspath(path))
+    if not Path(path).is_file():
+        if Path(path).exists():
+            raise OSError(f"{name} is a folder or a device, not a file")
+        raise FileNotFoundError(f"there is no file {name}")
+    with open(path, "rb"):  # permission, and whatever else the system says
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{name} is truncated or not a safetensors file ({_one_line(error)})") from error
+    if _KEY not in metadata:
+        raise ValueError(f"{name} is a safetensors file, but was not written by ptq4cuda")
+    try:
+        fields = json.loads(metadata[_KEY])
+        format = fields["format"]
+        if type(format) is not int or format < 1:
+            raise ValueError(f"its format is {str(format)[:40]}")
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
+        raise _damaged(name, error) from error
+    if format > FORMAT:
+        by = _one_line(fields.get("version", "of a later version"))
+        raise ValueError(
+            f"{name} has format {format}, written by ptq4cuda {by}; this version reads formats up to {FORMAT}: "
+            "upgrade ptq4cuda"
+        )
+    try:
+        # Checksums of format 2 do not cover the header, and the first files had none.
+        if format >= 3 or "sha256" in fields:
+            expected = fields.pop("sha256", None)
+            if expected != _checksum(fields if format >= 3 else None, tensors):
+                covered = "header and tensors do" if format >= 3 else "tensors do"
+                raise ValueError(f"its {covered} not have the checksum that they had when it was written")
+        return _Header.of(fields), tensors
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    what = _one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {_one_line(error)}"
+    return ValueError(f"{name} is damaged: {what}")
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _checksum(header: dict[str, Any] | None, tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of a header, if it is given, and all tensors: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    if header is not None:
+        digest.update(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+_INTEGERS = ("weight_offset", "activation_zero_point", "zero_point")  # of other dtypes, for the kernels' sake
+_ROWS = ("weight_bits", "weight_offset")
+
+
+def _field(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _narrow(name: str, tensor: Tensor) -> Tensor:
+    """Return the same values in fewer bytes, where a module's field has them."""
+    if _field(name) in _ROWS and tensor.dim() == 1 and bool((tensor == tensor[:1]).all()):
+        tensor = tensor[:1]
+    for dtype in (torch.uint8, torch.int8) if _field(name) in _INTEGERS else ():
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype)
+    return tensor
+
+
+def _widen(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """Undo _narrow for a field that is like this one."""
+    if _field(name) in _INTEGERS and tensor.dtype in (torch.uint8, torch.int8):
+        tensor = tensor.to(like.dtype)
+    if _field(name) in _ROWS and tensor.shape == (1,):
+        tensor = tensor.expand_as(like)
+    return tensor
+
+
+def _check_structure(expected: list[str], found: list[str], path: object) -> None:
+    for index in range(max(len(expected), len(found))):
+        e, f = (lines[index] if index < len(lines) else "nothing" for lines in (expected, found))
+        if e != f:
+            raise ValueError(f"{path} belongs to another model: where the file has {e!r}, the model has {f!r}")

@@ -1,0 +1,255 @@
+"""One pass over a traced network in execution order, with two streams: in float, and as quantized so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from ptq4cuda import graph
+from ptq4cuda.artifact.record import LayerRecord
+from ptq4cuda.calibrate.frontier import Frontier, Memory
+from ptq4cuda.calibrate.importance import layer_importance, output_importance
+from ptq4cuda.calibrate.inputs import Inputs, batch_size, device_of
+from ptq4cuda.calibrate.signals import (
+    Kept,
+    LayerCall,
+    Signal,
+    Solver,
+    WalkResult,
+    progress_bar,
+    record_float,
+    record_solution,
+)
+from ptq4cuda.calibrate.statistics import ChannelStatistics
+from ptq4cuda.errors import naming_what_needs_memory
+from ptq4cuda.metrics import Noise
+from ptq4cuda.nn import QuantTensor, quant_module_for
+from ptq4cuda.quantizer import QuantParams
+
+
+def walk_graph(
+    network: fx.GraphModule,
+    inputs: Inputs,
+    solve: Solver,
+    kept: Kept,
+    progress: bool,
+    memory: Memory,
+) -> WalkResult:
+    """Quantize the layers of a traced network in place.
+
+    Raises:
+        MemoryError: memory does not suffice; the message names the layer.
+        OSError: nor does the folder that the rest goes to.
+    """
+    with naming_what_needs_memory("in a forward of the model"):
+        walk = _GraphWalk(network, inputs, solve, kept, memory)
+    with torch.no_grad(), progress_bar(len(walk.layers), progress) as bar:
+        for node in network.graph.nodes:
+            name = str(node.target) if node.op == "call_module" else node.name
+            with naming_what_needs_memory(f"at {'layer' if node in walk.layers else 'operation'} {name!r}"):
+                walk.visit(node)
+            bar.update(node in walk.layers)
+    network.recompile()
+    frontier = walk.frontier
+    return WalkResult(
+        walk.records, walk.noise, walk.clipped, frontier_bytes=frontier.peak, spilled_bytes=frontier.spilled
+    )
+
+
+class _GraphWalk:
+    def __init__(self, network: fx.GraphModule, inputs: Inputs, solve: Solver, kept: Kept, memory: Memory) -> None:
+        self.network, self.inputs, self.solve, self.kept = network, inputs, solve, kept
+        self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
+        self.frontier = Frontier(device_of(network), memory)
+        self.signals: dict[fx.Node, Signal] = {}
+        self.records: list[LayerRecord] = []
+        self.noise = Noise()
+        self.clipped = False
+
+        self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
+        # A tensor's readers are weighed together, also when the first of them is quantized already.
+        self.float_layers: dict[fx.Node, Any] = {node: self._module(node) for node in self.layers}
+        self.ends = graph.ends_of(network, self.layers)
+        self.costs = output_importance(network, inputs)
+        self.as_codes = graph.operands_as_codes(network, *inputs[0])
+        # The values that are not needed any more once a node has run.
+        self.last_uses: dict[fx.Node, list[fx.Node]] = {}
+        seen: set[fx.Node] = set()
+        for node in reversed(network.graph.nodes):
+            for used in node.all_input_nodes:
+                if used not in seen:
+                    seen.add(used)
+                    self.last_uses.setdefault(node, []).append(used)
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        return self.network.get_submodule(str(node.target))
+
+    def _why_float(self, node: fx.Node) -> str | None:
+        """Return "" for a layer to quantize, a reason for what stays in float, None for all other nodes."""
+        reason = graph.why_float_call(node, self.network)
+        return self.kept(str(node.target)) if reason == "" else reason
+
+    def visit(self, node: fx.Node) -> None:
+        """Run one node on all chunks of both streams."""
+        reason = self._why_float(node)
+        if node.op == "placeholder":
+            signal = self._placeholder(node)
+        elif node.op == "output":
+            for i, batch in enumerate(self.inputs):
+                expected, found = (self._arguments(node, i, stream)[0][0] for stream in (0, 1))
+                self.noise.add(expected, found, batch_size(batch))
+            return
+        elif reason == "":
+            signal = self._solve(node)
+        elif node.op == "call_module" and isinstance(self._module(node), QuantTensor):
+            signal = self._quantize_tensor(node)
+        else:
+            if reason:
+                module = self._module(node) if node.op == "call_module" else None
+                name = str(node.target) if module is not None else node.name
+                self.records.append(record_float(name, module, graph.call_name(node, self.network), reason))
+            signal = Signal([self._both(node, i) for i in range(len(self.inputs))])
+        self._set_activation(node, signal)
+        self.signals[node] = signal
+        for used in self.last_uses.get(node, []):
+            del self.signals[used]
+        if not node.users:
+            del self.signals[node]
+
+    def _placeholder(self, node: fx.Node) -> Signal:
+        streams = []
+        for args, kwargs in self.inputs:
+            held = self.frontier.hold(graph.bind(self.network, args, kwargs)[str(node.target)])
+            streams.append((held, held))
+        return Signal(streams)
+
+    def _arguments(self, node: fx.Node, chunk: int, stream: int) -> tuple[Any, Any]:
+        def value(used: fx.Node) -> Any:
+            return self.frontier.fetch(self.signals[used].streams[chunk][stream])
+
+        return map_arg(node.args, value), map_arg(node.kwargs, value)
+
+    def _run(self, node: fx.Node, arguments: tuple[Any, Any]) -> Any:
+        return getattr(self.interpreter, node.op)(node.target, *arguments)
+
+    def _both(self, node: fx.Node, chunk: int) -> tuple[Any, Any]:
+        """Run a node on both streams of a chunk, once where they are the same."""
+        result = self.frontier.hold(self._run(node, self._arguments(node, chunk, 0)))
+        pairs = [self.signals[used].streams[chunk] for used in node.all_input_nodes]
+        if all(a is b for a, b in pairs):
+            return result, result
+        return result, self.frontier.hold(self._run(node, self._arguments(node, chunk, 1)))
+
+    def _solve(self, node: fx.Node) -> Signal:
+        layer, source = self._module(node), node.args[0] if node.args else node.kwargs["input"]
+        assert isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(source, fx.Node)
+        kind = graph.layer_kind(layer)
+        assert kind is not None
+        signal, importance = self.signals[source], self._importance(source)
+        self._clip_outliers(signal, quant_module_for(kind).activation_axis, importance)
+        outputs = [self.frontier.hold(layer(self.frontier.fetch(x))) for x, _ in signal.streams]
+        call = LayerCall(
+            str(node.target),
+            layer,
+            kind,
+            signal,
+            first_or_last=node in self.ends,
+            outputs=outputs,
+            added=self._added(node, outputs),
+            importance=importance,
+        )
+        solution = self.solve(call)
+        streams, noise = [], Noise()
+        for y, (_, quantized) in zip(call.outputs, signal.streams, strict=True):
+            y_quantized = self.frontier.hold(solution.module(self.frontier.fetch(quantized)))
+            noise.add(y, y_quantized)
+            streams.append((y, y_quantized))
+        self.network.set_submodule(call.name, solution.module)
+        self.records.append(record_solution(call, solution, noise))
+        return Signal(streams)
+
+    def _clip_outliers(self, signal: Signal, axis: int, importance: Tensor) -> None:
+        signal.clip_outliers(axis, importance, self.frontier.hold)
+        self.clipped |= bool(signal.outliers)
+
+    def _quantize_tensor(self, node: fx.Node) -> Signal:
+        """Quantize a residual operand to 8 bits over its whole range, in the quantized stream."""
+        module, source = self._module(node), node.all_input_nodes[0]
+        assert isinstance(module, QuantTensor)
+        signal = self.signals[source]
+        streams = signal.streams
+        if node not in self.as_codes:
+            return Signal(streams)
+        self._clip_outliers(signal, 1, torch.ones(streams[0][0].shape[1], dtype=torch.float64, device="cpu"))
+        statistics = ChannelStatistics.over(lambda: [quantized for _, quantized in streams], 1)
+        bits = torch.full_like(statistics.mean, 8, dtype=torch.uint8)
+        module.set(QuantParams.from_range(statistics.min, statistics.max, bits).to(self.frontier.device))
+        return Signal([(x, self.frontier.hold(module(self.frontier.fetch(quantized)))) for x, quantized in streams])
+
+    def _importance(self, source: fx.Node) -> Tensor:
+        readers = [node for node in source.users if node in self.layers]
+        costs = []
+        for reader in readers:
+            layer = self.float_layers[reader]
+            costs.append(
+                layer_importance(layer, self.costs.get(reader, layer.weight.new_ones(len(layer.weight)).double()))
+            )
+        return torch.stack(costs).sum(0)
+
+    def _added(self, node: fx.Node, outputs: list[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
+        """Return both streams of what is added to a node's value next, where it is known by then."""
+        users = graph.readers(node)
+        if len(users) != 1 or not graph.is_addition(users[0]):
+            return None
+        others = [operand for operand in users[0].all_input_nodes if operand is not node]
+        if len(others) != 1 or others[0] not in self.signals:
+            return None
+        streams = self.signals[others[0]].streams
+        if not all(isinstance(value, Tensor) and value.is_floating_point() for value, _ in streams):
+            return None  # numbers and masks carry no error
+        if all(value is quantized for value, quantized in streams):
+            return None  # nor do constants and inputs, which may be infinite
+        return [
+            (_summand(value, y), _summand(quantized, y))
+            for (value, quantized), y in zip(streams, outputs, strict=True)
+        ]
+
+    def _set_activation(self, node: fx.Node, signal: Signal) -> None:
+        """Remember what the value was before its activation, also through nodes that only move values."""
+        used = [s for n in node.all_input_nodes if _has_tensors((s := self.signals[n]).streams[0][0])]  # not sizes
+        activation = graph.activation_of(node, self.network)
+        if activation is not None and len(used) == 1:
+            signal.before = [value for value, _ in used[0].streams]
+            signal.activation = activation
+        elif graph.is_transparent(node, self.network) and used:
+            if any(s.before is None or s.activation != used[0].activation for s in used):
+                return
+
+            def run_before(chunk: int) -> Tensor:
+                def before(n: fx.Node) -> Any:
+                    held = self.signals[n].before
+                    return self.frontier.fetch(self.signals[n].streams[chunk][0] if held is None else held[chunk])
+
+                held: Tensor = self.frontier.hold(
+                    self._run(node, (map_arg(node.args, before), map_arg(node.kwargs, before)))
+                )
+                return held
+
+            signal.before = [run_before(i) for i in range(len(self.inputs))]
+            signal.activation = used[0].activation
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+def _summand(x: Tensor, y: Tensor) -> Tensor:
+    """Return what a sum with x adds to each value of y: the mean where y is broadcast over x."""
+    if x.dim() > y.dim():
+        x = x.mean(tuple(range(x.dim() - y.dim())))
+    spread = [d for d in range(-x.dim(), 0) if x.shape[d] > 1 and y.shape[d] == 1]
+    return x.mean(spread, keepdim=True) if spread else x

@@ -1,0 +1,319 @@
+"""A model that torch.fx cannot trace is walked by its modules.
+
+For each layer, every chunk is run up to that layer, once in float and once as quantized so far. Layers that are
+solved give what they gave before, as far as memory holds it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ptq4cuda import graph
+from ptq4cuda.activation import IDENTITY, Activation
+from ptq4cuda.artifact.record import LayerRecord
+from ptq4cuda.artifact.structure import replace_module
+from ptq4cuda.calibrate.flow import Flow
+from ptq4cuda.calibrate.frontier import Frontier, Memory
+from ptq4cuda.calibrate.importance import layer_importance
+from ptq4cuda.calibrate.inputs import Inputs, batch_size, device_of
+from ptq4cuda.calibrate.signals import (
+    Kept,
+    LayerCall,
+    Signal,
+    Solution,
+    Solver,
+    WalkResult,
+    progress_bar,
+    record_float,
+    record_solution,
+)
+from ptq4cuda.errors import naming_what_needs_memory
+from ptq4cuda.metrics import Noise
+from ptq4cuda.nn import quant_module_for
+
+
+def walk_modules(
+    network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool, memory: Memory
+) -> WalkResult:
+    """Quantize the layers of any network in place, chunk by chunk.
+
+    BatchNorm is not folded, and an activation before a layer is known only where it is a module.
+
+    Raises:
+        MemoryError: memory does not suffice; the message names the layer.
+        OSError: nor does the folder that the rest goes to.
+    """
+    names, flow = _observe(network, kept, inputs[0])
+    walk = _ModuleWalk(network, names, flow.ends, inputs, solve, memory)
+    noise = Noise()
+    with torch.no_grad(), progress_bar(len(flow.order), progress) as bar, walk.in_place():
+        waiting = [module for module in flow.order if module in names]
+        while waiting:
+            for module in waiting:
+                with naming_what_needs_memory(f"at layer {names[module]!r}"):
+                    walk.solve_layer(module)
+                bar.update()
+            with naming_what_needs_memory("in a forward of the model"):
+                noise = walk.compare()
+            waiting = [module for module in walk.called if module not in walk.tried]  # what other batches call
+    for module, solution in walk.solved.items():
+        replace_module(network, module, solution.module)
+    _try_once(network, inputs)
+    records = walk.records()
+    hidden = graph.hidden_modules(network)
+    for name, module in network.named_modules():
+        if module in hidden:
+            continue
+        reason = graph.why_float(module) or (kept(name) if graph.layer_kind(module) else "")
+        if module in names and module not in walk.solved:
+            reason = walk.left.get(module, "never called as a module")
+        if reason:
+            records.append(record_float(name, module, type(module).__name__, reason))
+    for function in flow.functions:
+        reason = f"a call of {function}; only modules are quantized where torch.fx cannot trace the model"
+        records.append(record_float(function, None, function, reason))
+    clipped = any(call.signal.outliers for call in walk.solved_calls.values())
+    frontier = walk.frontier
+    return WalkResult(records, noise, clipped, frontier_bytes=frontier.peak, spilled_bytes=frontier.spilled)
+
+
+@torch.no_grad()
+def _try_once(network: nn.Module, inputs: Inputs) -> None:
+    """Raise ValueError where a model's own code needs the float layers that were replaced."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, inputs[0])  # the model may write into them
+    try:
+        network(*args, **kwargs)
+    except (AttributeError, StopIteration) as error:  # or iterates over parameters, of which there are none
+        raise ValueError(
+            f"the model's own code reads what a quantized layer does not have ({error}): leave that layer in float "
+            "by overrides"
+        ) from error
+
+
+def _observe(network: nn.Module, kept: Kept, example: Any) -> tuple[dict[nn.Module, str], Flow]:
+    """Return the layers to quantize, with their names, and what a forward tells about them."""
+    while True:
+        hidden = graph.hidden_modules(network)
+        modules = {module: name for name, module in network.named_modules() if module not in hidden}
+        names = {m: name for m, name in modules.items() if graph.layer_kind(m) and not kept(name)}
+        others = [m for m in modules if m not in names and (graph.layer_kind(m) or graph.why_float(m))]
+        flow = Flow(names, others).run(network, *example)
+        for module in flow.read:
+            graph.leave(module, "other code than its own reads its parameters")
+        for module in flow.watched:
+            graph.leave(module, "its hooks tell it from a quantized layer")
+        if not flow.read and not flow.watched:
+            return names, flow
+
+
+class _Reached(BaseException):
+    """Ends a forward at the layer that is to be solved; no code of a model may take it for an error of its own."""
+
+
+@dataclass(eq=False)
+class _Arrival:
+    """What a layer is called with: its input, and what that was before its activation, where it is known."""
+
+    x: Tensor
+    before: Tensor | None
+    activation: Activation
+
+
+class _ModuleWalk:
+    def __init__(
+        self,
+        network: nn.Module,
+        names: dict[nn.Module, str],
+        ends: set[nn.Module],
+        inputs: Inputs,
+        solve: Solver,
+        memory: Memory,
+    ) -> None:
+        self.network, self.names, self.ends, self.inputs, self.solve = network, names, ends, inputs, solve
+        self.kinds = {module: str(graph.layer_kind(module)) for module in names}
+        self.frontier = Frontier(device_of(network), memory)
+        self.solved: dict[nn.Module, Solution] = {}
+        self.solved_calls: dict[nn.Module, LayerCall] = {}
+        self.noise: dict[nn.Module, Noise] = {}
+        self.left: dict[nn.Module, str] = {}
+        self.tried: set[nn.Module] = set()
+        self.called: Counter[nn.Module] = Counter()  # in one forward, at most
+        # Outputs of solved layers, by chunk, stream, layer and call, the oldest first.
+        self.outputs: dict[tuple[int, bool, nn.Module, int], Tensor] = {}
+        self.output_bytes = 0
+        # Of the forward under way:
+        self.chunk, self.quantized = 0, False
+        self.until: nn.Module | None = None
+        self.arrival: _Arrival | None = None
+        self.calls: Counter[nn.Module] = Counter()
+        self.settled = True  # whether no layer that is still to be solved was called
+        self.entering: dict[nn.Module, Tensor] = {}
+        # By the output of an activation, what went in. The versions tell whether either was changed in place since.
+        self.before: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Take the place of the layers' forward, and watch the activations."""
+        hooks = []
+        for module in self.network.modules():
+            if graph.module_activation(module) is not None:
+                hooks += [module.register_forward_pre_hook(self._before_activation)]
+                # It sees what a module itself computes: the model's own hooks come after.
+                hooks += [module.register_forward_hook(self._on_activation, prepend=True)]
+        try:
+            for module in self.names:
+                vars(module)["forward"] = partial(self._forward, module)
+            yield
+        finally:
+            for module in self.names:
+                vars(module).pop("forward", None)
+            for hook in hooks:
+                hook.remove()
+
+    def _run(self, chunk: int, quantized: bool, until: nn.Module | None = None) -> Any:
+        """Run the network on a chunk in one of the streams, always with the same random numbers."""
+        self.chunk, self.quantized, self.until, self.arrival = chunk, quantized, until, None
+        self.calls, self.settled, self.before = Counter(), True, WeakIdKeyDictionary()
+        args, kwargs = tree_map_only(Tensor, torch.clone, self.inputs[chunk])  # the model may write into them
+        device = self.frontier.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(chunk)
+            try:
+                return self.network(*args, **kwargs)
+            except _Reached:
+                return None
+            finally:
+                self.called |= self.calls
+                self.entering.clear()
+
+    def _forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0] if args else kwargs["input"]
+        turn = self.calls[module]
+        self.calls[module] += 1
+        if module is self.until and turn == 0:
+            self.arrival = _Arrival(x, *self._activation_before(x))
+            raise _Reached
+        if module not in self.solved:
+            self.settled &= module in self.left
+            return self._float(module, x)
+        key = (self.chunk, self.quantized, module, turn)
+        if key in self.outputs:
+            held: Tensor = self.frontier.fetch(self.outputs[key])
+            return held.clone()  # the model may write into it
+        clip = self.solved_calls[module].signal.clip
+        if clip is not None:
+            x = clip.clip(x)
+        y: Tensor = self.solved[module].module(x) if self.quantized else self._float(module, x)
+        if self.settled:
+            self._keep(key, y)
+        return y
+
+    def _float(self, module: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = type(module).forward(module, x)
+        return y
+
+    def _keep(self, key: tuple[int, bool, nn.Module, int], y: Tensor) -> None:
+        """Keep an output for the forwards that follow, in half of the memory; the oldest go first."""
+        size, room = y.numel() * y.element_size(), self.frontier.limit // 2
+        while self.outputs and self.output_bytes + size > room:
+            oldest = self.outputs.pop(next(iter(self.outputs)))
+            self.output_bytes -= oldest.numel() * oldest.element_size()
+        if size <= room and self.frontier.bytes + size <= self.frontier.limit:
+            self.outputs[key] = self.frontier.hold(y.clone())
+            self.output_bytes += size
+
+    def _before_activation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.entering[module] = args[0].clone() if getattr(module, "inplace", False) else args[0]
+
+    def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        before = self.entering.pop(module)
+        self.before[output] = (output._version, before, before._version, graph.module_activation(module))
+
+    def _activation_before(self, x: Tensor) -> tuple[Tensor | None, Activation]:
+        """Return what x was before its activation, and the activation, where they are known."""
+        version, before, version_before, activation = self.before.get(x, (0, None, 0, IDENTITY))
+        if before is None or (x._version, before._version) != (version, version_before):
+            return None, IDENTITY
+        return before, activation
+
+    def _arrive(self, chunk: int, quantized: bool, module: nn.Module) -> _Arrival | None:
+        """Return what a layer is called with, None where a chunk does not call it."""
+        self._run(chunk, quantized, until=module)
+        found, self.arrival = self.arrival, None
+        if found is not None:
+            found.x, found.before = self.frontier.hold(found.x), self.frontier.hold(found.before)
+        return found
+
+    def solve_layer(self, module: nn.Module) -> None:
+        """Solve a layer for what it is called with, and first only."""
+        self.tried.add(module)
+        chunks, arrivals, streams = [], [], []
+        for chunk in range(len(self.inputs)):
+            found = self._arrive(chunk, False, module)
+            # Before the first layer is solved both streams are one.
+            other = self._arrive(chunk, True, module) if self.solved else found
+            if found is None or other is None or found.x.shape != other.x.shape:
+                continue
+            if found.x.dim() == 0 or len(found.x) == 0 or len(found.x) % batch_size(self.inputs[chunk]):
+                self.left[module] = "its input does not keep the samples along dimension 0"
+                return
+            chunks.append(chunk)
+            arrivals.append(found)
+            streams.append((found.x, other.x))
+        if not streams:
+            return
+        signal = Signal(streams)
+        befores = [found.before for found in arrivals if found.before is not None]
+        if len(befores) == len(arrivals) and len({found.activation for found in arrivals}) == 1:
+            signal.before, signal.activation = befores, arrivals[0].activation
+        arrivals.clear()
+        assert isinstance(module, (nn.Conv2d, nn.Linear))
+        kind = self.kinds[module]
+        ones = torch.ones(len(module.weight), dtype=torch.float64, device="cpu")
+        importance = layer_importance(module, ones)
+        signal.clip_outliers(quant_module_for(kind).activation_axis, importance, self.frontier.hold)
+        fetch, hold = self.frontier.fetch, self.frontier.hold
+        call = LayerCall(
+            self.names[module],
+            module,
+            kind,
+            signal,
+            first_or_last=module in self.ends,
+            outputs=[hold(self._float(module, fetch(x))) for x, _ in signal.streams],
+            added=None,
+            importance=importance,
+        )
+        solution = self.solve(call)
+        noise = Noise()
+        for chunk, y, (_, quantized) in zip(chunks, call.outputs, signal.streams, strict=True):
+            y_quantized = solution.module(fetch(quantized))
+            noise.add(fetch(y), y_quantized)
+            self._keep((chunk, False, module, 0), y)
+            self._keep((chunk, True, module, 0), y_quantized)
+        call.outputs, signal.streams, signal.before = [], [], None  # let the tensors go
+        self.solved[module], self.solved_calls[module], self.noise[module] = solution, call, noise
+
+    def compare(self) -> Noise:
+        """Run the network whole, in both streams, and return the noise of its output."""
+        noise = Noise()
+        for chunk, batch in enumerate(self.inputs):
+            expected, found = (self._run(chunk, quantized) for quantized in (False, True))
+            noise.add(expected, found, batch_size(batch))
+        return noise
+
+    def records(self) -> list[LayerRecord]:
+        records = [record_solution(self.solved_calls[m], s, self.noise[m]) for m, s in self.solved.items()]
+        for record, module in zip(records, self.solved, strict=True):
+            if self.called[module] > 1:
+                record.reason = f"called {self.called[module]} times, its input quantized for the first"
+        return records

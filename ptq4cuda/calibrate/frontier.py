@@ -1,0 +1,126 @@
+"""Keeps tensors on the host, in memory up to a limit and in files without a name beyond it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import tempfile
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+_LIBC = ctypes.CDLL(None)
+FRONTIER_LIMIT = 8 << 30  # bytes of tensors between layers in host memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How much host memory tensors between layers may take, and where the rest goes.
+
+    Attributes:
+        limit: bytes; beyond it tensors go to memory-mapped files. None: FRONTIER_LIMIT.
+        folder: for these files, None: that of temporary files. They have no names and are gone with the process.
+
+    Raises:
+        ValueError: the limit is not a number of bytes, or there is no such folder.
+    """
+
+    limit: int | None = None
+    folder: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and (isinstance(self.limit, bool) or not self.limit >= 0):
+            raise ValueError(f"memory_limit must be a number of bytes, got {self.limit!r}")
+        if self.folder is not None and not os.path.isdir(self.folder):
+            raise ValueError(f"spill_folder: there is no folder {os.fspath(self.folder)!r}")
+
+
+class Frontier:
+    """Holds tensors; storages count once, however many tensors view them."""
+
+    def __init__(self, device: torch.device, memory: Memory) -> None:
+        self.device, self.memory = device, memory
+        self.limit = FRONTIER_LIMIT if memory.limit is None else memory.limit
+        self.bytes = self.spilled = self.peak = 0
+        self._holders: Counter[int] = Counter()  # by the address of the storage; spilled ones are there too
+        self._in_files: dict[int, int] = {}  # by the same, bytes
+
+    def hold(self, value: Any) -> Any:
+        """Return a value whose tensors live on the host.
+
+        Raises:
+            OSError: there is no room in the folder for what goes beyond the limit.
+        """
+        return tree_map_only(Tensor, self._hold, value)
+
+    def fetch(self, value: Any) -> Any:
+        """Return a held value on the device."""
+        self._unmap()
+        return tree_map_only(Tensor, lambda t: t.to(self.device), value)
+
+    def _hold(self, tensor: Tensor) -> Tensor:
+        self._unmap()
+        tensor = tensor.detach()
+        on_host = tensor.device.type == "cpu"
+        known = on_host and self._holders[tensor.untyped_storage().data_ptr()] > 0
+        size = tensor.untyped_storage().nbytes() if on_host else tensor.numel() * tensor.element_size()
+        spills = not known and self.bytes + size > self.limit and tensor.numel() > 0
+        if spills:
+            held = self._spill(tensor)
+            self.spilled += held.untyped_storage().nbytes()
+            self._in_files[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+        else:
+            held = tensor.cpu()
+        storage = held.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key not in self._in_files and not self._holders[key]:
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+        self._holders[key] += 1
+        weakref.finalize(held, self._release, key, size)
+        return held
+
+    def _release(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        if self._holders[key]:
+            return
+        del self._holders[key]
+        if key in self._in_files:
+            del self._in_files[key]
+        else:
+            self.bytes -= size
+
+    def _unmap(self) -> None:
+        """Let go of the memory into which files were read; what was written stays with the files."""
+        for address, size in self._in_files.items():
+            _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+    def _spill(self, tensor: Tensor) -> Tensor:
+        # The heap keeps what the tensors before this one have left, in pieces too small for the next.
+        _LIBC.malloc_trim(0)
+        size = tensor.numel() * tensor.element_size()
+        folder = self.memory.folder if self.memory.folder is not None else tempfile.gettempdir()
+        try:
+            # It has no name, so that nothing is left however the process ends, and all its room from the start: where
+            # a disk is full, writing into a mapping would kill the process.
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                path = f"/proc/self/fd/{file.fileno()}"
+                flat = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        except OSError as error:
+            raise OSError(
+                f"tensors between layers reach the limit of {self.limit:,} bytes, and {size:,} more do not fit "
+                f"into {os.fspath(folder)!r} ({error.strerror}): give a spill_folder on a larger disk, a "
+                "higher memory_limit or fewer calibration samples"
+            ) from error
+        held = flat.view(tensor.shape)
+        if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            n, c, h, w = tensor.shape
+            held = flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return held.copy_(tensor)

@@ -1,0 +1,169 @@
+"""What a walk carries through a network in two streams, in float and as quantized so far, and tells of a layer.
+
+At every layer to quantize a walk hands a LayerCall to a solver, puts the module that the solver returns in the
+layer's place, runs the layer both ways and goes on. Closed-form solvers look at one stream only; error-compensating
+ones compare the two. The tensors that are still needed (the frontier) are held for all calibration samples, chunk by
+chunk, on the host, so that device memory is bounded by one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ptq4cuda.activation import IDENTITY, Activation
+from ptq4cuda.artifact.record import LayerRecord, tensor_bytes
+from ptq4cuda.calibrate.outliers import Outliers, find_outliers
+from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
+from ptq4cuda.metrics import Noise
+from ptq4cuda.nn import QuantModule
+from ptq4cuda.quantizer import QuantParams
+from ptq4cuda.solve.clipping import ClipRule
+
+Layer = nn.Conv2d | nn.Linear
+
+
+@dataclass(eq=False)
+class Signal:
+    """A value of the network over all calibration samples.
+
+    Attributes:
+        streams: for each chunk, the value in float and as quantized so far: one object where they are the same.
+        before: for each chunk, the float tensor before `activation`, where the value is activation(before).
+        activation: the activation that made the value.
+        quantizers: fitted to this tensor and shared by all layers that read it, by (bits, channel axis).
+        outliers: what is to be said about values that were clipped; None before they were looked for.
+        clip: clips them, where there were any.
+    """
+
+    streams: list[tuple[Any, Any]]
+    before: list[Tensor] | None = None
+    activation: Activation = IDENTITY
+    quantizers: dict[tuple[int, int], tuple[QuantParams, ClipRule]] = field(default_factory=dict)
+    outliers: str | None = None
+    clip: Outliers | None = None
+
+    def clip_outliers(self, axis: int, importance: Tensor, hold: Callable[[Tensor], Tensor]) -> None:
+        """Clip both streams, once, to what all but a vanishing share of the samples confirm.
+
+        Whatever fits the network to its data looks at these streams: a broken pixel that no quantizer holds would
+        otherwise rule the weights and biases of all layers behind it.
+
+        Args:
+            axis: of the channels.
+            importance: float64 [C], what a squared error of each channel costs.
+            hold: keeps the results.
+        """
+        if self.outliers is not None:
+            return
+        found = find_outliers([value for value, _ in self.streams], axis, importance)
+        self.outliers, self.clip = found.remark if found is not None else "", found
+        if found is not None:
+            for i, (value, quantized) in enumerate(self.streams):
+                clipped = hold(found.clip(value))
+                self.streams[i] = (clipped, clipped if quantized is value else hold(found.clip(quantized)))
+        if self.before is not None:
+            found = find_outliers(self.before, axis, importance)
+            if found is not None:
+                self.before = [hold(found.clip(value)) for value in self.before]
+
+    def statistics(self, axis: int | None) -> ChannelStatistics:
+        """Measure the float tensor along a channel axis, before its activation where it has one."""
+        chunks = self.before if self.before is not None else [value for value, _ in self.streams]
+        return ChannelStatistics.over(lambda: chunks, axis)
+
+    def histogram(self, axis: int | None) -> ChannelHistogram:
+        """Count the values of the tensor as quantized so far, as its readers see it."""
+        return ChannelHistogram.over(lambda: [quantized for _, quantized in self.streams], axis)
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """What a solver sees of a layer.
+
+    Attributes:
+        name: of the module.
+        layer: the float layer.
+        kind: "Conv2d" or "Linear".
+        signal: its input.
+        first_or_last: True for layers that read an image and for those behind which no other lies.
+        outputs: its float output, for each chunk.
+        added: what is added to the output next (the shortcut of a residual block), both streams for each chunk, where
+            it is known by then: of what the output is broadcast over, the mean.
+        importance: float64 [C], what a squared error of each channel of the signal costs, in the layers to quantize
+            that read it.
+    """
+
+    name: str
+    layer: Layer
+    kind: str
+    signal: Signal
+    first_or_last: bool
+    outputs: list[Tensor]
+    added: list[tuple[Tensor, Tensor]] | None
+    importance: Tensor
+
+
+@dataclass(eq=False)
+class Solution:
+    """What a solver returns: the quantized module and the clip rule of its input."""
+
+    module: QuantModule
+    clip: str
+
+
+Kept = Callable[[str], str]  # why a layer that could be quantized stays in float, or ""
+Solver = Callable[[LayerCall], Solution]
+
+
+@dataclass(eq=False)
+class WalkResult:
+    """What a walk did.
+
+    Attributes:
+        layers: records of the layers in execution order, then of what stays in float.
+        noise: of the network's output.
+        clipped: whether outliers of the calibration data were clipped, which the noise then does not see.
+        frontier_bytes: most bytes of tensors between layers that were held on the host at a time.
+        spilled_bytes: bytes of such tensors that went to files.
+    """
+
+    layers: list[LayerRecord]
+    noise: Noise
+    clipped: bool
+    frontier_bytes: int = 0
+    spilled_bytes: int = 0
+
+
+def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerRecord:
+    """Describe a quantized layer."""
+    module = solution.module
+    layer = call.layer
+    activation_bits = module.activation_bits
+    return LayerRecord(
+        name=call.name,
+        kind=call.kind,
+        weight_bits=float(module.weight_bits.float().mean()),
+        activation_bits=None if activation_bits is None else float(activation_bits.float().mean()),
+        clip=solution.clip,
+        sqnr=noise.sqnr,
+        float_bytes=4 * sum(p.numel() for p in (layer.weight, layer.bias) if p is not None),
+        bytes=tensor_bytes(module),
+        execution="simulate",
+        reason=call.signal.outliers or "",
+    )
+
+
+def record_float(name: str, module: nn.Module | None, kind: str, reason: str) -> LayerRecord:
+    """Describe a layer that stays in float."""
+    size = tensor_bytes(module) if module is not None else 0
+    return LayerRecord(name=name, kind=kind, float_bytes=size, bytes=size, reason=reason)
+
+
+def progress_bar(total: int, show: bool) -> Any:
+    """Return a progress bar that appears once the work takes longer than a moment."""
+    return tqdm(total=total, desc="quantize", unit="layer", disable=not show, delay=1.0)

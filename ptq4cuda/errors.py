@@ -1,0 +1,39 @@
+"""What errors of PyTorch are about, and how they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory of the host or of a device did not suffice."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "out of memory" in str(error)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def naming_what_needs_memory(what: str) -> Iterator[None]:
+    """Say where memory did not suffice.
+
+    Raises:
+        MemoryError: it did not; with a remedy.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or str(error).startswith("out of memory "):
+            raise
+        raise MemoryError(
+            f"out of memory {what} ({first_line(error)}): give smaller calibration batches, or fewer samples"
+        ) from error

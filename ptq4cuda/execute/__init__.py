@@ -1,0 +1,1 @@
+"""Execution in integers: which layers, by what engines."""

@@ -1,0 +1,146 @@
+"""quantize(): from a trained network to a quantized one, as in Banner, Nahshan, Soudry (2019), and past it.
+
+batches -> statistics -> clip and bits -> integer weights -> modules
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ptq4cuda import graph
+from ptq4cuda.artifact.record import QuantRecord, attach_record, tensor_bytes
+from ptq4cuda.calibrate.by_graph import walk_graph
+from ptq4cuda.calibrate.by_modules import walk_modules
+from ptq4cuda.calibrate.frontier import Memory
+from ptq4cuda.calibrate.inputs import Inputs, batch_size, check_model, check_shapes, collect_inputs
+from ptq4cuda.calibrate.prepare import prepare
+from ptq4cuda.calibrate.signals import LayerCall, Solution
+from ptq4cuda.config import QuantConfig
+from ptq4cuda.errors import naming_what_needs_memory
+from ptq4cuda.execute.choice import lower
+from ptq4cuda.graph.network import Network
+from ptq4cuda.metrics import Noise
+from ptq4cuda.solve.layer import solve_layer
+from ptq4cuda.solve.raising import raise_layers
+
+DEFAULT_CONFIG = QuantConfig()
+
+
+def quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: QuantConfig = DEFAULT_CONFIG,
+    *,
+    progress: bool = True,
+    memory_limit: int | None = None,
+    spill_folder: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """Quantize a trained network after training, from a few unlabelled batches.
+
+    A layer of up to 2,560 inputs (channels times kernel) is solved as a whole, in memory that is that of their
+    square; a wider one in blocks of 1,024 inputs, with no more than 256 MiB of its samples and 1 GiB of its rows at a
+    time beside a few copies of its weights, and in time that grows with the number of inputs.
+
+    Args:
+        model: a network in evaluation mode; it is not changed. It runs where its parameters are.
+        batches: calibration data, an iterable of tensors [N, ...], of tuples or lists whose first item is one
+            (targets are ignored), or of dicts whose keys are arguments of the model's forward: tensors, numbers,
+            strings, None, and containers of these. Of tensors the first with the most dimensions has the samples.
+        config: how to quantize.
+        progress: show a progress bar when it takes longer than a moment.
+        memory_limit: bytes of host memory that tensors between layers may take, of all samples together; beyond it
+            they go to files, which have no names and are gone when quantize() ends, however it ends. Default: 8 GiB.
+        spill_folder: for these files. Default: the folder of temporary files.
+
+    Returns:
+        A new module in evaluation mode that is called like the model; report(network) tells what was done. A model
+        that torch.fx can trace becomes a torch.fx.GraphModule with its BatchNorms folded, which has the model's
+        attributes and methods where these need no float layers; another a copy with its layers replaced.
+
+    Raises:
+        TypeError: model, batches or config are of the wrong kind.
+        ValueError: the model is in training mode, has no convolution to quantize, or its weights have NaN or Inf, no
+            values, or another dtype than float32, float16 and bfloat16; overrides name no layer; the batches are
+            empty, single images or contain NaN or Inf, or a layer's input does; the model fails on one of them.
+        MemoryError: memory does not suffice; the message says where.
+        OSError: the spill folder has no room left.
+    """
+    start = time.perf_counter()
+    model = graph.unwrap(model)
+    check_model(model)
+    if graph.is_compiled(model):  # what runs it here would be compiled for nothing
+        model = graph.own_copy(model)
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
+    memory = Memory(memory_limit, spill_folder)
+    inputs = collect_inputs(model, batches)
+    with naming_what_needs_memory("in a forward of the model"):
+        check_shapes(model, inputs)
+    network, record = quantize_once(model, inputs, config, progress, memory)
+    if config.target_sqnr is not None or config.size_budget is not None:
+
+        def again(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
+            return quantize_once(model, inputs, config, progress, memory)
+
+        reference, _, _ = prepare(model, inputs, config)
+        network, record = raise_layers(reference, inputs, config, again, network, record)
+    attach_record(network, record)
+    with naming_what_needs_memory("in a forward in integers"):
+        network = lower(network.eval(), model, inputs).eval()
+    record.seconds = time.perf_counter() - start
+    return network
+
+
+def quantize_once(
+    model: nn.Module, inputs: Inputs, config: QuantConfig, progress: bool, memory: Memory
+) -> tuple[nn.Module, QuantRecord]:
+    """Walk the network once and quantize every layer on the way."""
+    record = QuantRecord(config, images=sum(map(batch_size, inputs)), float_bytes=tensor_bytes(model))
+
+    def solve(call: LayerCall) -> Solution:
+        return solve_layer(call, config)
+
+    def kept(name: str) -> str:
+        return "" if config.quantizes(name) else "kept in float by overrides"
+
+    with naming_what_needs_memory("in a forward of the model"):
+        network, record.folded, record.reason = prepare(model, inputs, config)
+    layers = [name for name, module in network.named_modules() if graph.layer_kind(module)]
+    for pattern in config.overrides:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(f"overrides: no layer is called {pattern!r}; the layers are {', '.join(layers)}")
+    if not record.reason:
+        assert isinstance(network, Network)
+        record.constants = dict(network.constants)
+        result = walk_graph(network, inputs, solve, kept, progress, memory)
+    else:
+        record.walked_by = "modules"
+        result = walk_modules(network, inputs, solve, kept, progress, memory)
+    record.layers = result.layers
+    record.frontier_bytes, record.spilled_bytes = result.frontier_bytes, result.spilled_bytes
+    # What was clipped for the fit is in the data all the same.
+    noise = output_noise(model, network, inputs) if result.clipped else result.noise
+    record.sqnr, record.median_sqnr, record.worst_sqnr = noise.sqnr, noise.median_sqnr, noise.worst_sqnr
+    record.bytes = tensor_bytes(network)
+    return network, record
+
+
+@torch.no_grad()
+def output_noise(model: nn.Module, network: nn.Module, inputs: Inputs) -> Noise:
+    """Return the noise of a network's output on the calibration data."""
+    noise = Noise()
+    for batch in inputs:
+        outputs = []
+        for called in (model, network):
+            args, kwargs = tree_map_only(Tensor, torch.clone, batch)  # the model may write into them
+            outputs.append(called(*args, **kwargs))
+        noise.add(outputs[0], outputs[1], batch_size(batch))
+    return noise

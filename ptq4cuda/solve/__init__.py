@@ -1,0 +1,1 @@
+"""From measurements to quantizers and integer weights: closed forms, searches, least squares, rounding."""

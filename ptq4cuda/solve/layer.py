@@ -1,0 +1,130 @@
+"""Quantizes one layer: its input, then its weights for that input, then its bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ptq4cuda.calibrate.moments import Moments, Samples, layer_moments
+from ptq4cuda.calibrate.signals import LayerCall, Solution
+from ptq4cuda.config import QuantConfig
+from ptq4cuda.nn import QuantModule, quant_module_for
+from ptq4cuda.quantizer import QuantizedWeight, QuantParams
+from ptq4cuda.solve.bits import allocate_bits
+from ptq4cuda.solve.clipping import ClipRule
+from ptq4cuda.solve.correction import correct_bias
+from ptq4cuda.solve.least_squares import Target, fit_blocks, fit_weights
+from ptq4cuda.solve.ranges import TensorProfile, fit_activation, needs_histogram
+from ptq4cuda.solve.rounding import round_for_output, round_to_nearest
+
+
+def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
+    """Quantize one layer: its input, then its weights for that input, then its bias."""
+    weight_bits, activation_bits = bits_of(call, config)
+    module = quant_module_for(call.kind).like(call.layer, folded=config.fold_activation_scale)  # type: ignore[arg-type]
+    try:
+        quantizer, clip = quantizer_of(call, activation_bits, module.activation_axis, config)
+        module.set_activation(quantizer)
+        weight = module.weight_to_quantize(call.layer.weight.detach())
+    except ValueError as error:
+        raise ValueError(f"layer {call.name!r}: {error}") from error
+    measured = None
+    if config.rounding != "nearest" or config.target != "weights":
+        inputs = [quantized for _, quantized in call.signal.streams]
+        measured = layer_moments(module, inputs, target_outputs(call, config))
+    module.set_weight(quantize_weight(weight, weight_bits, config, call.layer, measured), call.layer.bias)
+    if config.bias_correction == "output":
+        match_output(module, call, config)
+    return Solution(module, clip)
+
+
+def bits_of(call: LayerCall, config: QuantConfig) -> tuple[int, int]:
+    """Return the bits of a layer's weights and of its input."""
+    bits = {"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}
+    groups = getattr(call.layer, "groups", 1)
+    if call.first_or_last:
+        bits = dict.fromkeys(bits, config.first_last_bits)
+    elif config.depthwise_bits is not None and groups > 1 and call.layer.weight.shape[1] == 1:
+        bits = dict.fromkeys(bits, config.depthwise_bits)
+    override = config.override_of(call.name)
+    if isinstance(override, Mapping):
+        bits.update(override)
+    return bits["weight_bits"], bits["activation_bits"]
+
+
+def quantizer_of(call: LayerCall, bits: int, axis: int, config: QuantConfig) -> tuple[QuantParams, ClipRule]:
+    """Return the quantizer of a layer's input and its clip rule; layers that read one tensor share its quantizer."""
+    signal = call.signal
+    if (bits, axis) not in signal.quantizers:
+        channel_axis = axis if config.activation_granularity == "per_channel" else None
+        statistics = signal.statistics(channel_axis)
+        if not bool(torch.isfinite(statistics.mean).all()):
+            raise ValueError("its input contains NaN or Inf on the calibration data")
+        profile = TensorProfile(
+            statistics=statistics,
+            activation=signal.activation,
+            known=signal.before is not None or not bool((statistics.min >= 0).all()),
+            histogram=signal.histogram(channel_axis) if needs_histogram(bits, config) else None,
+            importance=call.importance.to(statistics.mean.device)
+            if channel_axis is not None
+            else torch.ones_like(statistics.mean),
+        )
+        signal.quantizers[bits, axis] = fit_activation(profile, bits, axis, config)
+    return signal.quantizers[bits, axis]
+
+
+def target_outputs(call: LayerCall, config: QuantConfig) -> list[Tensor]:
+    """Return what the layer's output is to be, for each chunk."""
+    if config.target != "block" or call.added is None:
+        return call.outputs
+    # The layer is the last of its block to be quantized: let it make up for the error of what is added to it.
+    return [y + (x - quantized) for y, (x, quantized) in zip(call.outputs, call.added, strict=True)]
+
+
+def quantize_weight(
+    weight: Tensor,
+    mean_bits: int,
+    config: QuantConfig,
+    layer: nn.Conv2d | nn.Linear,
+    measured: tuple[Moments, Moments] | Samples | None,
+) -> QuantizedWeight:
+    """Quantize weights [O, ...]: bits of each output channel, what to reproduce, rounding, correction."""
+    bits = torch.full((len(weight),), mean_bits, dtype=torch.uint8, device=weight.device)
+    if config.weight_allocation == "analytic" and mean_bits < 8:
+        fewest, most = config.channel_bits
+        bits = allocate_bits(weight.flatten(1).double().std(dim=1, correction=0), mean_bits, fewest, most)
+    if measured is None:
+        quantized = round_to_nearest(weight, bits)
+    else:
+        groups = getattr(layer, "groups", 1)
+        rows = weight.reshape(groups, len(weight) // groups, -1)
+        if isinstance(measured, Samples):
+            target = fit_blocks(rows, measured, fit=config.target != "weights")
+        elif config.target != "weights":
+            target = fit_weights(rows.double(), measured)
+        else:
+            target = Target(rows.double(), (measured[0] + measured[1]).covariance)
+        quantized = round_for_output(target.weight, bits, target.covariance, config.rounding)
+        quantized = replace(quantized, codes=quantized.codes.view(weight.shape))
+    if config.bias_correction == "output":
+        return quantized
+    return correct_bias(quantized, weight, config.bias_correction)
+
+
+def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> None:
+    """Set the bias so that the mean of each output channel is that of the target."""
+    axis = module.activation_axis
+    shift: Tensor | None = None
+    for target, (_, quantized) in zip(target_outputs(call, config), call.signal.streams, strict=True):
+        device = module.weight_scale.device
+        missing = target.to(device) - module(quantized.to(device))
+        others = [d for d in range(missing.dim()) if d != axis % missing.dim()]
+        part = missing.sum(others, dtype=torch.float64)
+        shift = part if shift is None else shift + part
+    assert shift is not None
+    count = sum(t.numel() for t in call.outputs) / len(shift)
+    bias = torch.zeros_like(shift) if module.bias is None else module.bias.double()
+    module.register_buffer("bias", (bias + shift / count).float())

@@ -1,0 +1,290 @@
+"""From float weights to integer codes: row o has the values scale_o * (code + offset_o).
+
+Codes have b bits. Offsets lie on a grid, so that (code + offset) * 2^(7 - b) is an int8 without further rounding and
+an integer convolution needs no term for the offset: multiples of 2^(b - 7) below 8 bits, -128 at 8.
+
+Beyond rounding to nearest, codes are chosen to keep the layer's output: the error of a row is (w - w*) H (w - w*)ᵀ
+with H the covariance of the layer's input. Error-compensated rounding takes the inputs one by one and lets those that
+are not rounded yet make up for the error (Frantar et al. 2022, GPTQ); coordinate descent then revisits every code,
+given all others, and the best scale and offset for the codes in closed form, until nothing improves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ptq4cuda.quantizer import QuantizedWeight, QuantParams
+from ptq4cuda.solve.blocks import from_blocks, to_blocks
+
+Rounding = Literal["nearest", "compensated", "descent"]
+ROUNDINGS = get_args(Rounding)
+
+_BLOCK = 64  # inputs that are rounded before the rest of the row is brought up to date
+_SHRINKS = [i / 40 for i in range(12, 41)]  # of a row's range, tried for the scale to start from
+_QUIET = 0.01  # of the mean variance: inputs of less may have weights beyond a row's range
+_STARTS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)  # times that scale
+_SWEEPS = 4
+_VALUES = 1 << 24  # of rows times starts that are rounded at a time, where a layer is wide
+_DAMPING = 0.01  # of the mean diagonal, for the inverse in compensated rounding
+
+
+def round_to_nearest(weight: Tensor, bits: Tensor) -> QuantizedWeight:
+    """Quantize each output channel over its own range, widened to contain zero, without clipping.
+
+    Args:
+        weight: [O, ...], finite; the channels that a kernel reads together lie innermost ([O, R, S, C]).
+        bits: uint8 [O]. A channel of 0 bits becomes its mean, one of 8 bits has a range symmetric about zero.
+    """
+    rows = weight.flatten(1)
+    low, high = rows.aminmax(dim=1)
+    widest = torch.maximum(-low, high)
+    widest = torch.where(widest > 0, widest, 1.0)  # zeros have the code of zero like those of other rows
+    full = bits == 8
+    low, high = torch.where(full, -widest * (128 / 127), low), torch.where(full, widest, high)
+    quantizer = QuantParams.from_range(low, high, bits, axis=0, constant=rows.double().mean(1))
+    codes = quantizer.quantize(weight.float())
+    return QuantizedWeight(codes, bits, quantizer.scale, -quantizer.zero_point.float())
+
+
+def round_for_output(weight: Tensor, bits: Tensor, covariance: Tensor, rounding: Rounding) -> QuantizedWeight:
+    """Quantize rows so that the layer's output changes least.
+
+    Args:
+        weight: float64 [G, R, d], rows of each group.
+        bits: uint8 [G * R], 1 to 8.
+        covariance: H of the input, float64 [G, d, d], positive semidefinite, or its diagonal blocks, as to_blocks
+            parts the inputs, [G * blocks, d / blocks, d / blocks].
+        rounding: "nearest" only searches the scale; "compensated" and "descent" choose codes too.
+
+    Returns:
+        Codes [G * R, d].
+    """
+    h = covariance.float()
+    # An input that never varies costs nothing, whatever its weight: keep it near the float one.
+    mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    h = h + torch.diag_embed((1e-6 * mean)[:, None].expand(h.shape[:2]))
+    groups, total, width = weight.shape
+    blocks = len(h) // groups
+    # Of a wide layer so many rows at a time as keep the memory within bounds.
+    step = total if blocks == 1 else max(1, _VALUES // (len(_STARTS) * groups * width))
+    parts = [
+        _round_rows(some, some_bits, h, blocks, rounding)
+        for some, some_bits in zip(weight.split(step, 1), bits.view(groups, total).split(step, 1), strict=True)
+    ]
+    codes, scale, offset = (torch.cat([part[i] for part in parts], 1) for i in range(3))
+    return QuantizedWeight(codes.flatten(0, 1), bits, scale.flatten(), offset.flatten())
+
+
+def _round_rows(
+    weight: Tensor, bits: Tensor, h: Tensor, blocks: int, rounding: Rounding
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes [G, R, d], scale and offset [G, R]."""
+    shared = bits.float().repeat_interleave(blocks, 0)
+    rows = _Rows.start(to_blocks(weight.float(), blocks), shared, h, blocks)
+    if rounding != "nearest":
+        rows = rows.repeated(_STARTS)
+        rows.compensate()
+        if rounding == "descent":
+            for _ in range(_SWEEPS):
+                rows.rescale()
+                if not rows.descend():
+                    break
+        rows.rescale()
+        rows = rows.best(len(_STARTS))
+    codes = from_blocks(rows.codes, blocks, weight.shape[-1]).to(torch.uint8)
+    return codes, rows.scale[::blocks], rows.offset[::blocks]
+
+
+def _snap(offset: Tensor, bits: Tensor) -> Tensor:
+    """Move offsets to the grid, inside of the range in which zero is between the codes."""
+    grid = torch.exp2(bits - 7.0)
+    snapped = (torch.round(offset / grid) * grid).clamp_max(0.0)
+    return torch.where(bits == 8, -128.0, torch.maximum(snapped, 1.0 - torch.exp2(bits)))
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Rows under way: float32 codes [G, R, d], scale, offset and qmax [G, R], target weights and H.
+
+    Where H has blocks, G counts each of them: their rows have scale and offset in common.
+    """
+
+    weight: Tensor
+    bits: Tensor
+    h: Tensor
+    scale: Tensor
+    offset: Tensor
+    codes: Tensor
+    blocks: int = 1
+
+    def _over_blocks(self, parts: Tensor) -> Tensor:
+        """Sum up what the blocks of each row [G, R] come to, and give it to all of them."""
+        return _over_blocks(parts, self.blocks, torch.sum)
+
+    @classmethod
+    def start(cls, weight: Tensor, bits: Tensor, h: Tensor, blocks: int = 1) -> _Rows:
+        """Round to nearest with the scale, a part of the row's range, that does least harm.
+
+        Two ranges are tried: that of all weights, and that of inputs that vary. A folded scale makes the weights of
+        an input large that has few bits because it hardly varies. The inputs count by their variances alone here:
+        this runs once for each scale that is tried.
+        """
+        variances = h.diagonal(dim1=1, dim2=2)[:, None, :]
+        loud = variances > _QUIET * _over_blocks(variances.mean(-1), blocks, torch.mean)[..., None]
+        best: _Rows | None = None
+        least = torch.full_like(bits, torch.inf)
+        for within in [weight] if bool(loud.all()) else [weight, weight * loud]:
+            low = _over_blocks(within.amin(-1).clamp_max(0.0), blocks, torch.amin)
+            high = _over_blocks(within.amax(-1).clamp_min(0.0), blocks, torch.amax)
+            symmetric = torch.maximum(-low / 128.0, high / 127.0)
+            step = torch.where(bits == 8, symmetric, (high - low) / (torch.exp2(bits) - 1.0))
+            step = step.clamp_min(torch.finfo(torch.float32).tiny)
+            for shrink in _SHRINKS:
+                rows = cls(
+                    weight, bits, h, step * shrink, _snap(low / step, bits), torch.empty(0, device="cpu"), blocks
+                )
+                rows.codes = rows.nearest(weight)
+                error = rows._over_blocks((rows.difference().square() * variances).sum(-1))
+                if best is None:
+                    best = rows
+                better = error < least
+                least = torch.where(better, error, least)
+                best.take(rows, better)
+        assert best is not None
+        return best
+
+    def take(self, other: _Rows, where: Tensor) -> None:
+        """Take over scale, offset and codes of some rows."""
+        self.scale = torch.where(where, other.scale, self.scale)
+        self.offset = torch.where(where, other.offset, self.offset)
+        self.codes = torch.where(where[..., None], other.codes, self.codes)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """Return the codes closest to weights [G, R, ...]."""
+        shape = (*self.scale.shape, *(1,) * (weight.dim() - 2))
+        scale, offset, bits = (t.view(shape) for t in (self.scale, self.offset, self.bits))
+        return torch.minimum(torch.round(weight / scale - offset).clamp_min(0.0), torch.exp2(bits) - 1.0)
+
+    def difference(self) -> Tensor:
+        """Return w - w* [G, R, d]."""
+        return (self.codes + self.offset[..., None]) * self.scale[..., None] - self.weight
+
+    def error(self) -> Tensor:
+        """Return (w - w*) H (w - w*)ᵀ [G, R]."""
+        difference = self.difference()
+        return self._over_blocks(((difference @ self.h) * difference).sum(-1))
+
+    def repeated(self, factors: tuple[float, ...]) -> _Rows:
+        """Return the rows once for each factor on their scale; the offset keeps the lower end of the range."""
+        n = len(factors)
+        factor = torch.tensor(factors, dtype=torch.float32, device=self.scale.device).repeat_interleave(
+            self.scale.shape[1]
+        )
+        bits = self.bits.repeat(1, n)
+        return _Rows(
+            self.weight.repeat(1, n, 1),
+            bits,
+            self.h,
+            self.scale.repeat(1, n) * factor,
+            _snap(self.offset.repeat(1, n) / factor, bits),
+            self.codes.repeat(1, n, 1),
+            self.blocks,
+        )
+
+    def best(self, n: int) -> _Rows:
+        """Return of n repetitions of each row the one with the least error."""
+        groups, rows = self.codes.shape[:2]
+        pick = self.error().view(groups, n, rows // n).argmin(1)
+
+        def picked(tensor: Tensor) -> Tensor:
+            tensor = tensor.view(groups, n, rows // n, -1)
+            index = pick[:, None, :, None].expand(groups, 1, rows // n, tensor.shape[-1])
+            return tensor.gather(1, index).squeeze(1)
+
+        vectors = (picked(t).squeeze(-1) for t in (self.bits, self.scale, self.offset))
+        bits, scale, offset = vectors
+        return _Rows(picked(self.weight), bits, self.h, scale, offset, picked(self.codes), self.blocks)
+
+    def compensate(self) -> None:
+        """Choose codes input by input, each error made up for by the inputs that follow.
+
+        The inputs go in the order of falling variance. With U the upper Cholesky factor of H⁻¹, rounding input j with
+        the error e moves the inputs i > j by -e U_ji / U_jj.
+        """
+        diagonal = self.h.diagonal(dim1=1, dim2=2)
+        order = diagonal.argsort(dim=1, descending=True, stable=True)
+        h = self.h.gather(1, order[:, :, None].expand_as(self.h)).gather(2, order[:, None, :].expand_as(self.h))
+        damping = _DAMPING * diagonal.double().mean(1, keepdim=True).expand_as(diagonal)
+        lower = torch.linalg.cholesky(h.double() + torch.diag_embed(damping))
+        u = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+        index = order[:, None, :].expand_as(self.weight)
+        left = self.weight.gather(2, index)
+        codes = torch.empty_like(left)
+        for first, end in _blocks(left.shape[2]):
+            block, inner = left[:, :, first:end].contiguous(), u[:, first:end, first:end]
+            errors = torch.empty_like(block)
+            for j in range(end - first):
+                code = self.nearest(block[:, :, j])
+                codes[:, :, first + j] = code
+                error = (block[:, :, j] - (code + self.offset) * self.scale) / inner[:, j, j, None]
+                block[:, :, j + 1 :] -= error[:, :, None] * inner[:, j, None, j + 1 :]
+                errors[:, :, j] = error
+            left[:, :, end:] -= errors @ u[:, first:end, end:]
+        self.codes = torch.empty_like(codes).scatter_(2, index, codes)
+
+    def descend(self) -> bool:
+        """Choose each code once, given all others; tell whether any changed."""
+        gradient = self.difference() @ self.h
+        curvature = self.h.diagonal(dim1=1, dim2=2)[:, None, :]
+        changed = torch.zeros((), dtype=torch.bool, device=self.h.device)
+        for first, end in _blocks(self.codes.shape[2]):
+            block, inner = gradient[:, :, first:end].contiguous(), self.h[:, first:end, first:end]
+            moves = torch.empty_like(block)
+            for j in range(end - first):
+                old = self.codes[:, :, first + j]
+                value = (old + self.offset) * self.scale
+                new = self.nearest(value - block[:, :, j] / curvature[:, :, first + j])
+                move = (new - old) * self.scale
+                self.codes[:, :, first + j] = new
+                block += move[:, :, None] * inner[:, j, None, :]
+                moves[:, :, j] = move
+            gradient += moves @ self.h[:, first:end, :]
+            changed |= (moves != 0).any()
+        return bool(changed)
+
+    def rescale(self) -> None:
+        """Set scale and offset to the least squares fit of the target by codes and ones, in the metric of H."""
+        ones = torch.ones_like(self.codes)
+        target = self.weight @ self.h
+        codes_h, ones_h = self.codes @ self.h, ones @ self.h
+        products = (codes_h * self.codes, codes_h * ones, ones_h * ones, target * self.codes, target * ones)
+        cc, c1, oo, ct, ot = (self._over_blocks(product.sum(-1)) for product in products)
+        determinant = cc * oo - c1 * c1
+        slope, shift = (ct * oo - ot * c1) / determinant, (cc * ot - c1 * ct) / determinant
+        usable = (determinant > 1e-6 * cc * oo) & (slope > 0)
+        offset = torch.where(usable, _snap(shift / slope, self.bits), self.offset)
+        # The best scale for the offset that the grid allows.
+        along = ct + offset * ot
+        square = cc + 2.0 * offset * c1 + offset.square() * oo
+        scale = along / square
+        candidate = _Rows(self.weight, self.bits, self.h, scale, offset, self.codes, self.blocks)
+        better = (scale > 0) & torch.isfinite(scale) & (candidate.error() < self.error())
+        self.take(candidate, better)
+
+
+def _over_blocks(parts: Tensor, blocks: int, reduce: Callable[..., Tensor]) -> Tensor:
+    """Reduce [G * blocks, R] over the blocks, and give the result to all of them."""
+    if blocks == 1:
+        return parts
+    reduced: Tensor = reduce(parts.unflatten(0, (-1, blocks)), 1)
+    return reduced.repeat_interleave(blocks, 0)
+
+
+def _blocks(width: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, width, _BLOCK):
+        yield first, min(first + _BLOCK, width)

@@ -1,0 +1,157 @@
+"""Memory of a walk: tensors beyond a limit go to files without names; what does not suffice is said in a sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptq4cuda import quantize
+from ptq4cuda.artifact.record import record_of
+from ptq4cuda.calibrate.frontier import Frontier, Memory
+from small_networks import Residual
+
+CPU = torch.device("cpu")
+
+
+def test_spilling_to_disk_changes_nothing(
+    model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = quantize(model, [images], progress=False)
+    names: set[str] = set()
+    hold = Frontier.hold
+
+    def watched(self: Frontier, value: object) -> object:
+        held = hold(self, value)
+        names.update(os.listdir(tmp_path))
+        return held
+
+    monkeypatch.setattr(Frontier, "hold", watched)
+    spilled = quantize(model, [images], progress=False, memory_limit=10_000, spill_folder=tmp_path)
+    assert torch.equal(spilled(images), expected(images))
+    assert record_of(spilled).spilled_bytes > 0 == record_of(expected).spilled_bytes
+    assert record_of(spilled).frontier_bytes <= 10_000
+    assert not names  # that an interrupted process could leave
+
+
+def test_only_what_is_alive_counts() -> None:
+    frontier = Frontier(CPU, Memory(10_000))
+    for _ in range(5):
+        held = frontier.hold((torch.zeros(1000), 3))
+        assert frontier.bytes == 4000
+        del held
+        assert frontier.bytes == 0
+    assert frontier.peak == 4000 and frontier.spilled == 0
+
+
+def test_storages_count_and_not_views() -> None:
+    frontier = Frontier(CPU, Memory(10_000))
+    x = torch.arange(2000.0)
+    held = [frontier.hold(view) for view in (x, x.view(40, 50), x[:10])]
+    assert frontier.bytes == 8000 and frontier.spilled == 0
+    held.pop(0)
+    assert frontier.bytes == 8000
+    spilled = frontier.hold(torch.ones(1000))
+    views = [frontier.hold(spilled.view(10, 100)) for _ in range(3)]
+    assert (frontier.bytes, frontier.spilled) == (8000, 4000)
+    assert torch.equal(views[2], torch.ones(10, 100))
+    del held, spilled, views
+    assert frontier.bytes == 0
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_is_in_files_takes_no_memory() -> None:
+    frontier = Frontier(CPU, Memory(0))
+    before = resident()
+    held = [frontier.hold(torch.full((1 << 20,), float(i))) for i in range(32)]  # 4 MiB each
+    total = sum(float(frontier.fetch(t).sum()) for t in held)
+    assert resident() - before < 32 << 20
+    assert total == sum(range(32)) << 20
+    assert frontier.spilled == 128 << 20
+
+
+def test_channels_last_survives() -> None:
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    held = Frontier(CPU, Memory(0)).hold(x)
+    assert torch.equal(held, x) and held.stride() == x.stride()
+
+
+def test_a_full_disk_is_a_sentence(
+    model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        OSError, match=r"do not fit into '.*' \(No space left on device\): give a spill_folder"
+    ) as caught:
+        quantize(model, [images], progress=False, memory_limit=10_000, spill_folder=tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="memory_limit must be a number of bytes, got -1"):
+        quantize(model, [images], progress=False, memory_limit=-1)
+    with pytest.raises(ValueError, match="spill_folder: there is no folder"):
+        quantize(model, [images], progress=False, spill_folder=tmp_path / "missing")
+
+
+class Untraceable(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if bool(x.isnan().any()) else super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Residual, Untraceable])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+)
+def test_out_of_memory_names_the_layer(
+    images: Tensor, kind: type[nn.Module], error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ptq4cuda.calibrate.moments
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ptq4cuda.moments, "_samples_at", fail)
+    with pytest.raises(MemoryError, match=r"out of memory at layer 'stem' \(.*\): give smaller calibration batches"):
+        quantize(kind().eval(), [images], progress=False)
+
+
+def test_out_of_memory_is_no_reason_not_to_trace(images: Tensor) -> None:
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if isinstance(x, torch.fx.Proxy) or len(x) > 1:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+            return self.conv(x)
+
+    with pytest.raises(MemoryError, match="out of memory in a forward of the model"):
+        quantize(Large().eval(), [images], progress=False)
+
+
+def test_batches_that_the_model_cannot_take_after_the_first(images: Tensor) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 2)).eval()
+    with pytest.raises(
+        ValueError, match=r"fails on calibration batch 1, whose samples are float32 \[3, 10, 12\], those"
+    ):
+        quantize(net, [images, images[:, :, :10]], progress=False)
+    with pytest.raises(
+        ValueError, match=r"batch 2, whose samples are float64 \[3, 12, 12\], those of batch 0 float32"
+    ):
+        quantize(net, [images, images, images.double()], progress=False)
