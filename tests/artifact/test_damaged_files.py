@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import ptq4cuda
@@ -130,7 +131,7 @@ def edited(content: bytes, rng: random.Random, forged: bool = False) -> bytes:
     edit(fields, rng)
     if forged and isinstance(fields.get("format"), int) and fields["format"] >= 3:
         fields.pop("sha256", None)
-        fields["sha256"] = _checksum(fields, ptq4cuda.serialization.safetensors.torch.load(content))
+        fields["sha256"] = _checksum(fields, safetensors.torch.load(content))
     header["__metadata__"][KEY] = json.dumps(fields)
     return join(header, data)
 

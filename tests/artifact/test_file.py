@@ -238,12 +238,16 @@ OLD_OUTPUTS = {
         [-0.7786756157875061, 0.7261061668395996, -0.38763320446014404, 0.5549559593200684, 0.6253495812416077],
         [-0.7808942794799805, 0.7318899631500244, -0.3762737512588501, 0.5675531029701233, 0.6182984113693237],
     ],
+    "format3": [
+        [-0.21191219985485077, 0.28527820110321045, -0.09741252660751343, 0.06816832721233368, 0.4583214819431305],
+        [-0.2339036911725998, 0.2813079357147217, -0.10546750575304031, 0.06415051221847534, 0.44398272037506104],
+    ],
 }
 FILES = Path(__file__).parent / "files"
 
 
 @pytest.mark.parametrize("name", OLD_OUTPUTS)
-def test_files_of_older_formats(name: str, tmp_path: Path) -> None:
+def test_files_of_earlier_versions(name: str, tmp_path: Path) -> None:
     x = (torch.arange(2 * 3 * 8 * 8) % 17 - 8).view(2, 3, 8, 8) / 8
     loaded = ptq4cuda.load(FILES / f"{name}.ptq4", Old())
     torch.testing.assert_close(loaded(x), torch.tensor(OLD_OUTPUTS[name]), rtol=1e-6, atol=1e-6)
