@@ -97,7 +97,7 @@ def test_the_source_folder_says_that_it_holds_no_library(tmp_path: Path) -> None
 
 
 def test_tests_of_a_folder_without_libraries_fail_once(tmp_path: Path) -> None:
-    for name in ("ptq4cuda", "tests", "csrc", "tools"):
+    for name in ("benchmarks", "csrc", "ptq4cuda", "tests", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
