@@ -112,7 +112,7 @@ class _GraphWalk:
                 module = self._module(node) if node.op == "call_module" else None
                 name = str(node.target) if module is not None else node.name
                 self.records.append(record_float(name, module, graph.call_name(node, self.network), reason))
-            signal = Signal([self._both(node, i) for i in range(len(self.inputs))])
+            signal = Signal(self.frontier, [self._both(node, i) for i in range(len(self.inputs))])
         self._set_activation(node, signal)
         self.signals[node] = signal
         for used in self.last_uses.get(node, []):
@@ -125,7 +125,7 @@ class _GraphWalk:
         for args, kwargs in self.inputs:
             held = self.frontier.hold(graph.bind(self.network, args, kwargs)[str(node.target)])
             streams.append((held, held))
-        return Signal(streams)
+        return Signal(self.frontier, streams)
 
     def _arguments(self, node: fx.Node, chunk: int, stream: int) -> tuple[Any, Any]:
         def value(used: fx.Node) -> Any:
@@ -170,10 +170,10 @@ class _GraphWalk:
             streams.append((y, y_quantized))
         self.network.set_submodule(call.name, solution.module)
         self.records.append(record_solution(call, solution, noise))
-        return Signal(streams)
+        return Signal(self.frontier, streams)
 
     def _clip_outliers(self, signal: Signal, axis: int, importance: Tensor) -> None:
-        signal.clip_outliers(axis, importance, self.frontier.hold)
+        signal.clip_outliers(axis, importance)
         self.clipped |= bool(signal.outliers)
 
     def _quantize_tensor(self, node: fx.Node) -> Signal:
@@ -183,12 +183,13 @@ class _GraphWalk:
         signal = self.signals[source]
         streams = signal.streams
         if node not in self.as_codes:
-            return Signal(streams)
+            return Signal(self.frontier, streams)
         self._clip_outliers(signal, 1, torch.ones(streams[0][0].shape[1], dtype=torch.float64, device="cpu"))
-        statistics = ChannelStatistics.over(lambda: [quantized for _, quantized in streams], 1)
+        statistics = ChannelStatistics.over(lambda: signal.quantized, 1)
         bits = torch.full_like(statistics.mean, 8, dtype=torch.uint8)
         module.set(QuantParams.from_range(statistics.min, statistics.max, bits).to(self.frontier.device))
-        return Signal([(x, self.frontier.hold(module(self.frontier.fetch(quantized)))) for x, quantized in streams])
+        hold, fetch = self.frontier.hold, self.frontier.fetch
+        return Signal(self.frontier, [(x, hold(module(fetch(quantized)))) for x, quantized in streams])
 
     def _importance(self, source: fx.Node) -> Tensor:
         readers = [node for node in source.users if node in self.layers]
@@ -215,7 +216,7 @@ class _GraphWalk:
             return None  # nor do constants and inputs, which may be infinite
         return [
             (_summand(value, y), _summand(quantized, y))
-            for (value, quantized), y in zip(streams, outputs, strict=True)
+            for (value, quantized), y in zip(self.frontier.each(streams), outputs, strict=True)
         ]
 
     def _set_activation(self, node: fx.Node, signal: Signal) -> None:

@@ -272,7 +272,7 @@ class _ModuleWalk:
             streams.append((found.x, other.x))
         if not streams:
             return
-        signal = Signal(streams)
+        signal = Signal(self.frontier, streams)
         befores = [found.before for found in arrivals if found.before is not None]
         if len(befores) == len(arrivals) and len({found.activation for found in arrivals}) == 1:
             signal.before, signal.activation = befores, arrivals[0].activation
@@ -281,7 +281,7 @@ class _ModuleWalk:
         kind = self.kinds[module]
         ones = torch.ones(len(module.weight), dtype=torch.float64, device="cpu")
         importance = layer_importance(module, ones)
-        signal.clip_outliers(quant_module_for(kind).activation_axis, importance, self.frontier.hold)
+        signal.clip_outliers(quant_module_for(kind).activation_axis, importance)
         fetch, hold = self.frontier.fetch, self.frontier.hold
         call = LayerCall(
             self.names[module],

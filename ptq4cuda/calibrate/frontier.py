@@ -8,13 +8,15 @@ import os
 import tempfile
 import weakref
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+_T = TypeVar("_T")
 _LIBC = ctypes.CDLL(None)
 FRONTIER_LIMIT = 8 << 30  # bytes of tensors between layers in host memory
 
@@ -63,6 +65,10 @@ class Frontier:
         """Return a held value on the device."""
         self._unmap()
         return tree_map_only(Tensor, lambda t: t.to(self.device), value)
+
+    def each(self, held: Sequence[_T]) -> Sequence[_T]:
+        """Return held values to be read on the host; of those in files one at a time takes memory."""
+        return _OneByOne(held, self._unmap)
 
     def _hold(self, tensor: Tensor) -> Tensor:
         self._unmap()
@@ -124,3 +130,17 @@ class Frontier:
             n, c, h, w = tensor.shape
             held = flat.view(n, h, w, c).permute(0, 3, 1, 2)
         return held.copy_(tensor)
+
+
+class _OneByOne(Sequence[_T]):
+    """Items, before each of which a function is called."""
+
+    def __init__(self, items: Sequence[_T], before: Callable[[], None]) -> None:
+        self.items, self.before = items, before
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.before()
+        return self.items[index]

@@ -9,7 +9,7 @@ has matched the means,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +126,7 @@ def _sum(u: Tensor, t: Tensor) -> Moments | None:
 
 
 def layer_moments(
-    module: QuantModule, inputs: list[Tensor], targets: list[Tensor]
+    module: QuantModule, inputs: Iterable[Tensor], targets: Iterable[Tensor], positions: int
 ) -> tuple[Moments, Moments] | Samples:
     """Measure a layer over all chunks, once for the samples of even and once for those of odd number.
 
@@ -137,34 +137,40 @@ def layer_moments(
         module: quantizes the input, and has the layer's geometry.
         inputs: the input of each chunk, on any device.
         targets: the output to reproduce, [N, O, H, W] or [..., O] for each chunk.
+        positions: of the output, in all chunks.
     """
     outputs, width = module.weight_shape[0], module.weight_shape[1:].numel()
-    limit = min(MAX_SAMPLES, max(MIN_SAMPLES, SAMPLES_PER_INPUT * width))
+    count = min(positions, MAX_SAMPLES, max(MIN_SAMPLES, SAMPLES_PER_INPUT * width))
     if width <= WIDEST:
         halves: list[Moments | None] = [None, None]
-        for half, u, t in _samples(module, inputs, targets, limit):
+        for half, u, t in _samples(module, inputs, targets, positions, count):
             moments, previous = Moments.of(u, t), halves[half]
             halves[half] = moments if previous is None else previous + moments
         a, b = halves
         assert a is not None
         return a, b if b is not None else a  # a single sample cannot be halved
-    found = list(_samples(module, inputs, targets, min(limit, max(BLOCK, _KEPT // (width + outputs)))))
-    odd = torch.cat([torch.full((u.shape[1],), half == 1, device=u.device) for half, u, _ in found])
-    u, t = (torch.cat([parts[i] for parts in found], 1) for i in (1, 2))  # type: ignore[misc]
-    return Samples(u, t, odd.to(u.device))
+    count = min(count, max(BLOCK, _KEPT // (width + outputs)))
+    groups, device = module.groups, module.weight_scale.device
+    u, t = (torch.empty(groups, count, size, device=device) for size in (width, outputs // groups))
+    odd = torch.empty(count, dtype=torch.bool, device=device)
+    first = 0
+    for half, some_u, some_t in _samples(module, inputs, targets, positions, count):
+        here = slice(first, first + some_u.shape[1])
+        u[:, here], t[:, here], odd[here] = some_u, some_t, half == 1
+        first = here.stop
+    return Samples(u, t, odd)
 
 
 def _samples(
-    module: QuantModule, inputs: list[Tensor], targets: list[Tensor], limit: int
+    module: QuantModule, inputs: Iterable[Tensor], targets: Iterable[Tensor], positions: int, count: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield which half they belong to and samples u float32 [G, n, d] and t float32 [G, n, R], `limit` in all."""
-    outputs, groups, device = module.weight_shape[0], module.groups, module.weight_scale.device
-    positions = sum(t.numel() // outputs for t in targets)
+    """Yield which half they belong to and samples u float32 [G, n, d] and t float32 [G, n, R], `count` in all."""
+    groups, device = module.groups, module.weight_scale.device
     picked = torch.arange(positions, device="cpu")
-    if positions > limit:  # one of each of equal parts, wherever the chunks are cut
+    if positions > count:  # one of each of equal parts, wherever the chunks are cut
         generator = torch.Generator().manual_seed(0)
-        jitter = torch.rand(limit, dtype=torch.float64, generator=generator, device="cpu")
-        picked = ((torch.arange(limit, device="cpu") + jitter) * (positions / limit)).long()
+        jitter = torch.rand(count, dtype=torch.float64, generator=generator, device="cpu")
+        picked = ((torch.arange(count, device="cpu") + jitter) * (positions / count)).long()
     first = first_sample = 0
     for x, target in zip(inputs, targets, strict=True):
         u = module.quantized_input(x.to(device))

@@ -8,7 +8,7 @@ chunk, on the host, so that device memory is bounded by one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.artifact.record import LayerRecord, tensor_bytes
+from ptq4cuda.calibrate.frontier import Frontier
 from ptq4cuda.calibrate.outliers import Outliers, find_outliers
 from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.metrics import Noise
@@ -32,6 +33,7 @@ class Signal:
     """A value of the network over all calibration samples.
 
     Attributes:
+        frontier: holds it.
         streams: for each chunk, the value in float and as quantized so far: one object where they are the same.
         before: for each chunk, the float tensor before `activation`, where the value is activation(before).
         activation: the activation that made the value.
@@ -40,6 +42,7 @@ class Signal:
         clip: clips them, where there were any.
     """
 
+    frontier: Frontier
     streams: list[tuple[Any, Any]]
     before: list[Tensor] | None = None
     activation: Activation = IDENTITY
@@ -47,7 +50,17 @@ class Signal:
     outliers: str | None = None
     clip: Outliers | None = None
 
-    def clip_outliers(self, axis: int, importance: Tensor, hold: Callable[[Tensor], Tensor]) -> None:
+    @property
+    def values(self) -> Sequence[Any]:
+        """The value in float, to be read chunk by chunk."""
+        return self.frontier.each([value for value, _ in self.streams])
+
+    @property
+    def quantized(self) -> Sequence[Any]:
+        """The value as quantized so far, to be read chunk by chunk."""
+        return self.frontier.each([quantized for _, quantized in self.streams])
+
+    def clip_outliers(self, axis: int, importance: Tensor) -> None:
         """Clip both streams, once, to what all but a vanishing share of the samples confirm.
 
         Whatever fits the network to its data looks at these streams: a broken pixel that no quantizer holds would
@@ -56,29 +69,29 @@ class Signal:
         Args:
             axis: of the channels.
             importance: float64 [C], what a squared error of each channel costs.
-            hold: keeps the results.
         """
         if self.outliers is not None:
             return
-        found = find_outliers([value for value, _ in self.streams], axis, importance)
+        hold = self.frontier.hold
+        found = find_outliers(self.values, axis, importance)
         self.outliers, self.clip = found.remark if found is not None else "", found
         if found is not None:
             for i, (value, quantized) in enumerate(self.streams):
                 clipped = hold(found.clip(value))
                 self.streams[i] = (clipped, clipped if quantized is value else hold(found.clip(quantized)))
         if self.before is not None:
-            found = find_outliers(self.before, axis, importance)
+            found = find_outliers(self.frontier.each(self.before), axis, importance)
             if found is not None:
                 self.before = [hold(found.clip(value)) for value in self.before]
 
     def statistics(self, axis: int | None) -> ChannelStatistics:
         """Measure the float tensor along a channel axis, before its activation where it has one."""
-        chunks = self.before if self.before is not None else [value for value, _ in self.streams]
+        chunks = self.frontier.each(self.before) if self.before is not None else self.values
         return ChannelStatistics.over(lambda: chunks, axis)
 
     def histogram(self, axis: int | None) -> ChannelHistogram:
         """Count the values of the tensor as quantized so far, as its readers see it."""
-        return ChannelHistogram.over(lambda: [quantized for _, quantized in self.streams], axis)
+        return ChannelHistogram.over(lambda: self.quantized, axis)
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -33,8 +33,8 @@ def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
         raise ValueError(f"layer {call.name!r}: {error}") from error
     measured = None
     if config.rounding != "nearest" or config.target != "weights":
-        inputs = [quantized for _, quantized in call.signal.streams]
-        measured = layer_moments(module, inputs, target_outputs(call, config))
+        positions = sum(t.numel() for t in call.outputs) // len(weight)
+        measured = layer_moments(module, call.signal.quantized, target_outputs(call, config), positions)
     module.set_weight(quantize_weight(weight, weight_bits, config, call.layer, measured), call.layer.bias)
     if config.bias_correction == "output":
         match_output(module, call, config)
@@ -76,12 +76,13 @@ def quantizer_of(call: LayerCall, bits: int, axis: int, config: QuantConfig) -> 
     return signal.quantizers[bits, axis]
 
 
-def target_outputs(call: LayerCall, config: QuantConfig) -> list[Tensor]:
-    """Return what the layer's output is to be, for each chunk."""
+def target_outputs(call: LayerCall, config: QuantConfig) -> Iterable[Tensor]:
+    """Return what the layer's output is to be, chunk by chunk."""
+    outputs = call.signal.frontier.each(call.outputs)
     if config.target != "block" or call.added is None:
-        return call.outputs
+        return outputs
     # The layer is the last of its block to be quantized: let it make up for the error of what is added to it.
-    return [y + (x - quantized) for y, (x, quantized) in zip(call.outputs, call.added, strict=True)]
+    return (y + (x - quantized) for y, (x, quantized) in zip(outputs, call.added, strict=True))
 
 
 def quantize_weight(
@@ -118,7 +119,7 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
     """Set the bias so that the mean of each output channel is that of the target."""
     axis = module.activation_axis
     shift: Tensor | None = None
-    for target, (_, quantized) in zip(target_outputs(call, config), call.signal.streams, strict=True):
+    for target, quantized in zip(target_outputs(call, config), call.signal.quantized, strict=True):
         device = module.weight_scale.device
         missing = target.to(device) - module(quantized.to(device))
         others = [d for d in range(missing.dim()) if d != axis % missing.dim()]

@@ -10,12 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq4cuda import quantize
+from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.artifact.record import record_of
 from ptq4cuda.calibrate.frontier import Frontier, Memory
 from small_networks import Residual
 
 CPU = torch.device("cpu")
+
+
+class Untraceable(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if bool(x.isnan().any()) else super().forward(x)
 
 
 def test_spilling_to_disk_changes_nothing(
@@ -63,9 +68,12 @@ def test_storages_count_and_not_views() -> None:
     assert frontier.bytes == 0
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+_OF_FILES = 2
+
+
+def resident(which: int = 1) -> int:
+    """Bytes of this process in memory, or of the files among them."""
+    pages = int(Path("/proc/self/statm").read_text().split()[which])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -77,6 +85,26 @@ def test_what_is_in_files_takes_no_memory() -> None:
     assert resident() - before < 32 << 20
     assert total == sum(range(32)) << 20
     assert frontier.spilled == 128 << 20
+
+
+@pytest.mark.parametrize("kind", [Residual, Untraceable])
+def test_all_chunks_of_a_layer_are_never_in_memory_at_once(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, chunk = kind().eval(), torch.randn(4, 3, 96, 96)  # 1 MiB and more for each of the first layers
+    config = QuantConfig(rounding="nearest")
+    quantize(model, [chunk], config, progress=False)  # loads code, which is in files, too
+    unmap, in_memory = Frontier._unmap, [resident(_OF_FILES)]
+
+    def watched(self: Frontier) -> None:
+        in_memory.append(resident(_OF_FILES))
+        unmap(self)
+
+    monkeypatch.setattr(Frontier, "_unmap", watched)
+    network = quantize(model, [chunk + i for i in range(10)], config, progress=False, memory_limit=0)
+    assert record_of(network).spilled_bytes > 40 << 20
+    assert max(in_memory) - in_memory[0] < 6 << 20
 
 
 def test_channels_last_survives() -> None:
@@ -105,11 +133,6 @@ def test_options(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
         quantize(model, [images], progress=False, memory_limit=-1)
     with pytest.raises(ValueError, match="spill_folder: there is no folder"):
         quantize(model, [images], progress=False, spill_folder=tmp_path / "missing")
-
-
-class Untraceable(Residual):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if bool(x.isnan().any()) else super().forward(x)
 
 
 @pytest.mark.parametrize("kind", [Residual, Untraceable])
