@@ -148,8 +148,8 @@ class _ModuleWalk:
         self.left: dict[nn.Module, str] = {}
         self.tried: set[nn.Module] = set()
         self.called: Counter[nn.Module] = Counter()  # in one forward, at most
-        # Outputs of solved layers, by chunk, stream, layer and call, the oldest first.
-        self.outputs: dict[tuple[int, bool, nn.Module, int], Tensor] = {}
+        # Outputs of layers, in the order in which these were solved, by chunk, stream and call.
+        self.outputs: dict[nn.Module, dict[tuple[int, bool, int], Tensor]] = {}
         self.output_bytes = 0
         # Of the forward under way:
         self.chunk, self.quantized = 0, False
@@ -206,30 +206,37 @@ class _ModuleWalk:
         if module not in self.solved:
             self.settled &= module in self.left
             return self._float(module, x)
-        key = (self.chunk, self.quantized, module, turn)
-        if key in self.outputs:
-            held: Tensor = self.frontier.fetch(self.outputs[key])
+        key = (self.chunk, self.quantized, turn)
+        if key in self.outputs[module]:
+            held: Tensor = self.frontier.fetch(self.outputs[module][key])
             return held.clone()  # the model may write into it
         clip = self.solved_calls[module].signal.clip
         if clip is not None:
             x = clip.clip(x)
         y: Tensor = self.solved[module].module(x) if self.quantized else self._float(module, x)
         if self.settled:
-            self._keep(key, y)
+            self._keep(module, key, y)
         return y
 
     def _float(self, module: nn.Module, x: Tensor) -> Tensor:
         y: Tensor = type(module).forward(module, x)
         return y
 
-    def _keep(self, key: tuple[int, bool, nn.Module, int], y: Tensor) -> None:
-        """Keep an output for the forwards that follow, in half of the memory; the oldest go first."""
+    def _keep(self, module: nn.Module, key: tuple[int, bool, int], y: Tensor) -> None:
+        """Keep an output for the forwards that follow, in half of the memory.
+
+        It takes the room of layers that were solved before, and no other: all chunks come by in turn, and where the
+        oldest outputs made room none would be there when its turn comes.
+        """
         size, room = y.numel() * y.element_size(), self.frontier.limit // 2
-        while self.outputs and self.output_bytes + size > room:
-            oldest = self.outputs.pop(next(iter(self.outputs)))
-            self.output_bytes -= oldest.numel() * oldest.element_size()
-        if size <= room and self.frontier.bytes + size <= self.frontier.limit:
-            self.outputs[key] = self.frontier.hold(y.clone())
+        for before, kept in self.outputs.items():
+            while before is not module and kept and self.output_bytes + size > room:
+                _, dropped = kept.popitem()
+                self.output_bytes -= dropped.numel() * dropped.element_size()
+            if before is module or self.output_bytes + size <= room:
+                break
+        if self.output_bytes + size <= room and self.frontier.bytes + size <= self.frontier.limit:
+            self.outputs[module][key] = self.frontier.hold(y.clone())
             self.output_bytes += size
 
     def _before_activation(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -294,12 +301,12 @@ class _ModuleWalk:
             importance=importance,
         )
         solution = self.solve(call)
-        noise = Noise()
+        noise, self.outputs[module] = Noise(), {}
         for chunk, y, (_, quantized) in zip(chunks, call.outputs, signal.streams, strict=True):
             y_quantized = solution.module(fetch(quantized))
             noise.add(fetch(y), y_quantized)
-            self._keep((chunk, False, module, 0), y)
-            self._keep((chunk, True, module, 0), y_quantized)
+            self._keep(module, (chunk, False, 0), y)
+            self._keep(module, (chunk, True, 0), y_quantized)
         call.outputs, signal.streams, signal.before = [], [], None  # let the tensors go
         self.solved[module], self.solved_calls[module], self.noise[module] = solution, call, noise
 

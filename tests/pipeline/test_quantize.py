@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 import ptq4cuda
 from ptq4cuda import QuantConfig, QuantConv2d, QuantLinear, quantize
 from ptq4cuda.artifact.record import LayerRecord, record_of
-from ptq4cuda.calibrate.by_modules import walk_modules
+from ptq4cuda.calibrate.by_modules import _ModuleWalk, walk_modules
 from ptq4cuda.calibrate.frontier import Memory
 from ptq4cuda.solve.layer import solve_layer
 
@@ -254,6 +255,35 @@ def test_a_pass_for_each_layer_is_what_memory_makes_of_it(images: Tensor) -> Non
     assert record_of(found).frontier_bytes <= 20_000
     assert torch.equal(found(images), expected(images))
     assert record_of(found).sqnr == record_of(expected).sqnr
+
+
+def test_what_memory_holds_of_the_layers_is_not_computed_again(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(3 if i == 0 else 4, 4, 3, padding=1) for i in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x if x.sum() > -1e9 else -x)
+            return x
+
+    torch.manual_seed(0)
+    model, batches, forward = Deep().eval(), list(images.split(4)), _ModuleWalk._float
+    all_outputs = 6 * 2 * 4 * 4 * images[:, 0].numel()  # bytes: layers, streams, channels
+    calls: Counter[float] = Counter()
+
+    def counted(self: _ModuleWalk, module: nn.Module, x: Tensor) -> Tensor:
+        calls[share] += 1
+        return forward(self, module, x)
+
+    monkeypatch.setattr(_ModuleWalk, "_float", counted)
+    for share in (0.0, 0.3, 3.0):
+        quantize(model, batches, W8A8, progress=False, memory_limit=int(2 * share * all_outputs))
+    saved = {share: calls[0.0] - n for share, n in calls.items()}
+    assert saved[0.3] > 0.3 * saved[3.0] > 0
 
 
 def test_random_numbers_are_the_same_in_both_streams(images: Tensor) -> None:
