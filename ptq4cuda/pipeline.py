@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ptq4cuda import graph
 from ptq4cuda.artifact.record import QuantRecord, attach_record, tensor_bytes
@@ -23,6 +22,7 @@ from ptq4cuda.calibrate.frontier import Memory
 from ptq4cuda.calibrate.inputs import Inputs, batch_size, check_model, check_shapes, collect_inputs
 from ptq4cuda.calibrate.prepare import prepare
 from ptq4cuda.calibrate.signals import LayerCall, Solution
+from ptq4cuda.compat import tree_map_only
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.execute.choice import lower

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from ptq4cuda.graph.copying import HOOKS
+from ptq4cuda.compat import HOOKS
 from ptq4cuda.graph.tracer import expect
 from ptq4cuda.nn import QuantModule
 

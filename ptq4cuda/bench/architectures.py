@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq4cuda.compat import BatchNorm
+
 Builder = Callable[..., nn.Module]
 
 
@@ -85,7 +87,7 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
 @torch.no_grad()
 def calibrate_batch_norm(net: nn.Module, batch: Tensor) -> nn.Module:
     """Set the running statistics of every BatchNorm to those of a batch; return the network in evaluation mode."""
-    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in net.modules() if isinstance(module, BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -8,6 +8,7 @@ launches cost what they cost in use.
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ptq4cuda.artifact.record import record_of
@@ -27,6 +26,7 @@ from ptq4cuda.artifact.report import DASH, table
 from ptq4cuda.bench import architectures
 from ptq4cuda.bench.kernels import machine_line, write_figures
 from ptq4cuda.bench.timing import captured, take_turns
+from ptq4cuda.compat import TorchDispatchMode, compiled_from, tree_leaves
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.pipeline import quantize
@@ -218,7 +218,7 @@ def medians(calls: Mapping[str, Callable[[], object]], x: Tensor, repeats: int) 
 
 def held_bytes(network: nn.Module) -> int:
     """Return the bytes of all tensors that a network holds, temporary ones of its integer kernels included."""
-    tensors = [t for m in network.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    tensors = itertools.chain(network.parameters(), network.buffers())
     return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
 
 
@@ -252,7 +252,7 @@ def storages(tree: Any) -> list[torch.UntypedStorage]:
 
 def peak_bytes(network: nn.Module, x: Tensor) -> int | None:
     """Return the most bytes of activations that are alive at a time, the input aside; None for compiled networks."""
-    if hasattr(network, "_orig_mod"):
+    if compiled_from(network) is not None:
         return None
     counter = LiveBytes()
     with counter:

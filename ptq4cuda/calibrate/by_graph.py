@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from ptq4cuda import graph
 from ptq4cuda.artifact.record import LayerRecord
@@ -25,6 +24,7 @@ from ptq4cuda.calibrate.signals import (
     record_solution,
 )
 from ptq4cuda.calibrate.statistics import ChannelStatistics
+from ptq4cuda.compat import tree_leaves
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantTensor, quant_module_for

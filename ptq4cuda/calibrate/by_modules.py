@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ptq4cuda import graph
 from ptq4cuda.activation import IDENTITY, Activation
@@ -37,6 +35,7 @@ from ptq4cuda.calibrate.signals import (
     record_float,
     record_solution,
 )
+from ptq4cuda.compat import WeakIdKeyDictionary, tree_map_only, version_of
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import quant_module_for
@@ -244,12 +243,12 @@ class _ModuleWalk:
 
     def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         before = self.entering.pop(module)
-        self.before[output] = (output._version, before, before._version, graph.module_activation(module))
+        self.before[output] = (version_of(output), before, version_of(before), graph.module_activation(module))
 
     def _activation_before(self, x: Tensor) -> tuple[Tensor | None, Activation]:
         """Return what x was before its activation, and the activation, where they are known."""
         version, before, version_before, activation = self.before.get(x, (0, None, 0, IDENTITY))
-        if before is None or (x._version, before._version) != (version, version_before):
+        if before is None or (version_of(x), version_of(before)) != (version, version_before):
             return None, IDENTITY
         return before, activation
 

@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ptq4cuda.compat import (
+    FORWARD_HOOKS,
+    FORWARD_PRE_HOOKS,
+    WeakIdKeyDictionary,
+    forward_hooks,
+    tree_leaves,
+    tree_map_only,
+)
 from ptq4cuda.graph.copying import hooks_of
 from ptq4cuda.graph.ends import Step, find_ends, is_fixed, is_lookup
 from ptq4cuda.graph.layers import is_concatenation, is_weighted, layer_kind
@@ -49,9 +55,9 @@ class Flow(TorchFunctionMode):
         self._steps: list[Step] = []
         self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by tensor, the step that made it
         self._running: list[nn.Module] = []
-        self._modules = [*names, *others]
+        self._watched = [*names, *others]
         self._owners: dict[int, list[nn.Module]] = defaultdict(list)
-        for module in self._modules:
+        for module in self._watched:
             for tensor in itertools.chain(module.parameters(), module.buffers()):
                 self._owners[id(tensor)].append(module)
 
@@ -71,8 +77,8 @@ class Flow(TorchFunctionMode):
         hooked = [module for module in self.names if hooks_of(module)]
         hooks = [m.register_forward_pre_hook(self._try_pre_hooks, with_kwargs=True, prepend=True) for m in hooked]
         hooks += [m.register_forward_hook(self._try_hooks, with_kwargs=True, prepend=True) for m in hooked]
-        hooks += [module.register_forward_pre_hook(self._on_entry) for module in self._modules]
-        hooks += [module.register_forward_hook(self._on_exit, prepend=True) for module in self._modules]
+        hooks += [module.register_forward_pre_hook(self._on_entry) for module in self._watched]
+        hooks += [module.register_forward_hook(self._on_exit, prepend=True) for module in self._watched]
         try:
             with torch.no_grad(), self:
                 self.output = network(*args, **kwargs)
@@ -111,16 +117,14 @@ class Flow(TorchFunctionMode):
                 self._made[tensor] = step
 
     def _try_pre_hooks(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        flags = module._forward_pre_hooks_with_kwargs
-        for key, hook in list(module._forward_pre_hooks.items()):
+        for hook, with_kwargs in forward_hooks(module, FORWARD_PRE_HOOKS):
             if getattr(hook, "__self__", None) is not self:
-                self._try(hook, module, (args, kwargs) if key in flags else (args,))
+                self._try(hook, module, (args, kwargs) if with_kwargs else (args,))
 
     def _try_hooks(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        flags = module._forward_hooks_with_kwargs
-        for key, hook in list(module._forward_hooks.items()):
+        for hook, with_kwargs in forward_hooks(module, FORWARD_HOOKS):
             if getattr(hook, "__self__", None) is not self:
-                self._try(hook, module, (args, kwargs, output) if key in flags else (args, output))
+                self._try(hook, module, (args, kwargs, output) if with_kwargs else (args, output))
 
     def _try(self, hook: Callable[..., Any], module: nn.Module, given: tuple[Any, ...]) -> None:
         """Call a hook with a layer and with a quantized one in its place, and note if that makes a difference."""

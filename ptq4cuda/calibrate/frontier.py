@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from ptq4cuda.compat import tree_map_only
 
 _T = TypeVar("_T")
 _LIBC = ctypes.CDLL(None)

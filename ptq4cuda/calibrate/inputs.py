@@ -11,9 +11,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ptq4cuda.compat import any_global_hook, is_script, tree_leaves, tree_map_only
 from ptq4cuda.errors import first_line, is_out_of_memory
+from ptq4cuda.graph.shapes import CONVOLUTIONS, NORMS
 from ptq4cuda.nn import QuantModule
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a call
@@ -42,7 +43,7 @@ def not_finite(network: nn.Module) -> str | None:
 
     What is no layer of torch.nn may hold constants that are infinite on purpose, as masks do.
     """
-    layers = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
+    layers = (*CONVOLUTIONS, *NORMS, nn.Linear)
     for name, module in network.named_modules():
         if not type(module).__module__.startswith("torch.nn.") and not isinstance(module, layers):
             continue
@@ -56,16 +57,16 @@ def check_float_model(model: nn.Module) -> None:
     """Raise unless this is a float network whose layers can be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
+    if is_script(model):
         raise TypeError("the model is a torch.jit.ScriptModule: take the torch.nn.Module that it was made from")
-    scripted = next((name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    scripted = next((name for name, m in model.named_modules() if is_script(m)), None)
     if scripted is not None:
         raise TypeError(
             f"the model's part {scripted!r} is a torch.jit.ScriptModule: take the module that it was made from"
         )
     if any(isinstance(module, QuantModule) for module in model.modules()):
         raise ValueError("the model is quantized already")
-    if torch.nn.modules.module._has_any_global_hook():
+    if any_global_hook():
         raise ValueError(
             "torch has hooks on all modules (register_module_forward_hook and the like), which may change what any "
             "layer computes: remove them while a network is quantized or loaded"

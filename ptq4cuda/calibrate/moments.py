@@ -207,7 +207,7 @@ def _samples_at(module: QuantModule, u: Tensor, t: Tensor, rows: Tensor, groups:
 def _patches(module: QuantConv2d, x: Tensor) -> Tensor:
     """View the patches that a convolution reads of x [N, C, H, W] as [N, H', W', R, S, C]."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padding = module._reversed_padding_repeated_twice
+    padding = module.explicit_padding
     x = F.pad(x, padding, mode=mode) if any(padding) else x
     x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
     n, height, width, channels = x.shape

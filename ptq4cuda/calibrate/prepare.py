@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ptq4cuda import graph
 from ptq4cuda.calibrate.inputs import Inputs, constant_arguments
+from ptq4cuda.compat import tree_map_only
 from ptq4cuda.config import QuantConfig
 
 

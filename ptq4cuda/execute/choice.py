@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ptq4cuda import graph
 from ptq4cuda.artifact.record import attach_record, record_of
 from ptq4cuda.artifact.structure import structure_of
 from ptq4cuda.calibrate.inputs import Batch, Inputs
+from ptq4cuda.compat import tree_map_only
 from ptq4cuda.execute.lowering import lower_layers
 from ptq4cuda.metrics import Noise
 

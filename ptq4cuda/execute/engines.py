@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ptq4cuda import _native
 from ptq4cuda.activation import IDENTITY, Activation
+from ptq4cuda.compat import tree_map
 from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.nn.quant_module import Outputs, QuantModule
 from ptq4cuda.nn.quant_tensor import QuantizerState

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ptq4cuda.compat import BatchNorm
 from ptq4cuda.graph.copying import copy_sharing, held_modules
 from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, is_concatenation, layer_kind, leave
 from ptq4cuda.graph.readers import is_number, readers
-from ptq4cuda.graph.shapes import Shapes, infer_shapes
+from ptq4cuda.graph.shapes import DROPOUTS, Shapes, infer_shapes
 
-_IDENTITIES = (nn.Identity, nn.modules.dropout._DropoutNd)
+_IDENTITIES = (nn.Identity, *DROPOUTS)
 _DROPOUTS = (
     F.dropout,
     F.dropout1d,
@@ -234,14 +235,15 @@ def _wanted_name(node: fx.Node) -> str:
     if not scope:
         return node.name
     path, kind = scope[0]
-    layer = isinstance(kind, type) and issubclass(kind, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm))
+    layer = isinstance(kind, type) and issubclass(kind, (nn.Conv2d, nn.Linear, BatchNorm))
     return path if layer and path else f"{path}.{node.name}".lstrip(".")
 
 
 def _parameters(module: nn.Module, **tensors: Tensor | None) -> nn.Module:
+    buffers = dict(module.named_buffers())
     for name, tensor in tensors.items():
         value = None if tensor is None else tensor.detach().clone()
-        if name in module._buffers:
+        if name in buffers:
             module.register_buffer(name, value)
         else:
             module.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))

@@ -10,16 +10,13 @@ from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-_CALLED = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-HOOKS = (*_CALLED, *_FLAGS, "_is_full_backward_hook")  # attributes of modules
+from ptq4cuda.compat import CALLED_HOOKS, HOOK_FLAGS, tree_leaves
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
     """Return what else runs when a module is called, or when gradients pass it."""
-    return [hook for name in _CALLED for hook in getattr(module, name).values()]
+    return [hook for name in CALLED_HOOKS for hook in getattr(module, name).values()]
 
 
 def held_modules(value: Any) -> set[nn.Module]:
@@ -92,13 +89,13 @@ def copy_model(model: nn.Module) -> nn.Module:
     for module in modules:
         held = (t for t in tree_leaves(vars(module)) if isinstance(t, Tensor))
         memo.update({id(t): t.detach().clone() for t in held if not t.is_leaf})
-        memo.update({id(hooks): OrderedDict() for name in _CALLED if (hooks := getattr(module, name))})
+        memo.update({id(hooks): OrderedDict() for name in CALLED_HOOKS if (hooks := getattr(module, name))})
     copied = copy_sharing(model, memo)
     for module in modules:
         own = vars(memo[id(module)])
-        for name in _CALLED:  # also of GraphModules, whose deepcopy leaves hooks out
+        for name in CALLED_HOOKS:  # also of GraphModules, whose deepcopy leaves hooks out
             own[name].update({key: _rebound(hook, memo) for key, hook in getattr(module, name).items()})
-        for name in _FLAGS:
+        for name in HOOK_FLAGS:
             own[name].update(getattr(module, name))
         code = {name: value for name, value in own.items() if isinstance(value, (FunctionType, MethodType, partial))}
         own.update({name: _rebound(value, memo) for name, value in code.items()})

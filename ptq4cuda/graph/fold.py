@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ptq4cuda.compat import ASSERTION
 from ptq4cuda.graph.canonical import arguments, constant, drop_unused, substitute
 from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, why_left
 from ptq4cuda.graph.readers import readers
@@ -59,7 +60,7 @@ def fold_sizes(network: fx.GraphModule) -> None:
         if number is not None:
             for user in list(node.users):
                 substitute(user, node, number)
-        if node.target is torch._assert and node.args and node.args[0] is True:
+        if node.target is ASSERTION and node.args and node.args[0] is True:
             network.graph.erase_node(node)
     drop_unused(network)
 

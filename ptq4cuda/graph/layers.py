@@ -12,12 +12,13 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ptq4cuda.activation import Activation
+from ptq4cuda.compat import CONV_FORWARD, BatchNorm
 from ptq4cuda.graph.readers import readers
 
 _QUANTIZABLE = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
 _LEFT = "_ptq4cuda_left"  # an attribute of a module of a copied model: why it stays as it is
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-BATCH_NORM_OF_RANK: dict[int, type[nn.modules.batchnorm._BatchNorm]] = {
+BATCH_NORMS = (BatchNorm,)
+BATCH_NORM_OF_RANK: dict[int, type[BatchNorm]] = {
     2: nn.BatchNorm1d,
     3: nn.BatchNorm1d,
     4: nn.BatchNorm2d,
@@ -60,7 +61,7 @@ def why_left(module: nn.Module) -> str:
 def leave_what_is_patched(model: nn.Module) -> None:
     """Leave the modules of a copied model that may not compute what their class does."""
     for module in model.modules():
-        for name in ("forward", "_conv_forward"):
+        for name in ("forward", CONV_FORWARD):
             if name in vars(module):
                 leave(module, f"its {name} was replaced")
                 continue
@@ -84,7 +85,7 @@ def layer_kind(module: nn.Module) -> str | None:
     for base, kind in _QUANTIZABLE.items():
         if not isinstance(module, base):
             continue
-        methods = ("forward", "_conv_forward") if kind == "Conv2d" else ("forward",)
+        methods = ("forward", CONV_FORWARD) if kind == "Conv2d" else ("forward",)
         if all(getattr(type(module), name) is getattr(base, name) for name in methods):
             return kind
     return None
@@ -151,7 +152,7 @@ def call_name(node: fx.Node, network: fx.GraphModule) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _why_not_folded(node: fx.Node, norm: nn.modules.batchnorm._BatchNorm, network: fx.GraphModule) -> str:
+def _why_not_folded(node: fx.Node, norm: BatchNorm, network: fx.GraphModule) -> str:
     source = node.all_input_nodes[0]
     if norm.running_var is None:
         return "it normalizes with the statistics of each batch"

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ptq4cuda.graph.copying import HOOKS
+from ptq4cuda.compat import BUFFERS, HOOKS, MODULES, NON_PERSISTENT, PARAMETERS, parts_of
 
 _RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))  # names that torch.fx uses itself
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -56,7 +56,7 @@ class Network(fx.GraphModule):
     def of(cls, model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any]) -> Network:
         """Return the network that a graph of a model describes; the model is the network's to change."""
         known = _Model(type(model), constants=constants)
-        known.parts = [*model._modules, *model._parameters, *model._buffers]
+        known.parts = [name for part in parts_of(model) for name in part]
         known.functions = {name: m for name, m in model.named_children() if not _reaches_weights(m, set())}
         kept: dict[str, Any] = {"_model": known}
         for name, value in vars(model).items():
@@ -70,7 +70,7 @@ class Network(fx.GraphModule):
                 kept[name] = value
         _rename(model, graph)
         network = cls(model, graph, type(model).__name__)
-        own = {*network._modules, *network._buffers, *network._parameters}
+        own = {name for part in parts_of(network) for name in part}
         vars(network).update({name: value for name, value in kept.items() if name not in own})
         return network
 
@@ -80,7 +80,7 @@ class Network(fx.GraphModule):
         return self._model.constants
 
     def __getattr__(self, name: str) -> Any:
-        modules = vars(self).get("_modules", {})
+        modules = vars(self).get(MODULES, {})
         if name in modules:
             return modules[name]
         model = vars(self).get("_model")
@@ -151,7 +151,7 @@ def _restored(state: dict[str, Any], nodes: list[tuple[Any, ...]], class_name: s
 def _rename(model: nn.Module, graph: fx.Graph) -> None:
     """Give what a graph reads of a model under a name that torch.fx uses itself another one."""
     new: dict[str, str] = {}
-    stores: list[dict[str, Any]] = [model._modules, model._parameters, model._buffers]
+    stores = parts_of(model)
     tensors = {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
     for name in [name for store in (*stores, tensors) for name in store if name in _RESERVED]:
         free = f"{name}_"
@@ -161,8 +161,8 @@ def _rename(model: nn.Module, graph: fx.Graph) -> None:
         for store in (*stores, vars(model)):
             if name in store and not (store is vars(model) and name not in tensors):
                 store[free] = store.pop(name)
-        if name in model._non_persistent_buffers_set:
-            model._non_persistent_buffers_set.add(free)
+        if name in vars(model)[NON_PERSISTENT]:
+            vars(model)[NON_PERSISTENT].add(free)
 
     def renamed(path: str) -> str:
         first, dot, rest = path.partition(".")
@@ -225,14 +225,14 @@ class _View:
             return described.fget(self)
         if name in model.functions:
             return model.functions[name]
-        for tensors in (network._buffers, network._parameters):
+        for tensors in parts_of(network)[1:]:
             if name in tensors:
                 return tensors[name]
         raise _unreachable(model, name)
 
 
 def _unreachable(model: _Model, name: str) -> AttributeError:
-    if name in model.parts or name in ("_modules", "_parameters", "_buffers"):
+    if name in model.parts or name in (MODULES, PARAMETERS, BUFFERS):
         what = f"{name!r}" if name in model.parts else "layers and parameters"
         return AttributeError(
             f"a method of {model.kind.__name__} reads {what}, which its quantized network does not have as the model "
@@ -257,7 +257,7 @@ def _view(network: Network) -> Any:
         return property(lambda _: value)
 
     names = [name for name in (*model.parts, *model.lost) if name in _RESERVED]
-    namespace: dict[str, Any] = {name: refusing(name) for name in ("_modules", "_parameters", "_buffers", *names)}
+    namespace: dict[str, Any] = {name: refusing(name) for name in (MODULES, PARAMETERS, BUFFERS, *names)}
     namespace |= {name: hidden(value) for name, value in model.hidden.items()}
     metaclass: Any = type(model.kind)
     kind = metaclass(model.kind.__name__, (_View, model.kind), {**namespace, "__slots__": ("_network",)})

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ptq4cuda.compat import BatchNorm
 from ptq4cuda.graph.functionalize import with_item
 from ptq4cuda.graph.readers import is_number
 from ptq4cuda.nn.conv import pair
@@ -33,8 +34,11 @@ _MOVES = frozenset(
     ]
 )
 
+CONVOLUTIONS = tuple(getattr(nn, f"Conv{kind}{dims}d") for kind in ("", "Transpose") for dims in (1, 2, 3))
+NORMS = (BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _UNARY_MODULES = (
-    *(nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.Identity, nn.GroupNorm, nn.LayerNorm),
+    *(*NORMS, *DROPOUTS, nn.Identity, nn.GroupNorm, nn.LayerNorm),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid),
     *(nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Softmax),
 )
@@ -286,7 +290,7 @@ class Shapes:
         return name_of(move, self.network) in ("flatten", "reshape") and _all_equal(before[:axis], after[:axis])
 
     def _of_module(self, module: nn.Module, x: Shape | None) -> Shape | None:
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, CONVOLUTIONS):
             spatial = len(module.kernel_size)
             weight = _attribute(module, "weight").shape
             channels = weight[1] * module.groups if module.transposed else weight[0]
@@ -463,5 +467,5 @@ def _attribute(network: nn.Module, path: str) -> Any:
     """Return a parameter or another attribute; of a parameter, a network that is being traced would give a proxy."""
     owner, _, name = path.rpartition(".")
     module = network.get_submodule(owner)
-    parameter = module._parameters.get(name)
-    return getattr(module, name, None) if parameter is None else parameter
+    parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    return parameters[name] if name in parameters else getattr(module, name, None)

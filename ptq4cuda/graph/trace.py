@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from ptq4cuda.compat import COMPUTED_WEIGHTS, remove_computed_weights, tree_leaves, tree_map_only, version_of
 from ptq4cuda.containers import contents
 from ptq4cuda.errors import is_out_of_memory
 from ptq4cuda.graph.canonical import canonicalize
@@ -28,7 +25,6 @@ from ptq4cuda.graph.network import Network
 from ptq4cuda.graph.tracer import Tracer
 from ptq4cuda.graph.wrappers import unwrap_parts
 
-_COMPUTED_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)  # hooks
 _GRAPH = "its torch.fx graph"
 
 
@@ -42,10 +38,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             _unparametrize(module)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _COMPUTED_WEIGHTS):
-                hook.remove(module)
-                del module._forward_pre_hooks[key]
+        remove_computed_weights(module)
     leave_what_is_patched(model)
     return model
 
@@ -101,7 +94,7 @@ def trace(model: nn.Module, candidates: Sequence[Mapping[str, Any]] | None = Non
 def _why_not(model: nn.Module) -> str:
     """Return why a graph would leave out what the model does, or ""."""
     for name, module in model.named_modules():
-        if not all(isinstance(hook, _COMPUTED_WEIGHTS) for hook in hooks_of(module)):
+        if not all(isinstance(hook, COMPUTED_WEIGHTS) for hook in hooks_of(module)):
             return f"{f'its module {name!r}' if name else 'it'} has hooks, which a graph would not call"
     forward = vars(model).get("forward")
     if forward is None or (isinstance(forward, MethodType) and forward.__self__ is model):
@@ -197,10 +190,10 @@ def _changes_of_inputs(traced: nn.Module) -> Iterator[list[str]]:
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_inference())
-            versions[:] = [(t, t._version) for t in tensors]
+            versions[:] = [(t, version_of(t)) for t in tensors]
 
         def after(*_: Any) -> None:
-            found.extend(name for t, version in versions if t._version != version)
+            found.extend(name for t, version in versions if version_of(t) != version)
             versions.clear()
 
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))

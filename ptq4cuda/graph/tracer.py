@@ -15,7 +15,6 @@ import functools
 import math
 import operator
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -23,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import _symbolic_trace
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from ptq4cuda.compat import CALL, PARAMETERS, is_wrapped, number_names_anew, own_call
 from ptq4cuda.containers import contents
 from ptq4cuda.graph.functionalize import INPLACE_OPERATORS
 from ptq4cuda.graph.layers import layer_kind, why_left
@@ -119,13 +118,13 @@ class Tracer(fx.Tracer):
         self.opaque = opaque
         self.constants = constants or {}
         self.blamed: type[nn.Module] | None = None
-        # torch.fx counts for all tracers of the process, so that names would depend on what else is traced.
-        self._qualname_counter = defaultdict(int)
+        # Or names would depend on what else is traced.
+        number_names_anew(self)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a module's forward; arguments as in torch.fx."""
         self.root = root
-        self.root_module_name = root._get_name()
+        self.root_module_name = type(root).__name__
         self.submodule_paths = {module: name for name, module in root.named_modules()}
         self.graph = fx.Graph(tracer_cls=type(self))
         self.shapes = Shapes(root)
@@ -165,9 +164,9 @@ class Tracer(fx.Tracer):
         changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
         try:
             for module in list(root.modules()):
-                new: dict[str, Any] = {"_compiled_call_impl": functools.partial(self._called, module)}
-                if isinstance(vars(module).get("_parameters"), dict):
-                    new["_parameters"] = _Parameters(vars(module)["_parameters"], read)
+                new: dict[str, Any] = {CALL: functools.partial(self._called, module)}
+                if isinstance(vars(module).get(PARAMETERS), dict):
+                    new[PARAMETERS] = _Parameters(vars(module)[PARAMETERS], read)
                 if not self.is_leaf_module(module, ""):
                     new |= doubles.of_methods(module)
                 changed.append((vars(module), {name: vars(module).get(name, _ABSENT) for name in new}))
@@ -180,7 +179,7 @@ class Tracer(fx.Tracer):
                     del attributes[name]
 
     def _called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.call_module(module, module._call_impl, args, kwargs)
+        return self.call_module(module, own_call(module), args, kwargs)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -334,7 +333,7 @@ class _Doubles:
             names = _names(function.__code__)
             for name in names:
                 value: Any = outer.get(name, getattr(builtins, name, None))
-                if (id(outer), name) in _symbolic_trace._wrapped_fns_to_patch:
+                if is_wrapped(outer, name):
                     replaced[name] = _recording(value)
                 elif isinstance(value, ModuleType):
                     replaced[name] = self._module(value, names)

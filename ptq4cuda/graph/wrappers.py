@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ptq4cuda.compat import CALL, compiled_from
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model that a wrapper was put around."""
@@ -22,13 +24,7 @@ def unwrap_parts(model: nn.Module) -> None:
 
 def is_compiled(model: nn.Module) -> bool:
     """Tell whether torch.compile runs a model or a part of it."""
-    return any(_original(m) is not None or getattr(m, "_compiled_call_impl", None) for m in model.modules())
-
-
-def _original(module: nn.Module) -> nn.Module | None:
-    # torch.compile's class is private, and importing it takes longer than all of this package.
-    original = getattr(module, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else None
+    return any(compiled_from(m) is not None or getattr(m, CALL, None) for m in model.modules())
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
@@ -36,4 +32,4 @@ def _inner(module: nn.Module) -> nn.Module | None:
         module = module.module
         assert isinstance(module, nn.Module)
         return module
-    return _original(module)
+    return compiled_from(module)

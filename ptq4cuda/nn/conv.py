@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq4cuda.compat import explicit_padding
 from ptq4cuda.nn.quant_module import Outputs, QuantModule
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.solve.correction import WeightCorrection
@@ -73,7 +74,7 @@ class QuantConv2d(QuantModule):
         self.kernel_size, self.stride = geometry.kernel_size, geometry.stride
         self.padding, self.dilation = geometry.padding, geometry.dilation
         self.padding_mode = geometry.padding_mode
-        self._reversed_padding_repeated_twice = geometry._reversed_padding_repeated_twice
+        self.explicit_padding = explicit_padding(geometry)
 
     @classmethod
     def like(cls, conv: nn.Conv2d, *, quantized_input: bool = True, folded: bool = True) -> QuantConv2d:
@@ -98,7 +99,7 @@ class QuantConv2d(QuantModule):
         )
         layer.dtype = conv.weight.dtype
         if conv.padding_mode != "zeros":  # padding was read by __init__ alone
-            layer._reversed_padding_repeated_twice = list(conv._reversed_padding_repeated_twice)
+            layer.explicit_padding = explicit_padding(conv)
         return layer
 
     @classmethod
@@ -172,7 +173,7 @@ class QuantConv2d(QuantModule):
             weight = weight.clone(memory_format=torch.contiguous_format)
         padding: str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+            x, padding = F.pad(x, self.explicit_padding, mode=self.padding_mode), (0, 0)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import expect_true
 
+from ptq4cuda.compat import expect_true, storage_id
 from ptq4cuda.ops import panels
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
@@ -159,7 +159,7 @@ def _memory(t: Tensor) -> tuple[int, int | torch.SymInt, int | torch.SymInt]:
     """Return a tensor's storage, and the bytes in it from its first element to behind its last one."""
     begin = t.storage_offset()
     end = begin + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1
-    return t.untyped_storage()._cdata, begin * t.element_size(), end * t.element_size()
+    return storage_id(t), begin * t.element_size(), end * t.element_size()
 
 
 def _check_apart(out: Tensor, in_place: bool = False, **inputs: Tensor | None) -> None:

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ptq4cuda.artifact.record import QuantRecord, Trade
 from ptq4cuda.calibrate.inputs import Batch, Inputs, batch_size
+from ptq4cuda.compat import tree_map_only
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
