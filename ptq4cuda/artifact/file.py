@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -69,13 +70,15 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
     write_whole(path, safetensors.torch.save(tensors, metadata=metadata))
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module, execution: Literal["simulate"] | None = None) -> nn.Module:
     """Read a quantized network.
 
     Args:
         path: of a file that save() wrote.
         model: a float network of the architecture that was quantized; its weights do not matter and it is not
             changed. The result is on its device.
+        execution: "simulate" to compute in floating point, layer by layer, what the file's network computes in
+            integers. Default: as the file says.
 
     Raises:
         OSError: there is no such file, or it cannot be opened.
@@ -85,15 +88,14 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     header, tensors = _read(path)
     model = graph.unwrap(model)
     check_float_model(model)
+    if execution not in (None, "simulate"):
+        raise ValueError(f"execution must be 'simulate' or None, got {execution!r}")
     record = header.record
-    network = graph.own_copy(model).eval()
     misfit = f"{os.fspath(path)!r} does not fit the model {type(model).__name__}"
-    if record.walked_by == "graph":
-        traced, reason = graph.trace(network, None if record.constants is None else [record.constants])
-        if traced is None:
-            raise ValueError(f"{misfit}: {reason}")
-        graph.prepare(traced, record.config.quantizes, record.config.fold_activation_scale)
-        network = traced
+    try:
+        network = float_form(model, record)
+    except ValueError as error:
+        raise ValueError(f"{misfit}: {error}") from error
     _check_structure(header.structure, structure_of(network), path)
     layers = dict(network.named_modules())
     for name, quantized in header.modules.items():
@@ -117,8 +119,68 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     broken = not_finite(network)
     if broken is not None:
         raise ValueError(f"{misfit}: {broken} contains NaN or Inf")
+    if execution is not None:
+        record.config = replace(record.config, execution=execution)
+        for layer in record.layers:
+            layer.execution = "simulate" if layer.execution == "integer" else layer.execution
     attach_record(network, record)
     return lower(network, model).eval()
+
+
+def float_form(model: nn.Module, record: QuantRecord) -> nn.Module:
+    """Return a copy of a float model in the form in which a network was quantized, its BatchNorms folded.
+
+    Raises:
+        ValueError: the model cannot be brought into it.
+    """
+    network = graph.own_copy(model).eval()
+    if record.walked_by != "graph":
+        return network
+    traced, reason = graph.trace(network, None if record.constants is None else [record.constants])
+    if traced is None:
+        raise ValueError(reason)
+    graph.prepare(traced, record.config.quantizes, record.config.fold_activation_scale)
+    return traced
+
+
+def read_record(path: str | os.PathLike[str]) -> QuantRecord:
+    """Read how a file's network was quantized, and what became of each layer; no model is needed.
+
+    Raises:
+        OSError, ValueError: as of load().
+    """
+    return _read(path)[0].record
+
+
+def describe_file(path: str | os.PathLike[str]) -> str:
+    """Tell in a few lines what is in a file.
+
+    Raises:
+        OSError, ValueError: as of load().
+    """
+    header, tensors = _read(path)
+    record, config = header.record, header.record.config
+    changed = [f"{f.name}={value!r}" for f in fields(config) if (value := getattr(config, f.name)) != _default(f)]
+    quantized = [layer for layer in record.layers if layer.execution != "float"]
+    counts = Counter(layer.kind for layer in quantized)
+    integers = sum(layer.execution == "integer" for layer in quantized)
+    lines = {
+        "file": f"{os.fspath(path)}, {Path(path).stat().st_size:,} bytes, format {header.format}, checksum right",
+        "written by": f"ptq4cuda {header.version}",
+        "configuration": ", ".join(changed) or "QuantConfig()",
+        "calibrated on": f"{record.images} samples, walked by {record.walked_by}",
+        "layers": f"{', '.join(f'{n} {kind}' for kind, n in counts.items())} quantized, {integers} of them in "
+        f"integers; {len(record.layers) - len(quantized)} in float; {record.folded} BatchNorms folded",
+        "tensors": f"{len(tensors)}, {sum(t.nbytes for t in tensors.values()):,} bytes "
+        f"({record.float_bytes:,} of the float network)",
+        "output": "no noise" if record.sqnr is None else f"{record.sqnr:.1f} dB SQNR on the calibration samples",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 @dataclass(frozen=True)
@@ -142,6 +204,8 @@ class _QuantizedLayer:
 
 @dataclass(frozen=True)
 class _Header:
+    format: int
+    version: str
     record: QuantRecord
     modules: dict[str, _QuantizedLayer]
     structure: list[str]
@@ -149,6 +213,8 @@ class _Header:
     @classmethod
     def of(cls, fields: dict[str, Any]) -> _Header:
         return cls(
+            int(fields["format"]),
+            _one_line(fields.get("version", "of an early version"))[:40],
             QuantRecord.from_dict(fields["record"]),
             {name: _QuantizedLayer(**entry) for name, entry in fields["modules"].items()},
             [str(line) for line in fields["structure"]],

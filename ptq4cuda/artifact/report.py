@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -38,15 +38,25 @@ def report(network: nn.Module) -> str:
     Raises:
         TypeError: the network was not made by quantize() or load().
     """
-    record = record_of(network)
-    header = ["layer", "kind", "W", "A", "clip", "SQNR dB", "bytes fp32", "bytes", "ratio", "runs as"]
-    header += ["kernel", "reason"]  # where there are any
     engines = {name: m.engine for name, m in network.named_modules() if isinstance(m, QuantModule)}
     kernels = {name: engine.kernel for name, engine in engines.items() if engine is not None}
+    return describe(record_of(network), tensor_bytes(network), kernels)
+
+
+def describe(record: QuantRecord, size: int | None = None, kernels: Mapping[str, str] | None = None) -> str:
+    """Return the report of what a record tells.
+
+    Args:
+        record: of a network.
+        size: bytes of its tensors now. Default: what the record says.
+        kernels: by the names of layers in integers.
+    """
+    size, kernels = record.bytes if size is None else size, kernels or {}
+    header = ["layer", "kind", "W", "A", "clip", "SQNR dB", "bytes fp32", "bytes", "ratio", "runs as"]
+    header += ["kernel", "reason"]  # where there are any
     rows = [_row(layer, kernels.get(layer.name, "")) for layer in record.layers]
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
     quantized = sum(layer.execution != "float" for layer in record.layers)
-    size = tensor_bytes(network)
     total = (
         f"total: {quantized} of {len(record.layers)} layers quantized, {record.float_bytes:,} bytes in float32, "
         f"{size:,} now ({size / max(record.float_bytes, 1):.3f}), output SQNR {_number(record.sqnr, 1)} dB on "

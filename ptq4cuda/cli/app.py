@@ -1,0 +1,388 @@
+"""The commands. What is heavy is imported where it is used, so that --help comes at once."""
+
+# No postponed annotations here: typer reads them.
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ptq4cuda._version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ptq4cuda.cli.images import Folder, Preprocessing
+    from ptq4cuda.config import QuantConfig
+
+app = typer.Typer(
+    help="Turns a trained PyTorch CNN into a 4-bit one in seconds, without training.",
+    no_args_is_help=True,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+)
+
+PRESETS = ("default", "fast", "paper", "naive", "w4a8", "w8a4")
+
+# --- options that several commands have -----------------------------------------------------------------------
+
+_MODEL = "A model of timm or torchvision (resnet50, timm/resnet50), or package.module:callable."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A file that quantize wrote.", show_default=False)]
+Images = Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.", show_default=False)]
+Weights = Annotated[Path | None, typer.Option(help="The model's weights: .safetensors, or tensors of torch.save.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm or torchvision get their own weights.")]
+Classes = Annotated[int | None, typer.Option(min=1, help="Build the model with that many classes.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images that are run at a time.")]
+Size = Annotated[str | None, typer.Option(help="Pixels of the input: 224, or 224x192 (height x width).")]
+Resize = Annotated[int | None, typer.Option(min=0, help="Pixels of the shorter side before the centre is cut out.")]
+Mean = Annotated[str | None, typer.Option(help="Of values in 0 to 1: three numbers for RGB, one for grey.")]
+Std = Annotated[str | None, typer.Option(help="The same.")]
+Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Handle what comes before a command."""
+    if version:
+        print(f"ptq4cuda {__version__}")
+        raise typer.Exit
+
+
+# --- a model of one's own -------------------------------------------------------------------------------------
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Model,
+    calibration: Annotated[Path, typer.Option(help="A folder of images, a few hundred; no labels are needed.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the quantized network into this file.")],
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    classes: Classes = None,
+    preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS[:-1])} or {PRESETS[-1]}.")] = "default",
+    field: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of QuantConfig; repeatable.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Calibrate on that many of them at most.")] = 512,
+    batch: Batch = 32,
+    size: Size = None,
+    resize: Resize = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    device: Device = "",
+) -> None:
+    """Quantize a model and write a file."""
+    with _mistakes():
+        import ptq4cuda
+
+        _check_folders(output)
+        config = _config(preset, field or [])
+        subject = _Subject(model, weights, pretrained, classes, device, size, resize, mean, std, interpolation)
+        folder = subject.folder(calibration, images)
+        batches = [x for x, _ in folder.batches(subject.preprocessing, batch, subject.device, "read")]
+        network = ptq4cuda.quantize(subject.model, batches, config)
+        ptq4cuda.save(network, output)
+        print(f"\n{ptq4cuda.report(network)}\n\nWrote {output}: {output.stat().st_size:,} bytes.")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model,
+    file: File,
+    images: Images,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    classes: Classes = None,
+    most: Annotated[int | None, typer.Option("--images", min=1, help="Of that many images at most.")] = None,
+    batch: Batch = 32,
+    size: Size = None,
+    resize: Resize = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    device: Device = "",
+) -> None:
+    """Measure a file's network beside the float model on images, in folders of classes where labels are known.
+
+    Folders whose names are numbers are these classes; others count from 0 in the order of their names.
+    """
+    with _mistakes():
+        import ptq4cuda
+        from ptq4cuda.artifact.report import DASH, table
+        from ptq4cuda.metrics import compare
+
+        subject = _Subject(model, weights, pretrained, classes, device, size, resize, mean, std, interpolation)
+        network = ptq4cuda.load(file, subject.model)
+        folder = subject.folder(images, most)
+        found = compare(
+            subject.model, network, folder.batches(subject.preprocessing, batch, subject.device, "evaluate")
+        )
+        known = folder.labels is not None
+        rows = [
+            ("float", f"{found.float_top1:.2f}" if known else DASH, "100.00", DASH),
+            (file.name, f"{found.top1:.2f}" if known else DASH, f"{found.agreement:.2f}", f"{found.sqnr:.1f}"),
+        ]
+        print(f"\n{table(('', 'top-1 %', 'agreement %', 'SQNR dB'), rows)}\n\n{found.images} images")
+
+
+@app.command("compare")
+def compare_command(
+    model: Model,
+    file: File,
+    images: Images,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    classes: Classes = None,
+    most: Annotated[int, typer.Option("--images", min=1, help="Of that many images at most.")] = 64,
+    batch: Batch = 32,
+    size: Size = None,
+    resize: Resize = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    device: Device = "",
+) -> None:
+    """Put a file's network beside the float model, layer by layer, on images."""
+    with _mistakes():
+        from ptq4cuda.artifact.report import DASH, table
+        from ptq4cuda.cli.layers import compare_layers
+
+        subject = _Subject(model, weights, pretrained, classes, device, size, resize, mean, std, interpolation)
+        folder = subject.folder(images, most)
+        batches = (x for x, _ in folder.batches(subject.preprocessing, batch, subject.device, "compare"))
+        rows = [
+            (row.name, row.kind, row.bits, *(DASH if v is None else f"{v:.1f}" for v in (row.calibrated, row.sqnr)))
+            for row in compare_layers(subject.model, file, batches)
+        ]
+        header = ("layer", "kind", "W/A", "dB when calibrated", "dB here")
+        print(f"\n{table(header, rows)}\n\nSQNR of each output, with all layers before it quantized too.")
+
+
+@app.command("inspect")
+def inspect_command(file: File) -> None:
+    """Tell what is in a file: how it was quantized, on what, and what it holds."""
+    with _mistakes():
+        from ptq4cuda.artifact.file import describe_file
+
+        print(describe_file(file))
+
+
+@app.command("report")
+def report_command(
+    file: File,
+    json: Annotated[Path | None, typer.Option(help="Write it into this file, too.")] = None,
+) -> None:
+    """Show what quantization did to each layer of a file's network."""
+    with _mistakes():
+        from json import dumps
+
+        from ptq4cuda.artifact.file import read_record
+        from ptq4cuda.artifact.report import describe
+        from ptq4cuda.artifact.writing import write_whole
+
+        _check_folders(json)
+        record = read_record(file)
+        print(describe(record))
+        if json is not None:
+            write_whole(json, (dumps(record.to_dict(), indent=1) + "\n").encode())
+
+
+class _Subject:
+    """A float model on its device, and how it wants images; says so before anything is done."""
+
+    def __init__(
+        self,
+        name: str,
+        weights: Path | None,
+        pretrained: bool,
+        classes: int | None,
+        device: str,
+        size: str | None,
+        resize: int | None,
+        mean: str | None,
+        std: str | None,
+        interpolation: str | None,
+    ) -> None:
+        import torch
+
+        from ptq4cuda.cli.models import find_model
+
+        self.device: torch.device = torch.device(_device(device))
+        self.model: nn.Module
+        self.model, preprocessing = find_model(name, weights, pretrained, classes)
+        self.model.to(self.device)
+        self.preprocessing: Preprocessing = preprocessing.changed(
+            size=None if size is None else _pair(size),
+            resize=resize,
+            mean=None if mean is None else _numbers("--mean", mean),
+            std=None if std is None else _numbers("--std", std),
+            interpolation=interpolation,
+        )
+        parameters = sum(p.numel() for p in self.model.parameters())
+        print(f"model: {name}, {parameters:,} parameters, on {self.device}\nimages: {self.preprocessing}")
+
+    def folder(self, path: Path, most: int | None) -> "Folder":
+        """List images, and say what was found."""
+        from ptq4cuda.cli.images import Folder
+
+        try:
+            import PIL  # noqa: F401
+        except ModuleNotFoundError:
+            raise ValueError("images are read by pillow: run `pip install 'ptq4cuda[cli]'`") from None
+        folder = Folder.read(path, most)
+        labels = f", {len(set(folder.labels))} classes" if folder.labels is not None else ""
+        print(f"{path}: {len(folder.files)} images{labels}")
+        return folder
+
+
+def _config(preset: str, fields: list[str]) -> "QuantConfig":
+    from ptq4cuda.config import QuantConfig
+
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    known = {field.name for field in dataclasses.fields(QuantConfig)}
+    given: dict[str, Any] = {}
+    for text in fields:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--set takes FIELD=VALUE, a field of {', '.join(sorted(known))}; got {text!r}")
+        try:
+            given[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            given[name] = value  # a word
+    return QuantConfig(**given) if preset == "default" else getattr(QuantConfig, preset)(**given)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--size must be pixels, as 224 or 224x192, got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise ValueError(f"{option} must be numbers, as 0.485,0.456,0.406, got {text!r}") from None
+
+
+# --- what comes with it ---------------------------------------------------------------------------------------
+
+
+@app.command("info")
+def info_command() -> None:
+    """Show versions, the native libraries in use, and why something is missing."""
+    from ptq4cuda.info import info
+
+    print(info())
+
+
+@app.command("demo")
+def demo_command(
+    file: Annotated[Path | None, typer.Option(help="Keep the 4-bit network in this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the comparison into this image file.")] = None,
+) -> None:
+    """Train a small network on handwritten digits, quantize it, and show what 4 bits cost and bought."""
+    try:
+        import sklearn  # noqa: F401
+
+        if plot is not None:
+            import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"the demo needs {error.name}: run `pip install 'ptq4cuda[demo]'`") from None
+    with _mistakes():
+        from ptq4cuda import demo
+
+        _check_folders(file, plot)
+        demo.run(file, plot)
+
+
+@app.command("bench")
+def bench_command(
+    device: Device = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Few shapes instead of all.")] = False,
+    only: Annotated[str, typer.Option(help='Only some cases, for example "fake_quantize layer1 float32".')] = "",
+    compiled: Annotated[bool, typer.Option(help="Compare with torch.compile, too.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the figures into this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures into this image file.")] = None,
+) -> None:
+    """Time every operator beside a copy of the same memory and beside PyTorch."""
+    with _mistakes(RuntimeError):
+        from ptq4cuda.bench import kernels
+
+        _check_folders(json, plot)
+        kernels.run(_device(device), quick=quick, only=only, compiled=compiled, json_file=json, plot=plot)
+
+
+@app.command("bench-models")
+def bench_models_command(
+    model: Annotated[list[str] | None, typer.Option(help="Architecture, as resnet50; repeatable.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images of a call; repeatable. [default: 1, 8, 64]")
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, help="Pixels of the sides of an image.")] = 224,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of which the median counts.")] = 5,
+    layers: Annotated[bool, typer.Option("--layers", help="Time each layer, too, at the largest batch.")] = False,
+    half: Annotated[bool, typer.Option(help="Compare with bfloat16 (on a GPU float16), too.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Compare with torch.compile, too.")] = True,
+    device: Device = "",
+    json: Annotated[Path | None, typer.Option(help="Write the figures into this file.")] = None,
+) -> None:
+    """Time whole networks with random weights, in float and in 4 bits."""
+    with _mistakes():
+        from ptq4cuda.bench import models
+
+        _check_folders(json)
+        models.run(
+            _device(device),
+            models=model or models.MODELS,
+            batches=batch or models.BATCHES,
+            size=size,
+            repeats=repeats,
+            layers=layers,
+            half=half,
+            compiled=compiled,
+            json_file=json,
+        )
+
+
+@contextmanager
+def _mistakes(*others: type[Exception]) -> Iterator[None]:
+    """Tell a mistake of the caller's in one sentence, and leave with exit status 2."""
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, MemoryError, *others)
+    try:
+        yield
+    except kinds as error:
+        typer.echo(f"ptq4cuda: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("ptq4cuda: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def _check_folders(*files: Path | None) -> None:
+    """Raise before the work rather than after it where a file cannot be written."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"there is no folder {str(file.parent)!r} to write {file.name!r} into")
+
+
+def _device(asked: str) -> str:
+    """Return the device that was asked for, or by default cuda where there is one."""
+    import torch
+
+    if asked not in ("", "cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {asked!r}")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device that this PyTorch can use: `ptq4cuda info` says more")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,170 @@
+"""The commands for models of one's own, from a folder of images to a file and back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from typer.testing import CliRunner, Result
+
+import ptq4cuda
+from ptq4cuda.cli.app import app
+from ptq4cuda.cli.images import Folder, Preprocessing
+from ptq4cuda.cli.layers import compare_layers
+from ptq4cuda.metrics import compare
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)),
+    ).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two classes, and a module with a model."""
+    module = ModuleType("small_model")
+    module.build = build  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "small_model", module)
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / "images" / ("ape", "bee")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    return tmp_path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def quantized(folder: Path, *arguments: object) -> Path:
+    file = folder / "net.ptq4"
+    calibration = ("--calibration", folder / "images", "--size", 16, "--batch", 5)
+    result = run("quantize", "small_model:build", *calibration, "-o", file, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "centre 16 x 16" in result.output
+    assert f"{folder / 'images'}: 12 images, 2 classes" in result.output
+    assert "3 of 3 layers quantized" in result.output
+    assert f"Wrote {file}: {file.stat().st_size:,} bytes." in result.output
+    return file
+
+
+def read(folder: Path, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the commands read."""
+    return Folder.read(folder / "images").batches(Preprocessing((16, 16), 18), batch, torch.device("cpu"), "read")
+
+
+def test_the_file_is_that_of_quantize(folder: Path) -> None:
+    file = quantized(folder, "--preset", "fast", "--set", "first_last_bits=6")
+    config = ptq4cuda.QuantConfig.fast(first_last_bits=6)
+    expected = ptq4cuda.quantize(build(), [x for x, _ in read(folder, 5)], config, progress=False)
+    ptq4cuda.save(expected, folder / "expected.ptq4")
+    assert file.read_bytes() == (folder / "expected.ptq4").read_bytes()
+
+
+def test_evaluate(folder: Path) -> None:
+    file = quantized(folder)
+    result = run("evaluate", "small_model:build", file, folder / "images", "--size", 16)
+    assert result.exit_code == 0, result.output
+    row = next(line.split() for line in result.output.splitlines() if line.startswith("net.ptq4"))
+    found = compare(build(), ptq4cuda.load(file, build()), read(folder, 32))
+    assert row[1:] == [f"{found.top1:.2f}", f"{found.agreement:.2f}", f"{found.sqnr:.1f}"]
+
+
+def test_compare_names_each_layer(folder: Path) -> None:
+    file = quantized(folder)
+    result = run("compare", "small_model:build", file, folder / "images", "--size", 16)
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    rows = {line[0]: line for line in lines if line and line[0] in ("0", "3", "7", "output")}
+    assert rows.keys() == {"0", "3", "7", "output"}
+    for row in rows.values():  # the same images as in calibration
+        assert float(row[-1]) == pytest.approx(float(row[-2]), abs=0.11), row
+
+
+def test_compare_sees_what_is_wrong(folder: Path) -> None:
+    """Other weights than those that were quantized: no layer is as when it was calibrated."""
+    file = quantized(folder)
+    images = [
+        x for x, _ in Folder.read(folder / "images").batches(Preprocessing((16, 16), 18), 4, torch.device("cpu"), "")
+    ]
+    other = build()
+    with torch.no_grad():
+        other[3].weight.neg_()
+    rows = {row.name: row for row in compare_layers(other, file, images)}
+    assert rows["0"].sqnr == pytest.approx(rows["0"].calibrated, abs=0.2)
+    assert rows["3"].sqnr < 0.0 < 15.0 < rows["3"].calibrated
+
+
+def test_inspect_and_report(folder: Path) -> None:
+    file = quantized(folder, "--set", "overrides={'3': {'weight_bits': 6}}")
+    text = run("inspect", file).output
+    parts = ("format 3", "overrides={'3': {'weight_bits': 6}}", "12 samples, walked by graph", "2 Conv2d, 1 Linear")
+    for part in parts:
+        assert part in text, text
+    result = run("report", file, "--json", folder / "report.json")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    assert next(line for line in lines if line[:1] == ["3"])[2] == "6"
+    layers = json.loads((folder / "report.json").read_text())["layers"]
+    assert [layer["name"] for layer in layers] == ["0", "3", "7"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("quantize small_model:build --calibration nowhere -o net.ptq4", "there is no folder 'nowhere'"),
+        (
+            "quantize small_model:build --calibration images -o nowhere/net.ptq4",
+            "there is no folder 'nowhere' to write",
+        ),
+        (
+            "quantize_images --preset best",
+            "--preset must be one of default, fast",
+        ),
+        ("quantize_images --set bits=4", "--set takes FIELD=VALUE, a field of"),
+        (
+            "quantize_images --set weight_bits=9",
+            "weight_bits must be an int from 1",
+        ),
+        ("quantize_images --size 12,12", "--size must be pixels"),
+        ("quantize_images --mean a", "--mean must be numbers"),
+        ("quantize_images --weights w.pt", "there is no file 'w.pt'"),
+        ("quantize_images --device tpu", "--device must be cpu or cuda"),
+        ("evaluate small_model:build none.ptq4 images", "there is no file 'none.ptq4'"),
+        ("inspect none.ptq4", "there is no file 'none.ptq4'"),
+        ("report images", "is a folder or a device, not a file"),
+    ],
+)
+def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str) -> None:
+    monkeypatch.chdir(folder)
+    mine = "quantize small_model:build --calibration images -o x"
+    result = run(*arguments.replace("quantize_images", mine).split())
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (folder / "x").exists()
+
+
+def test_an_interrupted_quantize_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ptq4cuda, "quantize", interrupted)
+    result = run(
+        "quantize", "small_model:build", "--calibration", folder / "images", "-o", folder / "x", "--size", 16
+    )
+    assert result.exit_code == 130
+    assert not (folder / "x").exists()
