@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from ptq4cuda.solve.bits import ALLOCATIONS, Allocation
-from ptq4cuda.solve.clipping import CLIP_RULES, ClipRule
+from ptq4cuda.errors import LaterVersionError
+from ptq4cuda.solve.bits import AllocationRule
+from ptq4cuda.solve.clipping import ClipRule
 from ptq4cuda.solve.correction import WEIGHT_CORRECTIONS, WeightCorrection
 from ptq4cuda.solve.rounding import ROUNDINGS, Rounding
 
@@ -20,6 +21,32 @@ BiasCorrection = WeightCorrection | Literal["output"]
 FLOAT = "float"  # an override that leaves a layer in float
 _BITS = ("weight_bits", "activation_bits")
 Override = Mapping[str, int] | Literal["float"]
+VERSION = 1  # of the fields; more of them make another version
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a QuantConfig says of the inputs of layers; see there."""
+
+    bits: int
+    clipping: str
+    clip_exponent: float
+    granularity: Granularity
+    allocation: str
+    channel_bits: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a QuantConfig says of weights, and of the bias that goes with them; see there."""
+
+    bits: int
+    allocation: str
+    channel_bits: tuple[int, int]
+    fold_activation_scale: bool
+    target: Target
+    rounding: Rounding
+    bias_correction: BiasCorrection
 
 
 @dataclass(frozen=True)
@@ -35,15 +62,16 @@ class QuantConfig:
             They are few of the weights and most of the damage.
         overrides: by the name of a layer or a pattern ("layer1.*"): "float" leaves it in float, {"weight_bits": 8,
             "activation_bits": 8} or one of the two sets its bits. The last pattern that fits a name counts.
-        clipping: range of activations: "laplace" or "gaussian" (optimal for that distribution), "mix" (the better of
-            both as measured), "mse" (searched on the histogram), "percentile", "kld", "minmax", or "auto" (of all but
-            kld the one with the least error, tensor by tensor). Tensors of 8 bits keep their whole range, and so do,
-            under laplace and gaussian, tensors without a known distribution. Outliers of a vanishing share of the
-            samples are clipped before.
+        clipping: the ClipRule by which ranges of activations are chosen: "laplace" or "gaussian" (optimal for that
+            distribution), "mix" (the better of both as measured), "mse" (searched on the histogram), "percentile",
+            "kld", "minmax", or "auto" (of all but kld the one with the least error, tensor by tensor). Tensors of 8
+            bits keep their whole range, and so do, under laplace and gaussian, tensors without a known distribution.
+            Outliers of a vanishing share of the samples are clipped before.
         clip_exponent: k of the error E|x̂ - x|^k that "mse" minimises and "mix" and "auto" compare.
         activation_granularity: one scale per channel or one per tensor.
-        activation_allocation: division of bits among the channels of an activation: "uniform", "analytic"
-            (eq. 10-11) or "greedy" (by measured gain, weighted with what an error costs at the output).
+        activation_allocation: the AllocationRule by which bits are divided among the channels of an activation:
+            "uniform", "analytic" (eq. 10-11) or "greedy" (by measured gain, weighted with what an error costs at the
+            output).
         weight_allocation: "uniform" or "analytic", among a layer's output channels.
         channel_bits: fewest and most bits that an allocation gives a channel.
         fold_activation_scale: quantize weights times the scale of their input channel, the form that integers can
@@ -61,9 +89,10 @@ class QuantConfig:
         execution: "simulate" computes in floating point, "integer" with the codes, which needs fold_activation_scale
             or one scale per tensor; "auto" does that for every layer that can. NaN in an image, which no code stands
             for, is zero in integers.
+        version: of the fields.
 
     Raises:
-        ValueError: a field has a value that is not among those above.
+        ValueError: a field has a value that is not among those above, or that does not go with another's.
     """
 
     weight_bits: int = 4
@@ -71,11 +100,11 @@ class QuantConfig:
     first_last_bits: int = 8
     depthwise_bits: int | None = 8
     overrides: Mapping[str, Override] = field(default_factory=dict)
-    clipping: ClipRule = "mse"
+    clipping: str = "mse"
     clip_exponent: float = 2.5
     activation_granularity: Granularity = "per_channel"
-    activation_allocation: Allocation = "greedy"
-    weight_allocation: Allocation = "uniform"
+    activation_allocation: str = "greedy"
+    weight_allocation: str = "uniform"
     channel_bits: tuple[int, int] = (1, 8)
     fold_activation_scale: bool = True
     target: Target = "block"
@@ -84,21 +113,23 @@ class QuantConfig:
     target_sqnr: float | None = None
     size_budget: float | None = None
     execution: Execution = "auto"
+    version: int = field(default=VERSION, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "first_last_bits", "depthwise_bits"):
             if name != "depthwise_bits" or self.depthwise_bits is not None:
                 _check_bits(name, getattr(self, name))
         choices: dict[str, tuple[Any, ...]] = {
-            "clipping": CLIP_RULES,
+            "clipping": tuple(rule.name for rule in ClipRule.all()),
             "activation_granularity": get_args(Granularity),
-            "activation_allocation": ALLOCATIONS,
-            "weight_allocation": tuple(a for a in ALLOCATIONS if a != "greedy"),
+            "activation_allocation": tuple(rule.name for rule in AllocationRule.all()),
+            "weight_allocation": tuple(rule.name for rule in AllocationRule.all() if not rule.needs_errors),
             "fold_activation_scale": (True, False),
             "target": get_args(Target),
             "rounding": ROUNDINGS,
             "bias_correction": (*WEIGHT_CORRECTIONS, "output"),
             "execution": get_args(Execution),
+            "version": (VERSION,),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -122,6 +153,60 @@ class QuantConfig:
                 raise ValueError(f"overrides[{pattern!r}] must be 'float' or have keys of {_BITS}, got {override!r}")
             for name, bits in override.items():
                 _check_bits(f"overrides[{pattern!r}][{name!r}]", bits)
+        self._check_allocations()
+
+    def _check_allocations(self) -> None:
+        """Raise ValueError where bits cannot be divided among channels as asked, or not be used then."""
+
+        def divided(own: str) -> list[int]:
+            """Return the bits of layers whose channels may get other ones."""
+            bits = [getattr(self, own), self.first_last_bits, self.depthwise_bits or 8]
+            bits += [o[own] for o in self.overrides.values() if isinstance(o, Mapping) and own in o]
+            return [b for b in bits if b < 8]
+
+        weights, activations = divided("weight_bits"), divided("activation_bits")
+        if self.activation_granularity == "per_tensor":
+            activations = []
+        for name, mean_bits in (("activation_allocation", activations), ("weight_allocation", weights)):
+            rule: str = getattr(self, name)
+            for bits in mean_bits:
+                try:
+                    AllocationRule.named(rule).check(bits, *self.channel_bits)
+                except ValueError as error:
+                    raise ValueError(f"channel_bits do not go with {name} {rule!r}: {error}") from error
+        if self.weight_allocation == "uniform" or not weights or self.channel_bits[0] > 0:
+            return
+        if self.rounding != "nearest" or self.target != "weights":
+            raise ValueError(
+                f"with weight_allocation {self.weight_allocation!r} and channel_bits {self.channel_bits} weights may "
+                "have no bits, which they can with rounding 'nearest' and target 'weights' only: give channel_bits "
+                f"(1, {self.channel_bits[1]})"
+            )
+
+    @property
+    def activations(self) -> Activations:
+        """What it says of the inputs of layers."""
+        return Activations(
+            self.activation_bits,
+            self.clipping,
+            self.clip_exponent,
+            self.activation_granularity,
+            self.activation_allocation,
+            self.channel_bits,
+        )
+
+    @property
+    def weights(self) -> Weights:
+        """What it says of weights."""
+        return Weights(
+            self.weight_bits,
+            self.weight_allocation,
+            self.channel_bits,
+            self.fold_activation_scale,
+            self.target,
+            self.rounding,
+            self.bias_correction,
+        )
 
     def override_of(self, name: str) -> Override | None:
         """Return what overrides the bits of a layer, or None."""
@@ -185,11 +270,28 @@ class QuantConfig:
         return cls.paper(8, 4, **fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values; QuantConfig(**fields) makes the same configuration."""
+        """Return the fields as plain values; from_dict makes the same configuration of them."""
         return {
             **asdict(self),
             "overrides": {k: dict(v) if isinstance(v, Mapping) else v for k, v in self.overrides.items()},
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """Return the configuration that to_dict described, of this version or an earlier one.
+
+        Raises:
+            LaterVersionError: it is of a later version, and has fields that this one does not know.
+            TypeError, ValueError: the values do not describe one.
+        """
+        version = values.get("version", VERSION)
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown and _is_number(version) and version > VERSION:
+            raise LaterVersionError(
+                f"its QuantConfig is of version {version} and has {', '.join(unknown)}, which this ptq4cuda does not "
+                f"know, having version {VERSION}: upgrade ptq4cuda"
+            )
+        return cls(**{**values, "version": VERSION})
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What errors of PyTorch are about, and how they are told."""
+"""Errors of this package, and what those of PyTorch are about and how they are told."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+class LaterVersionError(ValueError):
+    """Something was written by a later version, which knows more than this one."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

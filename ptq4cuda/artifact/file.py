@@ -27,6 +27,7 @@ from ptq4cuda.artifact.record import QuantRecord, attach_record, record_of
 from ptq4cuda.artifact.structure import replace_module, structure_of
 from ptq4cuda.artifact.writing import write_whole
 from ptq4cuda.calibrate.inputs import check_float_model, not_finite
+from ptq4cuda.errors import LaterVersionError
 from ptq4cuda.execute.choice import lower
 from ptq4cuda.nn import QuantModule, quant_module_for
 
@@ -258,6 +259,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
                 covered = "header and tensors do" if format >= 3 else "tensors do"
                 raise ValueError(f"its {covered} not have the checksum that they had when it was written")
         return _Header.of(fields), tensors
+    except LaterVersionError as error:
+        raise LaterVersionError(f"{name} was written by a later ptq4cuda: {error}") from error
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise _damaged(name, error) from error
 

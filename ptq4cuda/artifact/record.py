@@ -110,12 +110,13 @@ class QuantRecord:
         """Return the record that to_dict described.
 
         Raises:
+            LaterVersionError: a later version wrote them.
             TypeError, ValueError, KeyError: the fields do not describe one.
         """
         fields = {name: value for name, value in fields.items() if name != "trial"}  # times, in earlier files
         if fields.get("constants"):  # a file's header holds lists
             fields["constants"] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["constants"].items()}
-        fields["config"] = QuantConfig(**fields["config"])
+        fields["config"] = QuantConfig.from_dict(fields["config"])
         fields["layers"] = [_made(LayerRecord, layer) for layer in fields["layers"]]
         fields["trade"] = [_made(Trade, {**step, "raised": tuple(step["raised"])}) for step in fields["trade"]]
         return _made(cls, fields)

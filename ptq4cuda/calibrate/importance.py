@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq4cuda.graph.bind import Interpreter
-from ptq4cuda.graph.layers import activation_of, is_addition, is_concatenation, layer_kind
+from ptq4cuda.graph.layers import activation_of, is_addition, is_concatenation, is_maximum, layer_kind
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.nn.conv import pair
 
@@ -132,9 +132,8 @@ def _back(
     if len(shape) == 4:
         area = _area(shape, axis) / (_area(outputs, seen[node].axis) if len(outputs) == 4 else 1)
         flattened = len(outputs) == 2 and len(cost) == shape[1] * shape[2] * shape[3]
-        maximum = "max" in f"{type(module).__name__} {node.target}".lower()
         if area > 1 and not flattened:
-            cost = cost / (area if maximum else area**2)
+            cost = cost / (area if is_maximum(node, network) else area**2)
     channels = len(positive)
     if len(cost) == channels:
         return cost

@@ -23,7 +23,6 @@ from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.solve.clipping import ClipRule
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -46,7 +45,7 @@ class Signal:
     streams: list[tuple[Any, Any]]
     before: list[Tensor] | None = None
     activation: Activation = IDENTITY
-    quantizers: dict[tuple[int, int], tuple[QuantParams, ClipRule]] = field(default_factory=dict)
+    quantizers: dict[tuple[int, int], tuple[QuantParams, str]] = field(default_factory=dict)
     outliers: str | None = None
     clip: Outliers | None = None
 

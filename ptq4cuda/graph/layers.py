@@ -47,6 +47,16 @@ _TRANSPARENT_METHODS = (
     *("chunk", "split"),
 )
 
+_MAXIMUM_MODULES = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
+)
+_MAXIMUM_CALLS = (
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, torch.adaptive_max_pool1d),
+    *(F.fractional_max_pool2d, F.fractional_max_pool3d, torch.max, torch.amax, "max", "amax"),
+)
+
 
 def leave(module: nn.Module, reason: str) -> None:
     """Let a module of a copied model stay as it is, in float: nothing is folded into it or replaces it."""
@@ -228,6 +238,13 @@ def is_transparent(node: fx.Node, network: fx.GraphModule) -> bool:
     if node.op == "call_function":
         return node.target in _TRANSPARENT_FUNCTIONS
     return node.op == "call_method" and node.target in _TRANSPARENT_METHODS
+
+
+def is_maximum(node: fx.Node, network: fx.GraphModule) -> bool:
+    """Tell whether a node returns of several values the largest one."""
+    if node.op == "call_module":
+        return isinstance(network.get_submodule(str(node.target)), _MAXIMUM_MODULES)
+    return node.op in ("call_function", "call_method") and node.target in _MAXIMUM_CALLS
 
 
 def is_concatenation(function: object) -> bool:

@@ -1,16 +1,19 @@
-"""Per-channel bit allocation: analytic (Banner, Nahshan, Soudry 2019, eq. 10-11) and by measured gain."""
+"""Per-channel bit allocation: analytic (Banner, Nahshan, Soudry 2019, eq. 10-11) and by measured gain.
+
+An allocation rule is a class, at the end of this file or anywhere else: see AllocationRule.
+"""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from typing import Literal, get_args
+from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-Allocation = Literal["uniform", "analytic", "greedy"]
-ALLOCATIONS = get_args(Allocation)
+from ptq4cuda.solve.rules import Rule
 
 
 def allocate_bits(spread: Tensor, mean_bits: float, low: int = 0, high: int = 8) -> Tensor:
@@ -34,8 +37,7 @@ def allocate_bits(spread: Tensor, mean_bits: float, low: int = 0, high: int = 8)
     spread = spread.double()
     if not bool(torch.isfinite(spread).all()) or bool((spread < 0).any()):
         raise ValueError("spread must be finite and not negative")
-    if not 0 <= low <= mean_bits or high > 8 or low > high:
-        raise ValueError(f"a mean of {mean_bits} bits cannot be met with {low} to {high} bits a channel")
+    _check_mean(mean_bits, low, high, most=8)
     demand = 2.0 / 3.0 * torch.log2(spread)  # -inf for a constant channel
 
     def bits(log_budget: float) -> Tensor:
@@ -69,8 +71,7 @@ def allocate_by_gain(errors: Tensor, mean_bits: float, low: int, high: int) -> T
     Returns:
         uint8 [C].
     """
-    if not 0 <= low <= mean_bits <= high <= 8:
-        raise ValueError(f"a mean of {mean_bits} bits cannot be met with {low} to {high} bits a channel")
+    _check_mean(mean_bits, low, high, most=high)
     table = [_convex(row, low, high) for row in errors.tolist()]
     bits = [low] * len(table)
 
@@ -88,6 +89,11 @@ def allocate_by_gain(errors: Tensor, mean_bits: float, low: int, high: int) -> T
         else:
             heapq.heappop(offers)
     return torch.tensor(bits, dtype=torch.uint8, device=errors.device)
+
+
+def _check_mean(mean_bits: float, low: int, high: int, most: int) -> None:
+    if not 0 <= low <= high <= 8 or not low <= mean_bits <= most:
+        raise ValueError(f"a mean of {mean_bits} bits cannot be met with {low} to {high} bits a channel")
 
 
 def _convex(errors: list[float], low: int, high: int) -> list[float]:
@@ -108,3 +114,71 @@ def _convex(errors: list[float], low: int, high: int) -> list[float]:
         for middle in range(a + 1, b):
             table[middle] = errors[a] + (errors[b] - errors[a]) * (middle - a) / (b - a)
     return table
+
+
+# --- rules ------------------------------------------------------------------------------------------------------
+
+
+class AllocationRule(Rule):
+    """How bits are divided among the channels of a tensor.
+
+    Attributes:
+        needs_errors: whether it looks at measured errors, which weights have none of.
+    """
+
+    needs_errors: ClassVar[bool] = False
+
+    def check(self, mean_bits: int, fewest: int, most: int) -> None:
+        """Raise ValueError where these limits allow no such mean."""
+
+    @abstractmethod
+    def bits(self, spread: Tensor, errors: Tensor | None, mean_bits: int, fewest: int, most: int) -> Tensor:
+        """Return the bits of each channel, uint8 [C].
+
+        Args:
+            spread: [C], the scale of each channel's distribution.
+            errors: [C, 9], what the error of each channel with 0 to 8 bits costs, where it is needed.
+            mean_bits: the mean over the channels, at most.
+            fewest: bits of a channel.
+            most: bits of a channel.
+        """
+
+
+class Uniform(AllocationRule):
+    """The same bits for all."""
+
+    name = "uniform"
+
+    def bits(self, spread: Tensor, errors: Tensor | None, mean_bits: int, fewest: int, most: int) -> Tensor:
+        """Return the mean."""
+        return torch.full_like(spread, mean_bits, dtype=torch.uint8)
+
+
+class Analytic(AllocationRule):
+    """By the scale of each channel's distribution (eq. 10-11)."""
+
+    name = "analytic"
+
+    def check(self, mean_bits: int, fewest: int, most: int) -> None:
+        """Raise ValueError where the mean is below the fewest bits."""
+        _check_mean(mean_bits, fewest, most, most=8)
+
+    def bits(self, spread: Tensor, errors: Tensor | None, mean_bits: int, fewest: int, most: int) -> Tensor:
+        """Divide a budget of bins."""
+        return allocate_bits(spread, mean_bits, fewest, most)
+
+
+class Greedy(AllocationRule):
+    """By measured gain, weighted with what an error costs at the output."""
+
+    name = "greedy"
+    needs_errors = True
+
+    def check(self, mean_bits: int, fewest: int, most: int) -> None:
+        """Raise ValueError where the mean is not between the limits."""
+        _check_mean(mean_bits, fewest, most, most=most)
+
+    def bits(self, spread: Tensor, errors: Tensor | None, mean_bits: int, fewest: int, most: int) -> Tensor:
+        """Give bit after bit to the channel that gains most."""
+        assert errors is not None
+        return allocate_by_gain(errors, mean_bits, fewest, most)

@@ -7,12 +7,17 @@ number.
 
 No closed form may be trusted blindly: a histogram shows what a range costs on the values themselves, whatever their
 distribution, and the best range can be searched on it.
+
+A clip rule is a class, at the end of this file or anywhere else: see ClipRule.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +25,8 @@ from torch import Tensor
 from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.quantizer import QuantParams
+from ptq4cuda.solve.rules import Rule
 
-ClosedForm = Literal["laplace", "gaussian", "minmax"]
-ClipRule = Literal["laplace", "gaussian", "minmax", "mse", "percentile", "kld", "mix", "auto"]
-CLIP_RULES = get_args(ClipRule)
 PERCENTILE = 99.9  # of a channel's values, zeros included, that the rule "percentile" keeps
 _EDGES = 128  # limits that a search tries between the ends of a histogram
 _ROWS = 16  # channels whose ranges are compared at a time
@@ -70,37 +73,36 @@ def gaussian_clip(bits: Tensor) -> Tensor:
 
 
 def clip_range(
-    statistics: ChannelStatistics, bits: Tensor, rule: ClosedForm, activation: Activation = IDENTITY
+    statistics: ChannelStatistics, alpha: Tensor, activation: Activation = IDENTITY
 ) -> tuple[Tensor, Tensor]:
-    """Return the range to quantize of activation(x), from the statistics of x ("fused ReLU").
+    """Return the range of activation(x), from the statistics of x ("fused ReLU"), that α about the mean leaves of it.
 
-    A ReLU keeps half of the range 2α, so the same rounding noise is reached with one bit less: α is that of M + 1
-    bits, clipped at max(mean, 0) + α. An activation that keeps another part of it gets log2 of that part.
+    Where the activation has a kink, at zero, the limits are min(mean, 0) - α and max(mean, 0) + α before it.
 
     Args:
         statistics: of x, BEFORE the activation.
-        bits: [C] or [1] bits of each channel.
-        rule: "laplace" or "gaussian" clip to α; "minmax" keeps the whole range.
+        alpha: α, [C].
         activation: what follows x.
 
     Returns:
         Low and high, float64 [C], never outside of the values that were seen.
     """
-    low, high = activation(statistics.min), activation(statistics.max)
-    if rule == "minmax":
-        return low, high
-    slope = activation.negative_slope
-    effective = bits.double() - math.log2((1.0 + slope) / 2.0)
-    if rule == "laplace":
-        alpha = statistics.absdev * laplace_clip(effective)
-    else:
-        alpha = statistics.std * gaussian_clip(effective)
     centre = statistics.mean
-    if slope < 1.0:  # the kink is at zero
-        clip_low, clip_high = centre.clamp_max(0.0) - alpha, centre.clamp_min(0.0) + alpha
+    if activation.negative_slope < 1.0:
+        low, high = centre.clamp_max(0.0) - alpha, centre.clamp_min(0.0) + alpha
     else:
-        clip_low, clip_high = centre - alpha, centre + alpha
-    return torch.maximum(low, activation(clip_low)), torch.minimum(high, activation(clip_high))
+        low, high = centre - alpha, centre + alpha
+    seen_low, seen_high = activation(statistics.min), activation(statistics.max)
+    return torch.maximum(seen_low, activation(low)), torch.minimum(seen_high, activation(high))
+
+
+def effective_bits(bits: float, activation: Activation) -> Tensor:
+    """Return the M for which α is to be taken, float64 [1].
+
+    A ReLU keeps half of the range 2α, so the same rounding noise is reached with one bit less: α is that of M + 1
+    bits. An activation that keeps another part of it gets log2 of that part.
+    """
+    return torch.tensor([bits - math.log2((1.0 + activation.negative_slope) / 2.0)], dtype=torch.float64)
 
 
 # --- on a histogram -------------------------------------------------------------------------------------------
@@ -200,3 +202,158 @@ def kld_clip(histogram: ChannelHistogram, bits: int) -> tuple[Tensor, Tensor]:
         least = torch.where(better, divergence, least)
         best = torch.where(better, share, best)
     return histogram.low * best, histogram.high * best
+
+
+# --- rules ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TensorProfile:
+    """What the fit of a quantizer looks at.
+
+    Attributes:
+        statistics: moments of each channel in float, before the activation where there is one.
+        activation: made the tensor.
+        known: False for values that are never negative and come from no known activation.
+        histogram: of the tensor as the quantized network delivers it; None where no rule asks for it.
+        importance: float64 [C], what a squared error of each channel costs.
+        exponent: k of the error E|x̂ - x|^k that counts.
+    """
+
+    statistics: ChannelStatistics
+    activation: Activation
+    known: bool
+    histogram: ChannelHistogram | None
+    importance: Tensor
+    exponent: float
+
+
+class ClipRule(Rule):
+    """How the range of an activation tensor is chosen.
+
+    Attributes:
+        needs_histogram: whether it looks at the histogram of a profile.
+    """
+
+    needs_histogram: ClassVar[bool] = True
+
+    @abstractmethod
+    def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
+        """Return the range of each channel, float64 [C] each, when all have so many bits, 0 to 8."""
+
+    def candidates(self, profile: TensorProfile) -> Sequence[ClipRule]:
+        """Return the rules of which the one with the least error on the histogram is used."""
+        return (self,)
+
+    def spread(self, statistics: ChannelStatistics) -> Tensor:
+        """Return the scale of each channel's distribution, by which bits are allocated."""
+        return statistics.absdev
+
+
+class MinMax(ClipRule):
+    """The whole range."""
+
+    name = "minmax"
+    needs_histogram = False
+
+    def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest value."""
+        if profile.histogram is not None:
+            return profile.histogram.low, profile.histogram.high
+        return profile.activation(profile.statistics.min), profile.activation(profile.statistics.max)
+
+
+class _ClosedForm(ClipRule):
+    """The optimal clip of a distribution, where the tensor may have it."""
+
+    needs_histogram = False
+
+    def candidates(self, profile: TensorProfile) -> Sequence[ClipRule]:
+        # It is to be spread symmetrically about the mean.
+        return (self,) if profile.known else ()
+
+
+class Laplace(_ClosedForm):
+    """The optimal clip of a Laplace distribution (ACIQ)."""
+
+    name = "laplace"
+
+    def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
+        """Clip at α = b · W(3·4^M)."""
+        ratio = laplace_clip(effective_bits(bits, profile.activation)).to(profile.statistics.mean.device)
+        return clip_range(profile.statistics, profile.statistics.absdev * ratio, profile.activation)
+
+
+class Gaussian(_ClosedForm):
+    """The optimal clip of a Gaussian distribution."""
+
+    name = "gaussian"
+
+    def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
+        """Clip at a multiple of σ."""
+        ratio = gaussian_clip(effective_bits(bits, profile.activation)).to(profile.statistics.mean.device)
+        return clip_range(profile.statistics, profile.statistics.std * ratio, profile.activation)
+
+    def spread(self, statistics: ChannelStatistics) -> Tensor:
+        """Return σ."""
+        return statistics.std
+
+
+class Mse(ClipRule):
+    """The range with the least error, searched on the histogram."""
+
+    name = "mse"
+
+    def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
+        """Search both limits together."""
+        assert profile.histogram is not None
+        return search_clip(profile.histogram, bits, profile.exponent)
+
+
+class Percentile(ClipRule):
+    """All but a share of the values."""
+
+    name = "percentile"
+
+    def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
+        """Leave out as many on either side."""
+        assert profile.histogram is not None
+        return percentile_clip(profile.histogram)
+
+
+class Kld(ClipRule):
+    """The range with the least Kullback-Leibler divergence (TensorRT)."""
+
+    name = "kld"
+
+    def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
+        """Compare thresholds."""
+        assert profile.histogram is not None
+        return kld_clip(profile.histogram, bits)
+
+
+class _BestOf(ClipRule):
+    """The best of several rules as measured, tensor by tensor."""
+
+    rules: ClassVar[tuple[str, ...]]
+
+    def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
+        """Not called: a candidate is chosen first."""
+        raise NotImplementedError
+
+    def candidates(self, profile: TensorProfile) -> Sequence[ClipRule]:
+        return [c for name in self.rules for c in ClipRule.named(name).candidates(profile)]
+
+
+class Mix(_BestOf):
+    """The better one of the two closed forms."""
+
+    name = "mix"
+    rules = ("laplace", "gaussian")
+
+
+class Auto(_BestOf):
+    """The best one of all but kld."""
+
+    name = "auto"
+    rules = ("laplace", "gaussian", "percentile", "mse", "minmax")

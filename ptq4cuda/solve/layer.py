@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ptq4cuda.calibrate.moments import Moments, Samples, layer_moments
 from ptq4cuda.calibrate.signals import LayerCall, Solution
-from ptq4cuda.config import QuantConfig
+from ptq4cuda.config import QuantConfig, Weights
 from ptq4cuda.nn import QuantModule, quant_module_for
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
-from ptq4cuda.solve.bits import allocate_bits
-from ptq4cuda.solve.clipping import ClipRule
+from ptq4cuda.solve.bits import AllocationRule
+from ptq4cuda.solve.clipping import TensorProfile
 from ptq4cuda.solve.correction import correct_bias
 from ptq4cuda.solve.least_squares import Target, fit_blocks, fit_weights
-from ptq4cuda.solve.ranges import TensorProfile, fit_activation, needs_histogram
+from ptq4cuda.solve.ranges import fit_activation, needs_histogram
 from ptq4cuda.solve.rounding import round_for_output, round_to_nearest
 
 
@@ -35,7 +35,7 @@ def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
     if config.rounding != "nearest" or config.target != "weights":
         positions = sum(t.numel() for t in call.outputs) // len(weight)
         measured = layer_moments(module, call.signal.quantized, target_outputs(call, config), positions)
-    module.set_weight(quantize_weight(weight, weight_bits, config, call.layer, measured), call.layer.bias)
+    module.set_weight(quantize_weight(weight, weight_bits, config.weights, call.layer, measured), call.layer.bias)
     if config.bias_correction == "output":
         match_output(module, call, config)
     return Solution(module, clip)
@@ -55,8 +55,8 @@ def bits_of(call: LayerCall, config: QuantConfig) -> tuple[int, int]:
     return bits["weight_bits"], bits["activation_bits"]
 
 
-def quantizer_of(call: LayerCall, bits: int, axis: int, config: QuantConfig) -> tuple[QuantParams, ClipRule]:
-    """Return the quantizer of a layer's input and its clip rule; layers that read one tensor share its quantizer."""
+def quantizer_of(call: LayerCall, bits: int, axis: int, config: QuantConfig) -> tuple[QuantParams, str]:
+    """Return the quantizer of a layer's input, which all layers that read it share, and the name of its clip rule."""
     signal = call.signal
     if (bits, axis) not in signal.quantizers:
         channel_axis = axis if config.activation_granularity == "per_channel" else None
@@ -67,12 +67,13 @@ def quantizer_of(call: LayerCall, bits: int, axis: int, config: QuantConfig) -> 
             statistics=statistics,
             activation=signal.activation,
             known=signal.before is not None or not bool((statistics.min >= 0).all()),
-            histogram=signal.histogram(channel_axis) if needs_histogram(bits, config) else None,
+            histogram=signal.histogram(channel_axis) if needs_histogram(bits, config.activations) else None,
             importance=call.importance.to(statistics.mean.device)
             if channel_axis is not None
             else torch.ones_like(statistics.mean),
+            exponent=config.clip_exponent,
         )
-        signal.quantizers[bits, axis] = fit_activation(profile, bits, axis, config)
+        signal.quantizers[bits, axis] = fit_activation(profile, bits, axis, config.activations)
     return signal.quantizers[bits, axis]
 
 
@@ -88,15 +89,14 @@ def target_outputs(call: LayerCall, config: QuantConfig) -> Iterable[Tensor]:
 def quantize_weight(
     weight: Tensor,
     mean_bits: int,
-    config: QuantConfig,
+    config: Weights,
     layer: nn.Conv2d | nn.Linear,
     measured: tuple[Moments, Moments] | Samples | None,
 ) -> QuantizedWeight:
     """Quantize weights [O, ...]: bits of each output channel, what to reproduce, rounding, correction."""
-    bits = torch.full((len(weight),), mean_bits, dtype=torch.uint8, device=weight.device)
-    if config.weight_allocation == "analytic" and mean_bits < 8:
-        fewest, most = config.channel_bits
-        bits = allocate_bits(weight.flatten(1).double().std(dim=1, correction=0), mean_bits, fewest, most)
+    allocation = AllocationRule.named(config.allocation if mean_bits < 8 else "uniform")
+    spread = weight.flatten(1).double().std(dim=1, correction=0)
+    bits = allocation.bits(spread, None, mean_bits, *config.channel_bits)
     if measured is None:
         quantized = round_to_nearest(weight, bits)
     else:

@@ -93,7 +93,7 @@ def jacobian_energy(net: Net, x: Tensor) -> Tensor:
     return energy.mean((1, 2))
 
 
-def importance(net: Net, x: Tensor) -> Tensor:
+def importance(net: nn.Module, x: Tensor) -> Tensor:
     """Return what an error of each channel of the tensor that `first` makes costs."""
     traced, reason = graph.trace(net.eval())
     assert traced is not None, reason
@@ -123,6 +123,32 @@ def test_importance_of_sums_and_joins_adds_up() -> None:
     weights = joined.joined.weight.detach().double().square().sum((0, 2, 3))
     through = torch.einsum("o,oc->c", weights[4:8], joined.a.weight.detach().double().square().sum((2, 3)))
     torch.testing.assert_close(importance(joined, x), weights[:4] + weights[8:] + through)
+
+
+class Maxima(nn.Module):
+    """A maximum of four values, by a module or a function, or an average that is called a maximum."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.first, self.a = kind, nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, bias=False)
+        self.maximum, self.max_of_mean = nn.MaxPool2d(2), nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.kind == "module":
+            return self.a(self.maximum(x))
+        if self.kind == "function":
+            return self.a(F.max_pool2d(x, 2))
+        return self.a(self.max_of_mean(x) if self.kind == "average" else F.avg_pool2d(x, 2))
+
+
+def test_importance_tells_maxima_from_averages_by_what_is_called() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    found = {kind: importance(Maxima(kind), x) for kind in ("module", "function", "average", "averages")}
+    energy = Maxima("").a.weight.detach().double().square().sum((0, 2, 3))
+    for kind, values in found.items():  # of four values one counts, or each of them a quarter
+        torch.testing.assert_close(values, energy / (4 if kind in ("module", "function") else 16), msg=kind)
 
 
 def test_importance_counts_the_slope_of_activations() -> None:

@@ -10,9 +10,9 @@ import torch
 from scipy import integrate, special
 from torch import Tensor
 
-from ptq4cuda.activation import Activation
+from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.calibrate.statistics import ChannelStatistics
-from ptq4cuda.solve.clipping import clip_range, gaussian_clip, lambert_w, laplace_clip
+from ptq4cuda.solve.clipping import ClipRule, TensorProfile, gaussian_clip, lambert_w, laplace_clip
 
 
 def tensor(*values: float) -> Tensor:
@@ -62,10 +62,16 @@ def statistics(x: Tensor) -> ChannelStatistics:
     return ChannelStatistics.of(x, axis=1)
 
 
+def limits(s: ChannelStatistics, rule: str, activation: Activation = IDENTITY) -> tuple[Tensor, Tensor]:
+    """Return the limits that a rule finds in statistics alone, for 4 bits."""
+    profile = TensorProfile(s, activation, known=True, histogram=None, importance=torch.ones(1), exponent=2.0)
+    return ClipRule.named(rule).limits(profile, 4)
+
+
 def test_relu_clip_is_at_mean_plus_alpha() -> None:
     x = torch.from_numpy(np.random.default_rng(0).laplace(0.5, 1.0, (1, 1, 400, 400))).float()
     s = statistics(x)
-    low, high = clip_range(s, tensor(4), "laplace", Activation())
+    low, high = limits(s, "laplace", Activation())
     assert low.item() == 0.0
     assert high.item() == pytest.approx(s.mean.item() + 6.2048 * s.absdev.item(), rel=1e-4)
 
@@ -73,30 +79,29 @@ def test_relu_clip_is_at_mean_plus_alpha() -> None:
 def test_negative_mean_does_not_pull_the_relu_clip_below_alpha() -> None:
     x = torch.from_numpy(np.random.default_rng(0).laplace(-1.0, 1.0, (1, 1, 400, 400))).float()
     s = statistics(x)
-    _, high = clip_range(s, tensor(4), "laplace", Activation())
+    _, high = limits(s, "laplace", Activation())
     assert high.item() == pytest.approx(6.2048 * s.absdev.item(), rel=1e-4)
 
 
 def test_clip_never_leaves_the_values_seen() -> None:
     x = torch.rand(4, 6, 9, 9) - 0.3  # bounded: alpha is far outside
     s = statistics(x)
-    low, high = clip_range(s, tensor(*[4.0] * 6), "laplace")
+    low, high = limits(s, "laplace")
     torch.testing.assert_close(low, s.min)
     torch.testing.assert_close(high, s.max)
 
 
 def test_relu6_is_clipped_at_six() -> None:
     x = torch.randn(2, 1, 50, 50) * 30
-    _, high = clip_range(statistics(x), tensor(4), "gaussian", Activation(upper=6.0))
+    _, high = limits(statistics(x), "gaussian", Activation(upper=6.0))
     assert high.item() == 6.0
 
 
 def test_leaky_relu_lies_between_relu_and_no_activation() -> None:
     x = torch.from_numpy(np.random.default_rng(0).laplace(0.0, 1.0, (1, 1, 500, 500))).float()
     s = statistics(x)
-    bits = tensor(4)
     (relu_low, relu), (leaky_low, leaky), (_, none) = (
-        clip_range(s, bits, "laplace", Activation(slope)) for slope in (0.0, 0.1, 1.0)
+        limits(s, "laplace", Activation(slope)) for slope in (0.0, 0.1, 1.0)
     )
     assert none.item() < leaky.item() < relu.item()
     assert relu_low.item() == 0.0
@@ -110,7 +115,7 @@ def test_clipping_beats_the_whole_range_on_a_laplace_tensor() -> None:
     s = statistics(x)
     errors = {}
     for rule in ("laplace", "minmax"):
-        low, high = clip_range(s, tensor(4), rule)
+        low, high = limits(s, rule)
         q = QuantParams.from_range(low, high, torch.tensor([4], dtype=torch.uint8))
         errors[rule] = (q.fake_quantize(x) - x).square().mean().item()
     # the paper's expected error at the optimum, of a tensor with b = 1

@@ -16,8 +16,16 @@ from ptq4cuda import QuantConfig, QuantParams
 from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.solve.bits import allocate_by_gain
-from ptq4cuda.solve.clipping import clip_error, gaussian_clip, kld_clip, laplace_clip, percentile_clip, search_clip
-from ptq4cuda.solve.ranges import TensorProfile, fit_activation
+from ptq4cuda.solve.clipping import (
+    TensorProfile,
+    clip_error,
+    gaussian_clip,
+    kld_clip,
+    laplace_clip,
+    percentile_clip,
+    search_clip,
+)
+from ptq4cuda.solve.ranges import fit_activation
 
 N = 40_000
 
@@ -164,7 +172,9 @@ def test_kld_leaves_out_a_lonely_outlier_and_keeps_a_uniform_range() -> None:
 # --- a tensor -------------------------------------------------------------------------------------------------
 
 
-def profile(x: Tensor, activation: Activation = IDENTITY, importance: Tensor | None = None) -> TensorProfile:
+def profile(
+    x: Tensor, activation: Activation = IDENTITY, importance: Tensor | None = None, exponent: float = 2.0
+) -> TensorProfile:
     y = activation(x)
     return TensorProfile(
         ChannelStatistics.of(x),
@@ -172,10 +182,11 @@ def profile(x: Tensor, activation: Activation = IDENTITY, importance: Tensor | N
         known=True,
         histogram=histogram(y),
         importance=torch.ones(x.shape[1], dtype=torch.float64) if importance is None else importance,
+        exponent=exponent,
     )
 
 
-UNIFORM = QuantConfig(activation_allocation="uniform", clip_exponent=2.0)
+UNIFORM = QuantConfig(activation_allocation="uniform")
 
 
 @pytest.mark.parametrize("exponent", [2.0, 3.0])
@@ -187,12 +198,12 @@ def test_auto_and_mix_take_the_best_of_their_rules(bits: int, exponent: float) -
         (("student",), IDENTITY),
         (("uniform", "gaussian"), Activation(0.1)),
     ):
-        p = profile(channels(*names), activation)
+        p = profile(channels(*names), activation, exponent=exponent)
         assert p.histogram is not None
         errors = {}
         for rule in ("laplace", "gaussian", "percentile", "mse", "minmax", "mix", "auto"):
-            config = replace(UNIFORM, clipping=rule, clip_exponent=exponent)
-            q, chosen = fit_activation(p, bits, 1, config)
+            config = replace(UNIFORM, clipping=rule)
+            q, chosen = fit_activation(p, bits, 1, config.activations)
             values = p.histogram.values.float()
             q = QuantParams(q.bits, q.scale, q.zero_point, axis=0)
             error = (q.fake_quantize(values) - values).abs().double().pow(exponent)
@@ -207,20 +218,21 @@ def test_auto_and_mix_take_the_best_of_their_rules(bits: int, exponent: float) -
 def test_eight_bits_keep_the_whole_range() -> None:
     p = profile(channels("student"))
     for rule in ("mse", "laplace", "percentile", "auto"):
-        q, chosen = fit_activation(p, 8, 1, replace(UNIFORM, clipping=rule))
+        q, chosen = fit_activation(p, 8, 1, replace(UNIFORM, clipping=rule).activations)
         assert chosen == "minmax"
         assert float(q.scale) * 255 == pytest.approx(float(p.histogram.high - p.histogram.low), rel=1e-5)
 
 
 def test_bits_go_where_errors_cost() -> None:
     x = torch.cat([channels("gaussian")] * 4, 1)
-    even = fit_activation(profile(x), 4, 1, QuantConfig())[0].bits.tolist()
+    config = QuantConfig().activations
+    even = fit_activation(profile(x), 4, 1, config)[0].bits.tolist()
     assert even == [4, 4, 4, 4]
     importance = torch.tensor([1.0, 1.0, 1.0, 1e4], dtype=torch.float64)
-    bits = fit_activation(profile(x, importance=importance), 4, 1, QuantConfig())[0].bits.tolist()
+    bits = fit_activation(profile(x, importance=importance), 4, 1, config)[0].bits.tolist()
     assert sum(bits) == 16
     assert bits[3] == 8
-    wide = fit_activation(profile(x * torch.tensor([1.0, 1.0, 1.0, 16.0]).view(1, 4, 1)), 4, 1, QuantConfig())[0].bits
+    wide = fit_activation(profile(x * torch.tensor([1.0, 1.0, 1.0, 16.0]).view(1, 4, 1)), 4, 1, config)[0].bits
     assert wide[3] > wide[:3].max()
 
 
