@@ -113,7 +113,7 @@ def quantize_once(
 
     with naming_what_needs_memory("in a forward of the model"):
         network, record.folded, record.reason = prepare(model, inputs, config)
-    layers = [name for name, module in network.named_modules() if graph.layer_kind(module)]
+    layers = [name for name, module in network.named_modules() if graph.quantized_spec(module)]
     for pattern in config.overrides:
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(f"overrides: no layer is called {pattern!r}; the layers are {', '.join(layers)}")

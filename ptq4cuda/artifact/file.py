@@ -49,7 +49,7 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
     record = record_of(network)
     modules = {
         name: {
-            "kind": module.kind,
+            "kind": module.spec.name,
             "quantized_input": module.activation_bits is not None,
             "folded": module.folded,
         }
@@ -100,7 +100,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, execution: Literal["sim
     _check_structure(header.structure, structure_of(network), path)
     layers = dict(network.named_modules())
     for name, quantized in header.modules.items():
-        if not isinstance(layers.get(name), getattr(nn, quantized.kind)):
+        if not isinstance(layers.get(name), quantized.module.spec.float_class):
             raise ValueError(f"{misfit}: in the file {name!r} is a {quantized.kind}, in the model it is not")
         replace_module(network, layers[name], quantized.like(layers[name]))
     # With the versions of its modules, or BatchNorm takes the tensors for those of an old one that it must complete.
@@ -193,14 +193,18 @@ class _QuantizedLayer:
     folded: bool
 
     def __post_init__(self) -> None:
-        quant_module_for(self.kind)
+        quant_module_for(self.kind)  # or KeyError
         if not (isinstance(self.quantized_input, bool) and isinstance(self.folded, bool)):
             raise TypeError("quantized_input and folded must be true or false")
 
-    def like(self, layer: Any) -> nn.Module:
+    @property
+    def module(self) -> type[QuantModule]:
+        """Its class."""
+        return quant_module_for(self.kind)
+
+    def like(self, layer: nn.Module) -> QuantModule:
         """Return the quantized layer of a float one, its weights zero."""
-        like = quant_module_for(self.kind).like
-        return like(layer, quantized_input=self.quantized_input, folded=self.folded)
+        return self.module.like(layer, quantized_input=self.quantized_input, folded=self.folded)
 
 
 @dataclass(frozen=True)

@@ -38,4 +38,4 @@ def replace_module(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _class(module: nn.Module) -> str:
-    return module.kind if isinstance(module, QuantModule) else type(module).__name__
+    return module.spec.name if isinstance(module, QuantModule) else type(module).__name__

@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 from ptq4cuda import graph
 from ptq4cuda.artifact.record import LayerRecord
 from ptq4cuda.calibrate.frontier import Frontier, Memory
-from ptq4cuda.calibrate.importance import layer_importance, output_importance
+from ptq4cuda.calibrate.importance import output_importance
 from ptq4cuda.calibrate.inputs import Inputs, batch_size, device_of
 from ptq4cuda.calibrate.signals import (
     Kept,
@@ -27,7 +27,7 @@ from ptq4cuda.calibrate.statistics import ChannelStatistics
 from ptq4cuda.compat import tree_leaves
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.metrics import Noise
-from ptq4cuda.nn import QuantTensor, quant_module_for
+from ptq4cuda.nn import QuantTensor
 from ptq4cuda.quantizer import QuantParams
 
 
@@ -73,6 +73,7 @@ class _GraphWalk:
         self.layers = [node for node in network.graph.nodes if self._why_float(node) == ""]
         # A tensor's readers are weighed together, also when the first of them is quantized already.
         self.float_layers: dict[fx.Node, Any] = {node: self._module(node) for node in self.layers}
+        self.specs = {node: spec for node in self.layers if (spec := graph.quantized_spec(self._module(node)))}
         self.ends = graph.ends_of(network, self.layers)
         self.costs = output_importance(network, inputs)
         self.as_codes = graph.operands_as_codes(network, *inputs[0])
@@ -146,22 +147,19 @@ class _GraphWalk:
 
     def _solve(self, node: fx.Node) -> Signal:
         layer, source = self._module(node), node.args[0] if node.args else node.kwargs["input"]
-        assert isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(source, fx.Node)
-        kind = graph.layer_kind(layer)
-        assert kind is not None
+        assert isinstance(source, fx.Node)
         signal, importance = self.signals[source], self._importance(source)
-        self._clip_outliers(signal, quant_module_for(kind).activation_axis, importance)
-        outputs = [self.frontier.hold(layer(self.frontier.fetch(x))) for x, _ in signal.streams]
-        call = LayerCall(
+        call = LayerCall.of(
             str(node.target),
             layer,
-            kind,
+            self.specs[node],
             signal,
+            importance,
+            run=layer,
             first_or_last=node in self.ends,
-            outputs=outputs,
-            added=self._added(node, outputs),
-            importance=importance,
         )
+        call.added = self._added(node, call.outputs)
+        self.clipped |= bool(signal.outliers)
         solution = self.solve(call)
         streams, noise = [], Noise()
         for y, (_, quantized) in zip(call.outputs, signal.streams, strict=True):
@@ -193,12 +191,7 @@ class _GraphWalk:
 
     def _importance(self, source: fx.Node) -> Tensor:
         readers = [node for node in source.users if node in self.layers]
-        costs = []
-        for reader in readers:
-            layer = self.float_layers[reader]
-            costs.append(
-                layer_importance(layer, self.costs.get(reader, layer.weight.new_ones(len(layer.weight)).double()))
-            )
+        costs = [self.specs[node].input_cost(self.float_layers[node], self.costs.get(node)) for node in readers]
         return torch.stack(costs).sum(0)
 
     def _added(self, node: fx.Node, outputs: list[Tensor]) -> list[tuple[Tensor, Tensor]] | None:

@@ -22,7 +22,6 @@ from ptq4cuda.artifact.record import LayerRecord
 from ptq4cuda.artifact.structure import replace_module
 from ptq4cuda.calibrate.flow import Flow
 from ptq4cuda.calibrate.frontier import Frontier, Memory
-from ptq4cuda.calibrate.importance import layer_importance
 from ptq4cuda.calibrate.inputs import Inputs, batch_size, device_of
 from ptq4cuda.calibrate.signals import (
     Kept,
@@ -38,7 +37,6 @@ from ptq4cuda.calibrate.signals import (
 from ptq4cuda.compat import WeakIdKeyDictionary, tree_map_only, version_of
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.metrics import Noise
-from ptq4cuda.nn import quant_module_for
 
 
 def walk_modules(
@@ -73,7 +71,7 @@ def walk_modules(
     for name, module in network.named_modules():
         if module in hidden:
             continue
-        reason = graph.why_float(module) or (kept(name) if graph.layer_kind(module) else "")
+        reason = graph.why_float(module) or (kept(name) if graph.quantized_spec(module) else "")
         if module in names and module not in walk.solved:
             reason = walk.left.get(module, "never called as a module")
         if reason:
@@ -104,8 +102,8 @@ def _observe(network: nn.Module, kept: Kept, example: Any) -> tuple[dict[nn.Modu
     while True:
         hidden = graph.hidden_modules(network)
         modules = {module: name for name, module in network.named_modules() if module not in hidden}
-        names = {m: name for m, name in modules.items() if graph.layer_kind(m) and not kept(name)}
-        others = [m for m in modules if m not in names and (graph.layer_kind(m) or graph.why_float(m))]
+        names = {m: name for m, name in modules.items() if graph.quantized_spec(m) and not kept(name)}
+        others = [m for m in modules if m not in names and (graph.quantized_spec(m) or graph.why_float(m))]
         flow = Flow(names, others).run(network, *example)
         for module in flow.read:
             graph.leave(module, "other code than its own reads its parameters")
@@ -139,7 +137,6 @@ class _ModuleWalk:
         memory: Memory,
     ) -> None:
         self.network, self.names, self.ends, self.inputs, self.solve = network, names, ends, inputs, solve
-        self.kinds = {module: str(graph.layer_kind(module)) for module in names}
         self.frontier = Frontier(device_of(network), memory)
         self.solved: dict[nn.Module, Solution] = {}
         self.solved_calls: dict[nn.Module, LayerCall] = {}
@@ -283,22 +280,18 @@ class _ModuleWalk:
         if len(befores) == len(arrivals) and len({found.activation for found in arrivals}) == 1:
             signal.before, signal.activation = befores, arrivals[0].activation
         arrivals.clear()
-        assert isinstance(module, (nn.Conv2d, nn.Linear))
-        kind = self.kinds[module]
-        ones = torch.ones(len(module.weight), dtype=torch.float64, device="cpu")
-        importance = layer_importance(module, ones)
-        signal.clip_outliers(quant_module_for(kind).activation_axis, importance)
-        fetch, hold = self.frontier.fetch, self.frontier.hold
-        call = LayerCall(
+        spec = graph.quantized_spec(module)
+        assert spec is not None
+        call = LayerCall.of(
             self.names[module],
             module,
-            kind,
+            spec,
             signal,
+            spec.input_cost(module),
+            run=partial(self._float, module),
             first_or_last=module in self.ends,
-            outputs=[hold(self._float(module, fetch(x))) for x, _ in signal.streams],
-            added=None,
-            importance=importance,
         )
+        fetch = self.frontier.fetch
         solution = self.solve(call)
         noise, self.outputs[module] = Noise(), {}
         for chunk, y, (_, quantized) in zip(chunks, call.outputs, signal.streams, strict=True):

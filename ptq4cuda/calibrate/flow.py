@@ -26,10 +26,10 @@ from ptq4cuda.compat import (
 )
 from ptq4cuda.graph.copying import hooks_of
 from ptq4cuda.graph.ends import Step, find_ends, is_fixed, is_lookup
-from ptq4cuda.graph.layers import is_concatenation, is_weighted, layer_kind
+from ptq4cuda.graph.layers import is_concatenation, is_weighted, quantized_spec
 from ptq4cuda.graph.readers import is_question
 from ptq4cuda.graph.trace import same
-from ptq4cuda.nn import quant_module_for
+from ptq4cuda.nn import spec_of
 
 
 class Flow(TorchFunctionMode):
@@ -128,10 +128,10 @@ class Flow(TorchFunctionMode):
 
     def _try(self, hook: Callable[..., Any], module: nn.Module, given: tuple[Any, ...]) -> None:
         """Call a hook with a layer and with a quantized one in its place, and note if that makes a difference."""
-        kind = layer_kind(module)
-        assert kind is not None
+        spec = quantized_spec(module)
+        assert spec is not None and spec.quantized is not None
         results = []
-        for layer in (module, quant_module_for(kind).like(module)):  # type: ignore[arg-type]
+        for layer in (module, spec.quantized.like(module)):
             own = tree_map_only(Tensor, torch.clone, given)  # a hook may write into them
             try:
                 results.append((hook(layer, *own), own))
@@ -149,7 +149,8 @@ class Flow(TorchFunctionMode):
         if module not in self.names:
             return
         self.order.setdefault(module)
-        if isinstance(module, nn.Conv2d) and output.dim() == 3:
+        spec = spec_of(module)
+        if spec is not None and spec.is_single(output):
             name, shape = self.names[module], list(output.shape)
             raise ValueError(f"layer {name!r} returns a single image, {shape}, and no batch")
         self._add(Step(self._made_by([output]), layer=module), output)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ptq4cuda.graph.bind import Interpreter
-from ptq4cuda.graph.layers import activation_of, is_addition, is_concatenation, is_maximum, layer_kind
+from ptq4cuda.graph.layers import activation_of, is_addition, is_concatenation, is_maximum, quantized_spec
 from ptq4cuda.graph.readers import readers
-from ptq4cuda.nn.conv import pair
+from ptq4cuda.nn import LayerSpec, spec_of
 
 
 @dataclass
@@ -51,29 +51,18 @@ class _Probe(Interpreter):
 
     def _axis(self, n: fx.Node, shape: torch.Size) -> int:
         """Return the channel axis: the last one beside linear layers, which take images as [N, H, W, C]."""
-        usual = 1 if len(shape) in (2, 4) else len(shape) - 1
-        if self._calls(n, nn.Conv2d):
-            return usual
-        if any(self._calls(node, nn.Linear) for node in (n, *n.users)):
+        spec = self._spec(n)
+        if spec is not None and spec.dims and len(shape) > 1 - spec.axis:
+            return len(shape) + spec.axis
+        beside = [spec for node in (n, *n.users) if (spec := self._spec(node)) is not None]
+        if any(spec.dims == 0 for spec in beside):
             return len(shape) - 1
+        usual = 1 if len(shape) in (2, 4) else len(shape) - 1
         seen = (self.seen[node] for node in n.all_input_nodes if node in self.seen)
         return next((s.axis for s in seen if s.shape == shape), usual)
 
-    def _calls(self, n: fx.Node, kind: type[nn.Module]) -> bool:
-        return n.op == "call_module" and isinstance(self.submodules[str(n.target)], kind)
-
-
-def layer_importance(layer: nn.Conv2d | nn.Linear, outputs: Tensor) -> Tensor:
-    """Return what a squared error of each input channel costs, given what one of each output channel does [O].
-
-    An input of a convolution is read once for each position of the kernel that meets it: r·s / (stride²) times.
-    """
-    squares = layer.weight.detach().double().square()
-    if isinstance(layer, nn.Linear):
-        return outputs @ squares
-    energy = squares.sum((2, 3)).view(layer.groups, -1, squares.shape[1])  # [G, O / G, C / G]
-    cost = (outputs.view(layer.groups, -1, 1) * energy).sum(1).flatten()
-    return cost / math.prod(pair(layer.stride))
+    def _spec(self, n: fx.Node) -> LayerSpec | None:
+        return spec_of(self.submodules[str(n.target)]) if n.op == "call_module" else None
 
 
 def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
@@ -93,7 +82,8 @@ def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx
     seen = probe.seen
     for node, value in seen.items():
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Conv2d) and len(value.shape) == 3:
+        spec = None if module is None else spec_of(module)
+        if spec is not None and spec.dims and len(value.shape) == spec.dims + 1:
             raise ValueError(f"layer {node.target!r} returns a single image, {list(value.shape)}, and no batch")
     costs: dict[fx.Node, Tensor] = {}
     for node in reversed(network.graph.nodes):
@@ -118,8 +108,9 @@ def _back(
     """Return what a node makes a squared error of one of its inputs cost."""
     module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
     shape, axis, positive = seen[source].shape, seen[source].axis, seen[source].positive
-    if module is not None and layer_kind(module) is not None:
-        cost = layer_importance(module, cost)  # type: ignore[arg-type]
+    spec = None if module is None else quantized_spec(module)
+    if spec is not None:
+        cost = spec.input_cost(module, cost)
         return cost if len(cost) == len(positive) else torch.full_like(positive, float(cost.mean()))
     activation = activation_of(node, network)
     if activation is not None and len(cost) == len(positive):

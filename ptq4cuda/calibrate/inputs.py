@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from ptq4cuda.compat import any_global_hook, is_script, tree_leaves, tree_map_only
 from ptq4cuda.errors import first_line, is_out_of_memory
-from ptq4cuda.graph.shapes import CONVOLUTIONS, NORMS
-from ptq4cuda.nn import QuantModule
+from ptq4cuda.graph.shapes import NORMS
+from ptq4cuda.nn import SPECS, QuantModule
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a call
 Inputs = Sequence[Batch]  # of each calibration batch
@@ -43,7 +43,7 @@ def not_finite(network: nn.Module) -> str | None:
 
     What is no layer of torch.nn may hold constants that are infinite on purpose, as masks do.
     """
-    layers = (*CONVOLUTIONS, *NORMS, nn.Linear)
+    layers: tuple[type[nn.Module], ...] = (*NORMS, *(spec.float_class for spec in SPECS))
     for name, module in network.named_modules():
         if not type(module).__module__.startswith("torch.nn.") and not isinstance(module, layers):
             continue

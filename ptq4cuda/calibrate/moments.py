@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ptq4cuda.nn import QuantConv2d, QuantModule
+from ptq4cuda.nn import QuantModule
 from ptq4cuda.solve.blocks import BLOCK, WIDEST
 
 MAX_SAMPLES = 65536  # positions of output maps that are looked at; neighbours tell much the same
@@ -175,9 +174,9 @@ def _samples(
     for x, target in zip(inputs, targets, strict=True):
         u = module.quantized_input(x.to(device))
         t = target.to(device)
-        if isinstance(module, QuantConv2d) and u.dim() == 3:
+        if module.spec.is_single(u):
             u, t = u.unsqueeze(0), t.unsqueeze(0)
-        t = t.movedim(1, -1) if isinstance(module, QuantConv2d) else t
+        t = t.movedim(module.spec.axis, -1)
         rows = t[..., 0].numel()
         low, high = torch.searchsorted(picked, torch.tensor([first, first + rows], device="cpu")).tolist()
         here = picked[low:high] - first
@@ -191,30 +190,10 @@ def _samples(
 
 
 def _samples_at(module: QuantModule, u: Tensor, t: Tensor, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    if isinstance(module, QuantConv2d):
-        patches = _patches(module, u)
-        _, height, width = t.shape[:3]
-        inputs = patches[rows // (height * width), rows // width % height, rows % width]  # [n, R, S, C]
-    else:
-        inputs = u.reshape(-1, u.shape[-1])[rows]
-    n = len(rows)
-    channels = inputs.shape[-1] // groups
+    """Return what the outputs at some positions of t [*, O] read of u, and these outputs."""
+    at = torch.unravel_index(rows, t.shape[:-1])
+    n, channels = len(rows), u.shape[module.spec.axis] // groups
+    inputs = module.spec.windows(module, u)[at]  # [n, *kernel, C]
     inputs = inputs.reshape(n, -1, groups, channels).permute(2, 0, 1, 3).reshape(groups, n, -1)
-    outputs = t.reshape(-1, t.shape[-1])[rows].view(n, groups, -1).permute(1, 0, 2)
+    outputs = t[at].view(n, groups, -1).permute(1, 0, 2)
     return inputs.float(), outputs.float()
-
-
-def _patches(module: QuantConv2d, x: Tensor) -> Tensor:
-    """View the patches that a convolution reads of x [N, C, H, W] as [N, H', W', R, S, C]."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padding = module.explicit_padding
-    x = F.pad(x, padding, mode=mode) if any(padding) else x
-    x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    n, height, width, channels = x.shape
-    (r, s), (sy, sx), (dy, dx) = module.kernel_size, module.stride, module.dilation
-    out = ((height - dy * (r - 1) - 1) // sy + 1, (width - dx * (s - 1) - 1) // sx + 1)
-    steps = x.stride()
-    return x.as_strided(
-        (n, *out, r, s, channels),
-        (steps[0], steps[1] * sy, steps[2] * sx, steps[1] * dy, steps[2] * dx, steps[3]),
-    )

@@ -39,7 +39,7 @@ def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.M
 
 def check_has_convolution(network: nn.Module, model_name: str) -> None:
     """Raise ValueError where no convolution is left to quantize, and say why the first one is not."""
-    if any(graph.layer_kind(module) == "Conv2d" for module in network.modules()):
+    if any((spec := graph.quantized_spec(module)) is not None and spec.dims for module in network.modules()):
         return
     left = [f": {name!r} stays, {why}" for name, m in network.named_modules() if (why := graph.why_left(m))]
     raise ValueError(f"the model has no nn.Conv2d to quantize ({model_name}){''.join(left[:1])}")

@@ -21,10 +21,8 @@ from ptq4cuda.calibrate.frontier import Frontier
 from ptq4cuda.calibrate.outliers import Outliers, find_outliers
 from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.metrics import Noise
-from ptq4cuda.nn import QuantModule
+from ptq4cuda.nn import LayerSpec, QuantModule
 from ptq4cuda.quantizer import QuantParams
-
-Layer = nn.Conv2d | nn.Linear
 
 
 @dataclass(eq=False)
@@ -100,7 +98,7 @@ class LayerCall:
     Attributes:
         name: of the module.
         layer: the float layer.
-        kind: "Conv2d" or "Linear".
+        spec: what kind of layer it is.
         signal: its input.
         first_or_last: True for layers that read an image and for those behind which no other lies.
         outputs: its float output, for each chunk.
@@ -111,13 +109,31 @@ class LayerCall:
     """
 
     name: str
-    layer: Layer
-    kind: str
+    layer: Any
+    spec: LayerSpec
     signal: Signal
     first_or_last: bool
     outputs: list[Tensor]
-    added: list[tuple[Tensor, Tensor]] | None
     importance: Tensor
+    added: list[tuple[Tensor, Tensor]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        layer: nn.Module,
+        spec: LayerSpec,
+        signal: Signal,
+        importance: Tensor,
+        *,
+        run: Callable[[Tensor], Tensor],
+        first_or_last: bool,
+    ) -> LayerCall:
+        """Clip what stands out of the input of a layer, and run the layer, in float, on every chunk."""
+        signal.clip_outliers(spec.axis, importance)
+        hold, fetch = signal.frontier.hold, signal.frontier.fetch
+        outputs = [hold(run(fetch(x))) for x, _ in signal.streams]
+        return cls(name, layer, spec, signal, first_or_last, outputs, importance)
 
 
 @dataclass(eq=False)
@@ -158,7 +174,7 @@ def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerR
     activation_bits = module.activation_bits
     return LayerRecord(
         name=call.name,
-        kind=call.kind,
+        kind=call.spec.name,
         weight_bits=float(module.weight_bits.float().mean()),
         activation_bits=None if activation_bits is None else float(activation_bits.float().mean()),
         clip=solution.clip,

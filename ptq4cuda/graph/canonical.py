@@ -8,17 +8,18 @@ x.view(len(x), -1) is no view. The graph must be free of in-place operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ptq4cuda.compat import BatchNorm
 from ptq4cuda.graph.copying import copy_sharing, held_modules
-from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, is_concatenation, layer_kind, leave
+from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, is_concatenation, leave, quantized_spec
 from ptq4cuda.graph.readers import is_number, readers
 from ptq4cuda.graph.shapes import DROPOUTS, Shapes, infer_shapes
+from ptq4cuda.nn import SPECS, LayerSpec, spec_of
 
 _IDENTITIES = (nn.Identity, *DROPOUTS)
 _DROPOUTS = (
@@ -235,7 +236,8 @@ def _wanted_name(node: fx.Node) -> str:
     if not scope:
         return node.name
     path, kind = scope[0]
-    layer = isinstance(kind, type) and issubclass(kind, (nn.Conv2d, nn.Linear, BatchNorm))
+    layers = [spec.float_class for spec in SPECS if spec.quantized is not None]
+    layer = isinstance(kind, type) and issubclass(kind, (*layers, *BATCH_NORMS))
     return path if layer and path else f"{path}.{node.name}".lstrip(".")
 
 
@@ -261,28 +263,14 @@ def _literal(*values: Any) -> bool:
     return not any(isinstance(item, fx.Node) for item in items)
 
 
-def _conv2d(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> nn.Module | None:
-    names = "input weight bias stride padding dilation groups"
-    a = arguments(node, names, bias=None, stride=1, padding=0, dilation=1, groups=1)
+def _layer(spec: LayerSpec, node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> nn.Module | None:
+    names = spec.arguments.split()
+    a = arguments(node, f"input weight bias {spec.arguments}", bias=None)
     tensors = _constants(network, weight=a["weight"], bias=a["bias"])
-    geometry = [tuple(v) if isinstance(v, list) else v for v in (a["stride"], a["padding"], a["dilation"])]
-    if tensors is None or tensors["weight"] is None or not _literal(*geometry, a["groups"]):
+    geometry = {name: tuple(v) if isinstance(v := a[name], list) else v for name in names if name in a}
+    if tensors is None or (weight := tensors["weight"]) is None or weight.dim() != spec.dims + 2:
         return None
-    stride, padding, dilation = geometry
-    out_channels, per_group, height, width = tensors["weight"].shape
-    conv = nn.Conv2d(
-        per_group * a["groups"], out_channels, (height, width), stride, padding, dilation, a["groups"], device="meta"
-    )
-    return _parameters(conv, **tensors)
-
-
-def _linear(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> nn.Module | None:
-    a = arguments(node, "input weight bias", bias=None)
-    tensors = _constants(network, weight=a["weight"], bias=a["bias"])
-    if tensors is None or tensors["weight"] is None or tensors["weight"].dim() != 2:
-        return None
-    out_features, in_features = tensors["weight"].shape
-    return _parameters(nn.Linear(in_features, out_features, device="meta"), **tensors)
+    return _parameters(spec.layer_for(weight, geometry), **tensors) if _literal(*geometry.values()) else None
 
 
 def _batch_norm(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> nn.Module | None:
@@ -293,25 +281,27 @@ def _batch_norm(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> nn.Mo
     if tensors is None or tensors["running_var"] is None or a["training"] is not False or not _literal(a["eps"]):
         return None
     shape = shapes.of(a["input"])
-    beside = any(_is_conv2d(n, network) for n in (a["input"], *node.users))
-    kind = BATCH_NORM_OF_RANK.get(len(shape)) if shape is not None else nn.BatchNorm2d if beside else None
+    beside = [spec for n in (a["input"], *node.users) if (spec := _convolution(n, network)) is not None]
+    kind = BATCH_NORM_OF_RANK.get(len(shape)) if shape is not None else beside[0].norm if beside else None
     if kind is None:
         return None
     norm = kind(len(tensors["running_var"]), eps=a["eps"], device="meta")
     return _parameters(norm, **tensors, num_batches_tracked=None)
 
 
-def _is_conv2d(node: object, network: fx.GraphModule) -> bool:
+def _convolution(node: object, network: fx.GraphModule) -> LayerSpec | None:
+    """Return which convolution a node calls, None where it calls none."""
     if not isinstance(node, fx.Node):
-        return False
+        return None
     if node.op == "call_module":
-        return isinstance(network.get_submodule(str(node.target)), nn.Conv2d)
-    return node.target is F.conv2d
+        spec = spec_of(network.get_submodule(str(node.target)))
+    else:
+        spec = next((spec for spec in SPECS if spec.function is node.target), None)
+    return spec if spec is not None and spec.dims else None
 
 
 _MAKERS: dict[Any, Callable[[fx.Node, fx.GraphModule, Shapes], nn.Module | None]] = {
-    F.conv2d: _conv2d,
-    F.linear: _linear,
+    **{spec.function: partial(_layer, spec) for spec in SPECS if spec.quantized is not None},
     F.batch_norm: _batch_norm,
 }
 
@@ -326,7 +316,7 @@ def _separate_calls(network: fx.GraphModule, taken: set[str]) -> None:
         if node.op == "call_module":
             name = str(node.target)
             module = network.get_submodule(name)
-            if name in called and layer_kind(module) is not None:
+            if name in called and quantized_spec(module) is not None:
                 _call(node, name, copy_sharing(module), network, taken)
             called.add(name)
 

@@ -13,13 +13,11 @@ from torch.nn import functional as F
 
 from ptq4cuda.compat import ASSERTION
 from ptq4cuda.graph.canonical import arguments, constant, drop_unused, substitute
-from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_kind, why_left
+from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, layer_spec
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.graph.shapes import Shapes, infer_shapes, is_move, source_of
-from ptq4cuda.nn.conv import pair
+from ptq4cuda.nn import LayerSpec
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_FOLDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _INTERPOLATIONS = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear")  # their weights add up to one
 _AVERAGES = (torch.mean, "mean", F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 _MULTIPLY = (operator.mul, torch.mul, "mul")
@@ -65,6 +63,34 @@ def fold_sizes(network: fx.GraphModule) -> None:
     drop_unused(network)
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A layer into which a scale and a shift can be folded."""
+
+    module: Any
+    spec: LayerSpec
+
+    @property
+    def rows(self) -> Tensor:
+        return self.spec.rows(self.module)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.module.bias
+        return bias
+
+    @property
+    def groups(self) -> int:
+        return self.spec.groups(self.module)
+
+    @property
+    def inputs(self) -> int:
+        return self.rows.shape[1] * self.groups
+
+    def set(self, rows: Tensor, bias: Tensor) -> None:
+        self.spec.set_rows(self.module, rows, bias)
+
+
 @dataclass
 class _Path:
     """From the values of a layer to a node, by nodes that only move them.
@@ -88,9 +114,9 @@ def _fold_into_previous(node: fx.Node, network: fx.GraphModule, shapes: Shapes) 
     if paths is None:
         return False
     layers = [layer for path in paths if (layer := _layer(path.layer, network)) is not None]
-    channels = [layer.weight.shape[1 if isinstance(layer, _TRANSPOSED) else 0] for layer in layers]
+    channels = [len(layer.rows) for layer in layers]
     if node.op == "call_module":
-        affine = _batch_norm_of(node, network, paths[0].rank, paths[0].axis, layers[0])
+        affine = _batch_norm_of(node, network, paths[0].rank, paths[0].axis, layers[0].spec)
     else:
         affine = _constants_of(node, paths[0], network)
     if affine is None or any(t.numel() not in (1, sum(channels)) for t in affine):
@@ -98,8 +124,7 @@ def _fold_into_previous(node: fx.Node, network: fx.GraphModule, shapes: Shapes) 
     parts = (t.double().expand(sum(channels)).split(channels) for t in affine)
     for layer, scale, shift in zip(layers, *parts, strict=True):
         bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(scale)
-        shape = (1, -1) if isinstance(layer, _TRANSPOSED) else (-1, 1)
-        _set(layer, layer.weight.double() * _expand(scale.view(shape), layer.weight), bias * scale + shift)
+        layer.set(layer.rows.double() * _expand(scale.view(-1, 1), layer.rows), bias * scale + shift)
     node.replace_all_uses_with(paths[0].end)
     network.graph.erase_node(node)
     return True
@@ -134,7 +159,7 @@ def _path_from_layer(end: fx.Node, reader: fx.Node, network: fx.GraphModule, sha
     layer = _layer(node, network)
     if layer is None or readers(node) != [reader]:
         return None
-    shape, axis = shapes.of(node), -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()
+    shape, axis = shapes.of(node), layer.spec.axis
     for move in reversed(moves):
         if shape is None:
             return None
@@ -159,21 +184,22 @@ def _fold_into_next(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> b
     if not paths or len(paths) < len(found):
         return False
     shape = shapes.of(node)
-    affine = _batch_norm_of(node, network, None if shape is None else len(shape), 1 - len(shape or "NC"), paths[0][0])
-    if affine is None or any(_inputs(layer) % len(affine[0]) for layer, _ in paths):
+    affine = _batch_norm_of(
+        node, network, None if shape is None else len(shape), 1 - len(shape or "NC"), paths[0][0].spec
+    )
+    if affine is None or any(layer.inputs % len(affine[0]) for layer, _ in paths):
         return False
-    repeats = [_inputs(layer) // len(affine[0]) for layer, _ in paths]
+    repeats = [layer.inputs // len(affine[0]) for layer, _ in paths]
     if any(repeat > 1 and not merged for repeat, (_, merged) in zip(repeats, paths, strict=True)):
         return False
     for repeat, (layer, _) in zip(repeats, paths, strict=True):
         scale, shift = (t.repeat_interleave(repeat) for t in affine)
-        weight = layer.weight.double()
-        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        weight, groups = layer.rows.double(), layer.groups
         # Output channel o of group g reads the input channels of group g.
         per_row = [t.view(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1) for t in (scale, shift)]
         by_weight = [_expand(t, weight) for t in per_row]
         bias = layer.bias.double() if layer.bias is not None else 0.0
-        _set(layer, weight * by_weight[0], bias + (weight * by_weight[1]).flatten(1).sum(1))
+        layer.set(weight * by_weight[0], bias + (weight * by_weight[1]).flatten(1).sum(1))
     node.replace_all_uses_with(source)
     network.graph.erase_node(node)
     return True
@@ -181,7 +207,7 @@ def _fold_into_next(node: fx.Node, network: fx.GraphModule, shapes: Shapes) -> b
 
 def _path_to_layer(
     reader: fx.Node, node: fx.Node, network: fx.GraphModule, shapes: Shapes
-) -> tuple[nn.Conv2d | nn.Linear, bool] | None:
+) -> tuple[_Layer, bool] | None:
     """Return the layer that reads the channels of axis 1, after moves, and whether others were merged into these."""
     shape, axis, merged = shapes.of(node), 1, False
     while _keeps_channels(reader, network):
@@ -195,9 +221,9 @@ def _path_to_layer(
             return None
         shape, axis, reader = after, kept, readers(reader)[0]
     layer = _layer(reader, network)
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)) or pads_with_zeros(layer):
+    if layer is None or layer.spec.sees_border(layer.module):
         return None
-    if shape is not None and axis != (len(shape) - 1 if isinstance(layer, nn.Linear) else 1):
+    if shape is not None and axis != (len(shape) - 1 if not layer.spec.dims else 1):
         return None
     return layer, merged
 
@@ -228,39 +254,18 @@ def _several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _inputs(layer: nn.Conv2d | nn.Linear) -> int:
-    return layer.weight.shape[1] * (layer.groups if isinstance(layer, nn.Conv2d) else 1)
-
-
-def pads_with_zeros(layer: nn.Module) -> bool:
-    """Tell whether a layer sees zeros beyond the border of its input, which a shift would have to move."""
-    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros":
-        return False
-    if isinstance(layer.padding, str):
-        return layer.padding == "same" and max(layer.weight.shape[2:]) > 1
-    return any(pair(layer.padding))
-
-
-def _norm_beside(layer: nn.Module) -> type[nn.Module]:
-    """Return the class of BatchNorm for the dimensions of a layer's tensors."""
-    return BATCH_NORM_OF_RANK[2 if isinstance(layer, nn.Linear) else layer.weight.dim()]  # type: ignore[operator]
-
-
-def _layer(node: fx.Node | None, network: fx.GraphModule) -> nn.Conv2d | nn.Linear | None:
+def _layer(node: fx.Node | None, network: fx.GraphModule) -> _Layer | None:
     """Return the layer that a node calls if a BatchNorm can be folded into it: called nowhere else."""
     if node is None or node.op != "call_module":
         return None
-    layer = network.get_submodule(str(node.target))
-    if why_left(layer) or (type(layer) not in _FOLDS and layer_kind(layer) is None):
-        return None
-    if isinstance(layer, _TRANSPOSED) and layer.groups > 1:
-        return None
+    module = network.get_submodule(str(node.target))
+    spec = layer_spec(module)
     calls = Counter(n.target for n in network.graph.nodes if n.op == "call_module")
-    return layer if calls[node.target] == 1 else None  # type: ignore[return-value]
+    return _Layer(module, spec) if spec is not None and calls[node.target] == 1 else None
 
 
 def _batch_norm_of(
-    node: fx.Node, network: fx.GraphModule, rank: int | None, axis: int, layer: nn.Module
+    node: fx.Node, network: fx.GraphModule, rank: int | None, axis: int, beside: LayerSpec
 ) -> tuple[Tensor, Tensor] | None:
     """Return scale and shift per channel of a BatchNorm, float64, or None.
 
@@ -269,10 +274,10 @@ def _batch_norm_of(
         network: of the node.
         rank: of its input, None where it is not known: then it is taken to be what the layer beside it has.
         axis: of the layer's channels in its input, counted from the back.
-        layer: beside it.
+        beside: the kind of the layer.
     """
     norm = network.get_submodule(str(node.target))
-    kind = BATCH_NORM_OF_RANK.get(rank) if rank is not None else _norm_beside(layer)
+    kind = BATCH_NORM_OF_RANK.get(rank) if rank is not None else beside.norm
     if kind is None or type(norm) not in (kind, nn.SyncBatchNorm) or not isinstance(norm, BATCH_NORMS):
         return None
     if norm.training or (rank is not None and rank + axis != 1):
@@ -328,9 +333,3 @@ def _constants_of(node: fx.Node, path: _Path, network: fx.GraphModule) -> tuple[
 def _expand(scale: Tensor, weight: Tensor) -> Tensor:
     """View [a, b] so that it broadcasts over weights [a, b, ...]."""
     return scale.view(*scale.shape, *(1,) * (weight.dim() - 2))
-
-
-def _set(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    dtype = layer.weight.dtype
-    layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-    layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)

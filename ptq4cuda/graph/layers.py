@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from ptq4cuda.activation import Activation
 from ptq4cuda.compat import CONV_FORWARD, BatchNorm
 from ptq4cuda.graph.readers import readers
+from ptq4cuda.nn import SPECS, LayerSpec, QuantModule, spec_of
 
-_QUANTIZABLE = {nn.Conv2d: "Conv2d", nn.Linear: "Linear"}
 _LEFT = "_ptq4cuda_left"  # an attribute of a module of a copied model: why it stays as it is
 BATCH_NORMS = (BatchNorm,)
 BATCH_NORM_OF_RANK: dict[int, type[BatchNorm]] = {
@@ -85,20 +85,19 @@ def _is_of_torch(code: object) -> bool:
     return (getattr(code, "__module__", None) or "torch").partition(".")[0] == "torch"
 
 
-def layer_kind(module: nn.Module) -> str | None:
-    """Return "Conv2d" or "Linear" for a module that is quantized, else None.
+def layer_spec(module: nn.Module) -> LayerSpec | None:
+    """Return what kind of layer a module is that computes as torch.nn's class does and may be changed, else None.
 
     A subclass counts if it computes what its base does; one with a forward of its own is left alone.
     """
-    if why_left(module):
-        return None
-    for base, kind in _QUANTIZABLE.items():
-        if not isinstance(module, base):
-            continue
-        methods = ("forward", CONV_FORWARD) if kind == "Conv2d" else ("forward",)
-        if all(getattr(type(module), name) is getattr(base, name) for name in methods):
-            return kind
-    return None
+    spec = spec_of(module)
+    return spec if spec is not None and not why_left(module) and spec.computes(module) else None
+
+
+def quantized_spec(module: nn.Module) -> LayerSpec | None:
+    """Return what kind of layer a module is that is quantized, else None."""
+    spec = layer_spec(module)
+    return spec if spec is not None and spec.quantized is not None else None
 
 
 # --- what stays in float ----------------------------------------------------------------------------------------
@@ -111,10 +110,12 @@ def why_float(module: nn.Module) -> str | None:
     if _is_whole(module) and any(module.children()) and any(True for _ in module.parameters()):
         return f"{type(module).__name__} is not supported"
     own = next(module.parameters(recurse=False), None)
-    known = isinstance(module, (nn.Conv2d, nn.Linear)) or type(module).__module__.startswith("torch.nn.")
-    if own is None or layer_kind(module) is not None or isinstance(module, nn.PReLU) or not known:
+    spec = spec_of(module)
+    replaced = spec is not None and spec.quantized is not None
+    known = replaced or type(module).__module__.startswith("torch.nn.")
+    if own is None or quantized_spec(module) is not None or isinstance(module, nn.PReLU) or not known:
         return None
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if replaced:
         return why_left(module) or f"{type(module).__name__} has a forward of its own"
     return f"{type(module).__name__} is not supported"
 
@@ -142,14 +143,14 @@ def why_float_call(node: fx.Node, network: fx.GraphModule) -> str | None:
         module = network.get_submodule(str(node.target))
         if isinstance(module, BATCH_NORMS):
             return _why_not_folded(node, module, network)
-        if layer_kind(module) is not None:
+        if quantized_spec(module) is not None:
             return ""
         # A module of torch.nn is one node with all that is in it.
         hidden = any(module.children()) and any(True for _ in module.parameters())
         return why_float(module) or (f"{type(module).__name__} is not supported" if hidden else None)
     if not is_weighted(node.target) and not (node.op == "call_method" and node.target in _METHODS):
         return None
-    if node.target in (F.conv2d, F.linear):
+    if any(node.target is spec.function for spec in SPECS if spec.quantized is not None):
         return f"a call of {call_name(node, network)} with weights that are not constant"
     return f"a call of {call_name(node, network)} is not supported"
 
@@ -157,8 +158,8 @@ def why_float_call(node: fx.Node, network: fx.GraphModule) -> str | None:
 def call_name(node: fx.Node, network: fx.GraphModule) -> str:
     """Return the name of what a node calls: the class of a module, or of the function or method."""
     if node.op == "call_module":
-        module = type(network.get_submodule(str(node.target)))
-        return str(getattr(module, "kind", module.__name__))  # a quantized layer has the name of its float class
+        module = network.get_submodule(str(node.target))
+        return module.spec.name if isinstance(module, QuantModule) else type(module).__name__
     return str(getattr(node.target, "__name__", node.target))
 
 
@@ -171,11 +172,19 @@ def _why_not_folded(node: fx.Node, norm: BatchNorm, network: fx.GraphModule) -> 
         return f"layer {source.target!r} before it stays as it is: {left}"
     after = ", ".join(dict.fromkeys(call_name(n, network) for n in readers(node)))
     before = call_name(source, network)
-    if before.startswith(("Conv", "Linear")) and len(readers(source)) > 1:
+    if _called_spec(source, network) is not None and len(readers(source)) > 1:
         return f"layer {source.target!r} before it has other readers"
-    if after == "Conv2d":
+    if all((spec := _called_spec(n, network)) is not None and spec.dims for n in readers(node)):
         return "the convolution after it pads with zeros, which a shift would move"
     return f"between {before} and {after} there is no layer to fold it into"
+
+
+def _called_spec(node: fx.Node, network: fx.GraphModule) -> LayerSpec | None:
+    """Return the kind of layer that a node calls, which may be quantized by now."""
+    module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, QuantModule):
+        return module.spec
+    return None if module is None else spec_of(module)
 
 
 # --- activations ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import fx
 
 from ptq4cuda.graph.fold import fold_batch_norm
-from ptq4cuda.graph.layers import is_addition, layer_kind
+from ptq4cuda.graph.layers import is_addition, quantized_spec
 from ptq4cuda.graph.residual import mark_residuals
 
 
@@ -37,7 +37,7 @@ def shortcuts_first(network: fx.GraphModule) -> None:
     order = {node: i for i, node in enumerate(network.graph.nodes)}
 
     def is_layer(node: fx.Node) -> bool:
-        return node.op == "call_module" and layer_kind(network.get_submodule(str(node.target))) is not None
+        return node.op == "call_module" and quantized_spec(network.get_submodule(str(node.target))) is not None
 
     for addition in list(network.graph.nodes):
         if not is_addition(addition) or len(addition.all_input_nodes) != 2:

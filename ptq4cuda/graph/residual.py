@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ptq4cuda.graph.bind import Interpreter
 from ptq4cuda.graph.canonical import constant
-from ptq4cuda.graph.layers import is_addition, layer_kind, why_float_call
+from ptq4cuda.graph.layers import is_addition, quantized_spec, why_float_call
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.graph.shapes import Shape, infer_shapes
 from ptq4cuda.nn import QuantTensor
@@ -33,7 +33,8 @@ def mark_residuals(network: fx.GraphModule, quantized: Callable[[str], bool]) ->
         other, layer = sorted(addition.all_input_nodes, key=order.__getitem__)
         if why_float_call(layer, network) != "" or not quantized(str(layer.target)) or readers(layer) != [addition]:
             continue
-        if layer_kind(network.get_submodule(str(layer.target))) != "Conv2d":
+        spec = quantized_spec(network.get_submodule(str(layer.target)))
+        if spec is None or not spec.dims:
             continue
         name = f"{addition.name}_residual"
         while hasattr(network, name):  # a name of the model's

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from ptq4cuda.compat import BatchNorm
 from ptq4cuda.graph.functionalize import with_item
 from ptq4cuda.graph.readers import is_number
-from ptq4cuda.nn.conv import pair
+from ptq4cuda.nn import spec_of
 
 
 class Size:
@@ -34,7 +34,6 @@ _MOVES = frozenset(
     ]
 )
 
-CONVOLUTIONS = tuple(getattr(nn, f"Conv{kind}{dims}d") for kind in ("", "Transpose") for dims in (1, 2, 3))
 NORMS = (BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _UNARY_MODULES = (
@@ -290,16 +289,16 @@ class Shapes:
         return name_of(move, self.network) in ("flatten", "reshape") and _all_equal(before[:axis], after[:axis])
 
     def _of_module(self, module: nn.Module, x: Shape | None) -> Shape | None:
-        if isinstance(module, CONVOLUTIONS):
-            spatial = len(module.kernel_size)
-            weight = _attribute(module, "weight").shape
-            channels = weight[1] * module.groups if module.transposed else weight[0]
-            if x is None or len(x) != spatial + 2:
-                return (Size(), channels, *(Size() for _ in range(spatial)))
+        spec = spec_of(module)
+        if spec is not None:
+            outputs = spec.row_shape(_attribute(module, "weight").shape, spec.groups(module))[0]
+            if not spec.dims:
+                return None if x is None else (*x[:-1], outputs)
+            if x is None or len(x) != spec.dims + 2:
+                return (Size(), outputs, *(Size() for _ in range(spec.dims)))
             # A kernel of one pixel keeps sizes, and one image of one pixel for all inputs stays one.
-            kept = type(module) is nn.Conv2d and max(weight[2:]) == 1 and pair(module.stride) == (1, 1)
-            kept = kept and not isinstance(module.padding, str) and pair(module.padding) == (0, 0)
-            return (x[0], channels, *(x[2:] if kept else (Size() for _ in range(spatial))))
+            kept = spec.computes(module) and spec.keeps_size(module)
+            return (x[0], outputs, *(x[2:] if kept else (Size() for _ in range(spec.dims))))
         for spatial, kinds in _POOLS:
             if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) and module.output_size in (1, (1, 1)):
                 return None if x is None or len(x) != 4 else (*x[:2], 1, 1)
@@ -307,8 +306,6 @@ class Shapes:
                 return self._pooled(x, spatial)
         if x is None:
             return None
-        if isinstance(module, nn.Linear):
-            return (*x[:-1], _attribute(module, "weight").shape[0])
         if isinstance(module, (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)):
             return self._pooled(x, len(x) - 2)
         return x if isinstance(module, _UNARY_MODULES) else None

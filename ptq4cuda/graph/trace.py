@@ -20,7 +20,7 @@ from ptq4cuda.graph.canonical import canonicalize
 from ptq4cuda.graph.copying import copy_model, hooks_of
 from ptq4cuda.graph.fold import fold_sizes
 from ptq4cuda.graph.functionalize import InPlaceError, functionalize
-from ptq4cuda.graph.layers import layer_kind, leave_what_is_patched
+from ptq4cuda.graph.layers import leave_what_is_patched, quantized_spec
 from ptq4cuda.graph.network import Network
 from ptq4cuda.graph.tracer import Tracer
 from ptq4cuda.graph.wrappers import unwrap_parts
@@ -203,7 +203,7 @@ def _changes_of_inputs(traced: nn.Module) -> Iterator[list[str]]:
         nodes = traced.graph.nodes if isinstance(traced, fx.GraphModule) else ()
         for name in {str(node.target) for node in nodes if node.op == "call_module"}:
             module = traced.get_submodule(name)
-            if layer_kind(module) is None and not type(module).__module__.startswith("torch.nn."):
+            if quantized_spec(module) is None and not type(module).__module__.startswith("torch.nn."):
                 watch(name, module)
         yield found
     finally:

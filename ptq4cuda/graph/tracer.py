@@ -27,7 +27,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from ptq4cuda.compat import CALL, PARAMETERS, is_wrapped, number_names_anew, own_call
 from ptq4cuda.containers import contents
 from ptq4cuda.graph.functionalize import INPLACE_OPERATORS
-from ptq4cuda.graph.layers import layer_kind, why_left
+from ptq4cuda.graph.layers import quantized_spec, why_left
 from ptq4cuda.graph.shapes import Shapes
 
 
@@ -252,13 +252,13 @@ class Tracer(fx.Tracer):
         """Tell whether a module is one node."""
         if why_left(m):  # a method was replaced: its code is traced, as that of a class of one's own
             return False
-        if layer_kind(m) is not None or super().is_leaf_module(m, module_qualified_name):
+        if quantized_spec(m) is not None or super().is_leaf_module(m, module_qualified_name):
             return True
         return type(m) in self.opaque and self._may_be_leaf(m)
 
     def _may_be_leaf(self, module: nn.Module) -> bool:
         """Tell whether nothing is lost if a module is one node: no layer is in it, or a graph had it so before."""
-        if not any(layer_kind(inner) for inner in module.modules()):
+        if not any(quantized_spec(inner) for inner in module.modules()):
             return True
         if module is self.root or not isinstance(self.root, fx.GraphModule):
             return False

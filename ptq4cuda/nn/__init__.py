@@ -1,18 +1,49 @@
-"""Drop-in modules that hold really packed weights."""
+"""Drop-in modules that hold really packed weights, and the kinds of layers whose places they take."""
+
+from torch import nn
+from torch.nn import functional as F
 
 from ptq4cuda.nn.conv import QuantConv2d
+from ptq4cuda.nn.conv_transpose import CONV_TRANSPOSE_1D, CONV_TRANSPOSE_2D, CONV_TRANSPOSE_3D
 from ptq4cuda.nn.linear import QuantLinear
 from ptq4cuda.nn.quant_module import QuantModule
 from ptq4cuda.nn.quant_tensor import Quantize, QuantTensor
+from ptq4cuda.nn.spec import LayerSpec
 
-__all__ = ["QuantConv2d", "QuantLinear", "QuantModule", "QuantTensor", "Quantize", "quant_module_for"]
+__all__ = [
+    "SPECS",
+    "LayerSpec",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantModule",
+    "QuantTensor",
+    "Quantize",
+    "quant_module_for",
+    "spec_of",
+]
 
-_QUANTIZED: dict[str, type[QuantConv2d | QuantLinear]] = {
-    QuantConv2d.kind: QuantConv2d,
-    QuantLinear.kind: QuantLinear,
-}
+_CONVOLUTION = "stride padding dilation groups"
+SPECS: tuple[LayerSpec, ...] = (
+    QuantConv2d.spec,
+    QuantLinear.spec,
+    LayerSpec(nn.Conv1d, 1, F.conv1d, _CONVOLUTION),
+    LayerSpec(nn.Conv3d, 3, F.conv3d, _CONVOLUTION),
+    CONV_TRANSPOSE_1D,
+    CONV_TRANSPOSE_2D,
+    CONV_TRANSPOSE_3D,
+)
+_QUANTIZED = {spec.name: spec.quantized for spec in SPECS if spec.quantized is not None}
 
 
-def quant_module_for(kind: str) -> type[QuantConv2d | QuantLinear]:
-    """Return the class that takes the place of torch.nn's class of this name."""
+def spec_of(module: nn.Module) -> LayerSpec | None:
+    """Return what kind of layer a float module is by its class, None for what is none."""
+    return next((spec for spec in SPECS if isinstance(module, spec.float_class)), None)
+
+
+def quant_module_for(kind: str) -> type[QuantModule]:
+    """Return the class that takes the place of torch.nn's class of this name.
+
+    Raises:
+        KeyError: none does.
+    """
     return _QUANTIZED[kind]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +10,12 @@ from torch.nn import functional as F
 
 from ptq4cuda.compat import explicit_padding
 from ptq4cuda.nn.quant_module import Outputs, QuantModule
-from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.solve.correction import WeightCorrection
+from ptq4cuda.nn.spec import LayerSpec, per_dim
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-
-
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Return an argument of a convolution for rows and columns, as PyTorch reads it: one number counts for both."""
-    first, second = (value, value) if isinstance(value, int) else (value[0], value[-1])
-    return first, second
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -36,9 +31,6 @@ class QuantConv2d(QuantModule):
     from_float quantizes a trained layer. Input [N, C, H, W] (or [C, H, W]) float32, float16 or bfloat16; the output
     has the input's dtype. Padding of mode "zeros" pads with the value zero, which every quantizer represents.
     """
-
-    kind = "Conv2d"
-    activation_axis = -3
 
     def __init__(
         self,
@@ -77,55 +69,30 @@ class QuantConv2d(QuantModule):
         self.explicit_padding = explicit_padding(geometry)
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, *, quantized_input: bool = True, folded: bool = True) -> QuantConv2d:
+    def like(cls, layer: nn.Conv2d, *, quantized_input: bool = True, folded: bool = True) -> Self:
         """Return a layer that computes as this one does when it is called, on the same device, with weights zero.
 
         Sizes are those of the weight; what __init__ made of its arguments may have changed since.
         """
-        out_channels, per_group, *kernel_size = conv.weight.shape
-        layer = cls(
-            per_group * conv.groups,
+        out_channels, per_group, *kernel_size = layer.weight.shape
+        quantized = cls(
+            per_group * layer.groups,
             out_channels,
             (kernel_size[0], kernel_size[1]),
-            pair(conv.stride),
-            conv.padding if isinstance(conv.padding, str) else pair(conv.padding),
-            pair(conv.dilation),
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
+            per_dim(layer.stride, 2),  # type: ignore[arg-type]
+            layer.padding if isinstance(layer.padding, str) else per_dim(layer.padding, 2),  # type: ignore[arg-type]
+            per_dim(layer.dilation, 2),  # type: ignore[arg-type]
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
             quantized_input=quantized_input,
             folded=folded,
-            device=conv.weight.device,
+            device=layer.weight.device,
         )
-        layer.dtype = conv.weight.dtype
-        if conv.padding_mode != "zeros":  # padding was read by __init__ alone
-            layer.explicit_padding = explicit_padding(conv)
-        return layer
-
-    @classmethod
-    def from_float(
-        cls,
-        conv: nn.Conv2d,
-        activation: QuantParams | None = None,
-        *,
-        weight_bits: int | Tensor = 4,
-        bias_correction: WeightCorrection = "mean",
-        folded: bool = True,
-    ) -> QuantConv2d:
-        """Quantize a trained convolution.
-
-        Args:
-            conv: the float layer; it is not changed.
-            activation: quantizer of the input, per tensor or per channel; None leaves the input in float.
-            weight_bits: 0 to 8, one number or uint8 [O].
-            bias_correction: "none", "mean" or "mean+variance" (eq. 12-13).
-            folded: fold the activation's scale into the weights before they are quantized.
-        """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
-        layer = cls.like(conv, quantized_input=activation is not None, folded=folded)
-        layer._quantize_from(conv, activation, weight_bits, bias_correction)
-        return layer
+        quantized.dtype = layer.weight.dtype
+        if layer.padding_mode != "zeros":  # padding was read by __init__ alone
+            quantized.explicit_padding = explicit_padding(layer)
+        return quantized
 
     def forward(self, input: Tensor, residual: Tensor | None = None, like: Tensor | None = None) -> Outputs:
         """Return the convolution of the quantized input with the quantized weights.
@@ -184,3 +151,6 @@ class QuantConv2d(QuantModule):
     def output_padding(self) -> tuple[int, int]:
         """Zero; nn.Conv2d.extra_repr reads it."""
         return (0, 0)
+
+
+QuantConv2d.spec = LayerSpec(nn.Conv2d, 2, F.conv2d, "stride padding dilation groups", QuantConv2d)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4cuda.nn.quant_module import Outputs, QuantModule
-from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.solve.correction import WeightCorrection
+from ptq4cuda.nn.spec import LayerSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class QuantLinear(QuantModule):
@@ -17,9 +21,6 @@ class QuantLinear(QuantModule):
     The constructor takes nn.Linear's arguments and makes a layer whose weights are zero, to load a state_dict into;
     from_float quantizes a trained layer. Input [*, C] float32, float16 or bfloat16; the output has the input's dtype.
     """
-
-    kind = "Linear"
-    activation_axis = -1
 
     def __init__(
         self,
@@ -35,36 +36,19 @@ class QuantLinear(QuantModule):
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
-    def like(cls, linear: nn.Linear, *, quantized_input: bool = True, folded: bool = True) -> QuantLinear:
+    def like(cls, layer: nn.Linear, *, quantized_input: bool = True, folded: bool = True) -> Self:
         """Return a layer of the same size, on the same device, with weights zero."""
-        out_features, in_features = linear.weight.shape  # its attributes may have other numbers, after pruning
-        layer = cls(
+        out_features, in_features = layer.weight.shape  # its attributes may have other numbers, after pruning
+        quantized = cls(
             in_features,
             out_features,
-            linear.bias is not None,
+            layer.bias is not None,
             quantized_input=quantized_input,
             folded=folded,
-            device=linear.weight.device,
+            device=layer.weight.device,
         )
-        layer.dtype = linear.weight.dtype
-        return layer
-
-    @classmethod
-    def from_float(
-        cls,
-        linear: nn.Linear,
-        activation: QuantParams | None = None,
-        *,
-        weight_bits: int | Tensor = 4,
-        bias_correction: WeightCorrection = "mean",
-        folded: bool = True,
-    ) -> QuantLinear:
-        """Quantize a trained layer; arguments as for QuantConv2d.from_float."""
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        layer = cls.like(linear, quantized_input=activation is not None, folded=folded)
-        layer._quantize_from(linear, activation, weight_bits, bias_correction)
-        return layer
+        quantized.dtype = layer.weight.dtype
+        return quantized
 
     def forward(self, input: Tensor) -> Outputs:
         """Return the product of the quantized input with the quantized weights."""
@@ -86,3 +70,6 @@ class QuantLinear(QuantModule):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {super().extra_repr()}"
         )
+
+
+QuantLinear.spec = LayerSpec(nn.Linear, 0, F.linear, "", QuantLinear)

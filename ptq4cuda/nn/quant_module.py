@@ -1,4 +1,4 @@
-"""What QuantConv2d and QuantLinear share: packed weights, the quantizer of the input, state.
+"""What the quantized layers share: packed weights, the quantizer of the input, state.
 
 A module computes, for every output channel o (design: executable form),
 
@@ -12,16 +12,20 @@ folded=False quantizes the weights as they are, as the paper does; with a scale 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq4cuda import ops
 from ptq4cuda.nn.quant_tensor import QuantizerState, tensor_of_values
+from ptq4cuda.nn.spec import LayerSpec
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.solve.correction import WEIGHT_CORRECTIONS, WeightCorrection, correct_bias
 from ptq4cuda.solve.rounding import round_to_nearest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _ROWS = ("weight_bits", "weight_scale", "weight_offset")
 _ACTIVATION = ("activation_bits", "activation_scale", "activation_zero_point")
@@ -73,8 +77,7 @@ class QuantModule(QuantizerState):
             codes where they are whole numbers.
     """
 
-    kind: ClassVar[str]  # the class of torch.nn that it takes the place of
-    activation_axis: ClassVar[int]  # the channel axis of the input
+    spec: ClassVar[LayerSpec]  # the kind of layer that it takes the place of
 
     weight_packed: Tensor
     weight_bits: Tensor
@@ -153,9 +156,42 @@ class QuantModule(QuantizerState):
 
     # --- from float ---------------------------------------------------------------------------------------
 
+    @classmethod
+    def like(cls, layer: Any, *, quantized_input: bool = True, folded: bool = True) -> Self:
+        """Return a layer that computes as a float one does, on the same device, with weights zero."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_float(
+        cls,
+        layer: Any,
+        activation: QuantParams | None = None,
+        *,
+        weight_bits: int | Tensor = 4,
+        bias_correction: WeightCorrection = "mean",
+        folded: bool = True,
+    ) -> Self:
+        """Quantize a trained layer.
+
+        Args:
+            layer: the float layer; it is not changed.
+            activation: quantizer of the input, per tensor or per channel; None leaves the input in float.
+            weight_bits: 0 to 8, one number or uint8 [O].
+            bias_correction: "none", "mean" or "mean+variance" (eq. 12-13).
+            folded: fold the activation's scale into the weights before they are quantized.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind, shape or value.
+        """
+        if not isinstance(layer, cls.spec.float_class):
+            raise TypeError(f"layer must be a torch.nn.{cls.spec.name}, got {type(layer).__name__}")
+        quantized = cls.like(layer, quantized_input=activation is not None, folded=folded)
+        quantized._quantize_from(layer, activation, weight_bits, bias_correction)
+        return quantized
+
     def _quantize_from(
         self,
-        layer: nn.Conv2d | nn.Linear,
+        layer: Any,
         activation: QuantParams | None,
         weight_bits: int | Tensor,
         bias_correction: WeightCorrection,
@@ -177,7 +213,7 @@ class QuantModule(QuantizerState):
             )
         if activation is not None:
             self.set_activation(activation)
-        weight = self.weight_to_quantize(layer.weight.detach())
+        weight = self.weight_to_quantize(self.spec.rows(layer))
         quantized = round_to_nearest(weight, weight_bits.to(weight.device))
         self.set_weight(correct_bias(quantized, weight, bias_correction), layer.bias)
 
@@ -263,7 +299,7 @@ class QuantModule(QuantizerState):
         assert self.activation_scale is not None and self.activation_zero_point is not None
         assert self.activation_bits is not None
         codes = ops.quantize(
-            x, self.activation_scale, self.activation_zero_point, self.activation_bits, self.activation_axis
+            x, self.activation_scale, self.activation_zero_point, self.activation_bits, self.spec.axis
         )
         y = self.engine(codes, None)
         assert isinstance(y, Tensor)
@@ -281,9 +317,7 @@ class QuantModule(QuantizerState):
         """The quantizer of the input."""
         if self.activation_bits is None or self.activation_scale is None or self.activation_zero_point is None:
             return None
-        return QuantParams(
-            self.activation_bits, self.activation_scale, self.activation_zero_point, self.activation_axis
-        )
+        return QuantParams(self.activation_bits, self.activation_scale, self.activation_zero_point, self.spec.axis)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return the unpacked weights, codes [O, *kernel, C / groups]."""
@@ -295,15 +329,15 @@ class QuantModule(QuantizerState):
         return QuantizedWeight(codes.view(shape), self.weight_bits, self.weight_scale, self.weight_offset)
 
     def dequantized_weight(self) -> Tensor:
-        """Return the float32 weights [O, C / groups, *kernel] that the quantized layer computes with."""
+        """Return the float32 weights that the quantized layer computes with, in the order of the float layer's."""
         weight = self.quantized_weight().values().movedim(-1, 1)
         if self.folded and self.activation_scale is not None:
             weight = weight / input_scale_of_weights(self.activation_scale, self.weight_shape, self.groups)
-        return weight
+        return self.spec.from_rows(weight, self.groups)
 
     @property
     def weight(self) -> Tensor:
-        """The weights [O, C / groups, *kernel], dequantized: a copy for code that asks about a layer's weights."""
+        """The weights as the float layer has them, dequantized: a copy for code that asks about a layer's weights."""
         return self.dequantized_weight().to(self.dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -314,7 +348,7 @@ class QuantModule(QuantizerState):
         if self.activation_scale is None or self.activation_zero_point is None or self.activation_bits is None:
             return x
         return ops.fake_quantize(
-            x, self.activation_scale, self.activation_zero_point, self.activation_bits, self.activation_axis
+            x, self.activation_scale, self.activation_zero_point, self.activation_bits, self.spec.axis
         )
 
     def _in_codes(self, x: Tensor) -> Tensor:
@@ -322,7 +356,7 @@ class QuantModule(QuantizerState):
         if self.activation_scale is None:
             return x
         shape = [1] * x.dim()
-        shape[self.activation_axis] = -1
+        shape[self.spec.axis] = -1
         x = self._fake_quantized(x) / self.activation_scale.view(shape)
         return x + (x.detach().round() - x.detach()) if x.requires_grad else x.round_()
 
@@ -348,7 +382,7 @@ class QuantModule(QuantizerState):
 
         Args:
             x: values.
-            product: of input, weights [O, C / groups, *kernel] and bias.
+            product: of input, weights in the order of the float layer's, and bias.
         """
         if x.dtype not in ops.FLOATING:
             self._refuse(x)
@@ -359,9 +393,10 @@ class QuantModule(QuantizerState):
         quantized = self.quantized_weight()
         offset = quantized.offset.view(-1, *(1,) * (quantized.codes.dim() - 1))
         with torch.autocast(x.device.type, enabled=False):  # the sums leave float16
-            y = product(self._in_codes(x.float()), (quantized.codes + offset).movedim(-1, 1), None)
+            weight = self.spec.from_rows((quantized.codes + offset).movedim(-1, 1), self.groups)
+            y = product(self._in_codes(x.float()), weight, None)
         shape = [1] * y.dim()
-        shape[self.activation_axis] = -1
+        shape[self.spec.axis] = -1
         y = y * scale.view(shape)
         return (y if self.bias is None else y + self.bias.view(shape)).to(x.dtype)
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq4cuda.calibrate.moments import Moments, Samples, layer_moments
 from ptq4cuda.calibrate.signals import LayerCall, Solution
 from ptq4cuda.config import QuantConfig, Weights
-from ptq4cuda.nn import QuantModule, quant_module_for
+from ptq4cuda.nn import QuantModule
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.solve.bits import AllocationRule
 from ptq4cuda.solve.clipping import TensorProfile
@@ -24,18 +24,19 @@ from ptq4cuda.solve.rounding import round_for_output, round_to_nearest
 def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
     """Quantize one layer: its input, then its weights for that input, then its bias."""
     weight_bits, activation_bits = bits_of(call, config)
-    module = quant_module_for(call.kind).like(call.layer, folded=config.fold_activation_scale)  # type: ignore[arg-type]
+    assert call.spec.quantized is not None
+    module = call.spec.quantized.like(call.layer, folded=config.fold_activation_scale)
     try:
-        quantizer, clip = quantizer_of(call, activation_bits, module.activation_axis, config)
+        quantizer, clip = quantizer_of(call, activation_bits, config)
         module.set_activation(quantizer)
-        weight = module.weight_to_quantize(call.layer.weight.detach())
+        weight = module.weight_to_quantize(call.spec.rows(call.layer))
     except ValueError as error:
         raise ValueError(f"layer {call.name!r}: {error}") from error
     measured = None
     if config.rounding != "nearest" or config.target != "weights":
         positions = sum(t.numel() for t in call.outputs) // len(weight)
         measured = layer_moments(module, call.signal.quantized, target_outputs(call, config), positions)
-    module.set_weight(quantize_weight(weight, weight_bits, config.weights, call.layer, measured), call.layer.bias)
+    module.set_weight(quantize_weight(weight, weight_bits, config.weights, module.groups, measured), call.layer.bias)
     if config.bias_correction == "output":
         match_output(module, call, config)
     return Solution(module, clip)
@@ -44,10 +45,9 @@ def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
 def bits_of(call: LayerCall, config: QuantConfig) -> tuple[int, int]:
     """Return the bits of a layer's weights and of its input."""
     bits = {"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}
-    groups = getattr(call.layer, "groups", 1)
     if call.first_or_last:
         bits = dict.fromkeys(bits, config.first_last_bits)
-    elif config.depthwise_bits is not None and groups > 1 and call.layer.weight.shape[1] == 1:
+    elif config.depthwise_bits is not None and call.spec.is_depthwise(call.layer):
         bits = dict.fromkeys(bits, config.depthwise_bits)
     override = config.override_of(call.name)
     if isinstance(override, Mapping):
@@ -55,9 +55,9 @@ def bits_of(call: LayerCall, config: QuantConfig) -> tuple[int, int]:
     return bits["weight_bits"], bits["activation_bits"]
 
 
-def quantizer_of(call: LayerCall, bits: int, axis: int, config: QuantConfig) -> tuple[QuantParams, str]:
+def quantizer_of(call: LayerCall, bits: int, config: QuantConfig) -> tuple[QuantParams, str]:
     """Return the quantizer of a layer's input, which all layers that read it share, and the name of its clip rule."""
-    signal = call.signal
+    signal, axis = call.signal, call.spec.axis
     if (bits, axis) not in signal.quantizers:
         channel_axis = axis if config.activation_granularity == "per_channel" else None
         statistics = signal.statistics(channel_axis)
@@ -90,7 +90,7 @@ def quantize_weight(
     weight: Tensor,
     mean_bits: int,
     config: Weights,
-    layer: nn.Conv2d | nn.Linear,
+    groups: int,
     measured: tuple[Moments, Moments] | Samples | None,
 ) -> QuantizedWeight:
     """Quantize weights [O, ...]: bits of each output channel, what to reproduce, rounding, correction."""
@@ -100,7 +100,6 @@ def quantize_weight(
     if measured is None:
         quantized = round_to_nearest(weight, bits)
     else:
-        groups = getattr(layer, "groups", 1)
         rows = weight.reshape(groups, len(weight) // groups, -1)
         if isinstance(measured, Samples):
             target = fit_blocks(rows, measured, fit=config.target != "weights")
@@ -117,7 +116,7 @@ def quantize_weight(
 
 def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> None:
     """Set the bias so that the mean of each output channel is that of the target."""
-    axis = module.activation_axis
+    axis = module.spec.axis
     shift: Tensor | None = None
     for target, quantized in zip(target_outputs(call, config), call.signal.quantized, strict=True):
         device = module.weight_scale.device

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq4cuda import graph
+from ptq4cuda import QuantConv2d, graph
 
 
 def test_folding_keeps_the_outputs(model: nn.Module, images: Tensor) -> None:
@@ -111,7 +111,7 @@ def test_a_subclass_with_its_own_forward_is_left_alone() -> None:
     class Renamed(nn.Conv2d):
         pass
 
-    assert graph.layer_kind(Standardized(1, 1, 1)) is None
+    assert graph.quantized_spec(Standardized(1, 1, 1)) is None
     assert "forward of its own" in str(graph.why_float(Standardized(1, 1, 1)))
-    assert graph.layer_kind(Renamed(1, 1, 1)) == "Conv2d"
+    assert graph.quantized_spec(Renamed(1, 1, 1)) is QuantConv2d.spec
     assert "ConvTranspose2d" in str(graph.why_float(nn.ConvTranspose2d(1, 1, 1)))

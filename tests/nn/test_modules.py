@@ -241,13 +241,13 @@ def test_repr_names_bits_and_geometry() -> None:
         ({"weight_bits": [4] * 8}, "weight_bits must be a number or a tensor, got list"),
         ({"weight_bits": _bits(4).expand(3)}, r"weight_bits has shape \[3\], expected \[8\]"),
         ({"bias_correction": "output"}, "bias_correction must be one of .*got 'output'"),
-        ({"conv": nn.Conv1d(6, 8, 3)}, r"conv must be a torch\.nn\.Conv2d, got Conv1d"),
-        ({"conv": nn.ConvTranspose2d(6, 8, 3)}, r"conv must be a torch\.nn\.Conv2d, got ConvTranspose2d"),
+        ({"layer": nn.Conv1d(6, 8, 3)}, r"layer must be a torch\.nn\.Conv2d, got Conv1d"),
+        ({"layer": nn.ConvTranspose2d(6, 8, 3)}, r"layer must be a torch\.nn\.Conv2d, got ConvTranspose2d"),
     ],
 )
 def test_from_float_refuses(arguments: dict, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        QuantConv2d.from_float(**{"conv": make_conv({}), **arguments})
+        QuantConv2d.from_float(**{"layer": make_conv({}), **arguments})
 
 
 def test_weights_that_are_not_finite() -> None:

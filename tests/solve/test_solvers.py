@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ptq4cuda.calibrate import moments as moments_module
 from ptq4cuda.calibrate.moments import Moments, layer_moments
-from ptq4cuda.nn import quant_module_for
+from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.solve.least_squares import RIDGES, fit_weights
 from ptq4cuda.solve.rounding import ROUNDINGS, round_for_output, round_to_nearest
@@ -54,7 +54,7 @@ def test_moments_of_a_convolution(geometry: dict, folded: bool) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, **geometry})
     x = 2.0 + torch.randn(6, 4, 7, 8) * torch.tensor([1.0, 3.0, 0.3, 0.0]).view(1, 4, 1, 1)
-    module = quant_module_for("Conv2d").like(conv, folded=folded)
+    module = QuantConv2d.like(conv, folded=folded)
     activation = QuantParams.from_range(x.amin((0, 2, 3)), x.amax((0, 2, 3)), torch.full((4,), 4, dtype=torch.uint8))
     module.set_activation(activation)
     y = conv(x).detach()
@@ -79,7 +79,7 @@ def test_moments_of_a_linear_layer(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(5, 3)
     x = torch.randn(shape) + 1.0
-    module = quant_module_for("Linear").like(linear, folded=False)
+    module = QuantLinear.like(linear, folded=False)
     module.set_activation(
         QuantParams.from_range(x.min().view(1), x.max().view(1), torch.tensor([8], dtype=torch.uint8))
     )
@@ -99,7 +99,7 @@ def sum_of(halves: tuple[Moments, Moments]) -> Moments:
 def marked(images: int, side: int) -> tuple[nn.Conv2d, nn.Module, Tensor]:
     """Return a 1 x 1 convolution and images of one value each: 2 to the power of the image's number."""
     conv = nn.Conv2d(1, 1, 1)
-    module = quant_module_for("Conv2d").like(conv, folded=False)
+    module = QuantConv2d.like(conv, folded=False)
     module.set_activation(
         QuantParams(torch.tensor([8], dtype=torch.uint8), torch.ones(1), torch.zeros(1, dtype=torch.int32))
     )

@@ -1,0 +1,176 @@
+"""LayerSpec: what a kind of layer is, for all that folds, weighs, quantizes and executes layers.
+
+Every kind is a convolution over images of `dims` dimensions; a linear layer is one over images of none. Row o of its
+weights, [O, C / groups, *kernel], is what output channel o sums up its window with. A kind whose layers hold weights
+in another order, or see another window, is a subclass that says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptq4cuda.compat import CONV_FORWARD
+
+if TYPE_CHECKING:
+    from ptq4cuda.nn.quant_module import QuantModule
+
+_COMPUTING = ("forward", CONV_FORWARD)  # methods that tell what a layer computes
+_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def per_dim(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """Return an argument of a convolution for each dimension, as PyTorch reads it: one number counts for all."""
+    given = (value,) if isinstance(value, int) else tuple(value)
+    return given * dims if len(given) == 1 else given
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpec:
+    """A kind of layer.
+
+    Attributes:
+        float_class: of torch.nn.
+        dims: dimensions of its images; 0 for linear layers, whose input is [*, C] instead of [N, C, *size].
+        function: of torch.nn.functional, which computes it.
+        arguments: of the function and of the class after input, weight and bias, as the function orders them.
+        quantized: the module that takes its place; None for a kind that stays in float.
+    """
+
+    float_class: type[nn.Module]
+    dims: int
+    function: Callable[..., Tensor]
+    arguments: str = ""
+    quantized: type[QuantModule] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the float class, as files and reports have it."""
+        return self.float_class.__name__
+
+    @property
+    def axis(self) -> int:
+        """The channel axis of input and output, counted from the back."""
+        return -1 - self.dims
+
+    @property
+    def norm(self) -> type[nn.Module]:
+        """The BatchNorm for the dimensions of its output."""
+        return _NORMS[self.dims]
+
+    def computes(self, module: nn.Module) -> bool:
+        """Tell whether a module computes what the class does, as subclasses without a forward of their own do."""
+        kind, base = type(module), self.float_class
+        return isinstance(module, base) and all(
+            getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING
+        )
+
+    def is_single(self, x: Tensor) -> bool:
+        """Tell whether a value of a layer is of a single image, without a batch dimension."""
+        return self.dims > 0 and x.dim() == self.dims + 1
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def row_shape(self, weight_shape: Sequence[int], groups: int) -> torch.Size:
+        """Return the shape [O, C / groups, *kernel] of rows, given that of a layer's weight."""
+        return torch.Size(weight_shape)
+
+    def to_rows(self, weight: Tensor, groups: int) -> Tensor:
+        """View a layer's weight as rows [O, C / groups, *kernel]."""
+        return weight
+
+    def from_rows(self, rows: Tensor, groups: int) -> Tensor:
+        """Undo to_rows."""
+        return rows
+
+    def groups(self, layer: Any) -> int:
+        """Return the number of groups of a layer."""
+        return int(getattr(layer, "groups", 1))
+
+    def is_depthwise(self, layer: Any) -> bool:
+        """Tell whether each output reads one input channel of several."""
+        groups = self.groups(layer)
+        return groups > 1 and self.row_shape(layer.weight.shape, groups)[1] == 1
+
+    def rows(self, layer: Any) -> Tensor:
+        """Return the weights of a float layer as rows."""
+        return self.to_rows(layer.weight.detach(), self.groups(layer))
+
+    def set_rows(self, layer: Any, rows: Tensor, bias: Tensor) -> None:
+        """Give a float layer other weights, and a bias."""
+        dtype = layer.weight.dtype
+        weight = self.from_rows(rows.detach().to(dtype), self.groups(layer))
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+
+    def layer_for(self, weight: Tensor, geometry: dict[str, Any]) -> nn.Module:
+        """Return a float layer, on the meta device, that computes what the function does with these arguments."""
+        rows = self.row_shape(weight.shape, geometry.get("groups", 1))
+        inputs, kernel = rows[1] * geometry.get("groups", 1), (tuple(rows[2:]),) if self.dims else ()
+        return self.float_class(inputs, rows[0], *kernel, **geometry, device="meta")
+
+    # --- what a layer reads -------------------------------------------------------------------------------------
+
+    def sees_border(self, layer: Any) -> bool:
+        """Tell whether a layer sees zeros beyond the border of its input, which a shift would have to move."""
+        if not self.dims or layer.padding_mode != "zeros":
+            return False
+        if isinstance(layer.padding, str):
+            return layer.padding == "same" and max(layer.weight.shape[2:]) > 1
+        return any(per_dim(layer.padding, self.dims))
+
+    def keeps_size(self, layer: Any) -> bool:
+        """Tell whether the output has the size of the input by a kernel of one pixel."""
+        if isinstance(layer.padding, str) or any(per_dim(layer.padding, self.dims)):
+            return False
+        return max(per_dim(layer.stride, self.dims)) == 1 and max(layer.kernel_size) == 1
+
+    def input_cost(self, layer: Any, outputs: Tensor | None = None) -> Tensor:
+        """Return what a squared error of each input channel costs, float64 [C], given what one of each output does.
+
+        An input is read once for each position of the kernel that meets it: r·s / (stride²) times.
+
+        Args:
+            layer: in float.
+            outputs: float64 [O]; None for 1 each.
+        """
+        squares = self.rows(layer).double().square()
+        outputs = squares.new_ones(len(squares)) if outputs is None else outputs
+        if not self.dims:
+            return outputs @ squares
+        groups = self.groups(layer)
+        energy = squares.sum(tuple(range(2, squares.dim()))).view(groups, -1, squares.shape[1])  # [G, O / G, C / G]
+        cost = (outputs.view(groups, -1, 1) * energy).sum(1).flatten()
+        return cost / math.prod(per_dim(layer.stride, self.dims))
+
+    def windows(self, layer: Any, x: Tensor) -> Tensor:
+        """View what a quantized layer's outputs read of x [N, C, *size] ([*, C] without dimensions).
+
+        Returns:
+            [N, *output size, *kernel, C].
+        """
+        if not self.dims:
+            return x
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padding = layer.explicit_padding
+        x = F.pad(x, padding, mode=mode) if any(padding) else x
+        return sliding_windows(x, layer.kernel_size, layer.stride, layer.dilation)
+
+
+def sliding_windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """View the windows of a kernel on x [N, C, *size] as [N, *positions, *kernel, C]."""
+    x = x.movedim(1, -1).contiguous()
+    n, *sizes, channels = x.shape
+    of_n, *of_sizes, of_channels = x.stride()
+    each = list(zip(sizes, of_sizes, kernel, stride, dilation, strict=True))
+    positions = [(size - d * (k - 1) - 1) // s + 1 for size, _, k, s, d in each]
+    return x.as_strided(
+        (n, *positions, *kernel, channels),
+        (of_n, *(step * s for _, step, _, s, _ in each), *(step * d for _, step, _, _, d in each), of_channels),
+    )
