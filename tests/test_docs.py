@@ -1,0 +1,62 @@
+"""The pages of docs/: their Python is run as it is written, their links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def code_of(page: str) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)])
+def test_what_a_page_shows_runs(page: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:ptq4cuda", "-c", code_of(page)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (DOCS / page).read_text()):
+        assert target.startswith("https://") or (DOCS / target).exists(), target
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"[\w-]+\.md", (DOCS.parent / "mkdocs.yml").read_text())
+    assert sorted(listed) == PAGES
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "-q",
+        "-f",
+        DOCS.parent / "mkdocs.yml",
+        "-d",
+        tmp_path,
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    assert run.returncode == 0, run.stderr
+    api = (tmp_path / "api" / "index.html").read_text()
+    for name in ("ptq4cuda.quantize", "ptq4cuda.QuantConfig", "ptq4cuda.ops.conv2d_integer"):
+        assert f'id="{name}"' in api, name
