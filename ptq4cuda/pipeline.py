@@ -58,7 +58,9 @@ def quantize(
         progress: show a progress bar when it takes longer than a moment.
         memory_limit: bytes of host memory that tensors between layers may take, of all samples together; beyond it
             they go to files, which have no names and are gone when quantize() ends, however it ends. Default: 8 GiB.
-        spill_folder: for these files. Default: the folder of temporary files.
+            Beside them there are the batches, the model and its copies, and a few times what a layer makes of one
+            batch: smaller batches take less.
+        spill_folder: for these files, on a disk. Default: the folder of temporary files, which may be in memory.
 
     Returns:
         A new module in evaluation mode that is called like the model; report(network) tells what was done. A model
