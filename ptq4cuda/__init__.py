@@ -6,6 +6,7 @@ from ptq4cuda.artifact.file import load, save
 from ptq4cuda.artifact.report import report
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.execute.lowering import lower_layers
+from ptq4cuda.execute.program import program
 from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.pipeline import quantize
 from ptq4cuda.quantizer import QuantParams
@@ -19,6 +20,7 @@ __all__ = [
     "load",
     "lower_layers",
     "ops",
+    "program",
     "quantize",
     "report",
     "save",

@@ -166,12 +166,24 @@ def record_of(network: nn.Module) -> QuantRecord:
     Raises:
         TypeError: the network was not made by ptq4cuda.quantize or ptq4cuda.load.
     """
+    record = _record(network)
+    if record is None:
+        raise TypeError(f"{type(network).__name__} was not made by ptq4cuda.quantize or ptq4cuda.load")
+    return record
+
+
+def has_record(network: nn.Module) -> bool:
+    """Tell whether a network was made by ptq4cuda.quantize or ptq4cuda.load."""
+    return _record(network) is not None
+
+
+def _record(network: nn.Module) -> QuantRecord | None:
     for place in ("meta", _OTHER):
         meta = getattr(network, place, None)
         record = meta.get(_KEY) if isinstance(meta, dict) else None
         if isinstance(record, QuantRecord):
             return record
-    raise TypeError(f"{type(network).__name__} was not made by ptq4cuda.quantize or ptq4cuda.load")
+    return None
 
 
 def tensor_bytes(module: nn.Module) -> int:

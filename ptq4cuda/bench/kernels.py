@@ -20,7 +20,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,7 +34,8 @@ from tqdm import tqdm
 from ptq4cuda import _native, ops
 from ptq4cuda.artifact.report import DASH, table
 from ptq4cuda.bench.timing import captured
-from ptq4cuda.execute.engines import IntegerConv2d
+from ptq4cuda.execute.engines import IntegerConv2d, Packing
+from ptq4cuda.execute.program import Geometry
 from ptq4cuda.ops import reference
 from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.quantizer import QuantParams
@@ -226,18 +227,18 @@ def _convolution(layer: str, device: str) -> tuple[Tensor, Tensor, Call, Call, i
         return QuantParams(torch.full((length,), 4, dtype=torch.uint8), scales, zeros).to(torch.device(device))
 
     source, out = quantizer(channels, 1.0), quantizer(outputs, float(weight[0].numel()))
-    packed = ("source", "out") if device != "cpu" and groups == 1 else ()
-    geometry = (stride, stride), (kernel // 2, kernel // 2), (1, 1), groups
-    ours = IntegerConv2d(
-        weight.to(torch.int8), torch.ones_like(out.scale), None, source, *geometry, out=out, packed=packed
-    )
+    packed = device != "cpu" and groups == 1
+    geometry = Geometry((stride, stride), (kernel // 2, kernel // 2), (1, 1), groups)
+    packing = Packing(packed, frozenset([0] if packed else []))
+    scale = torch.ones_like(out.scale)
+    ours = IntegerConv2d(weight.to(torch.int8), scale, None, source, geometry, outputs=[out], packing=packing)
     codes = torch.randint(0, 16, (_BATCH, channels, size, size), generator=generator, dtype=torch.uint8).to(device)
     codes = codes.contiguous(memory_format=torch.channels_last)
     x = Nibbles.of(source.bits).pack(codes) if packed else codes
     kernels = weight.movedim(-1, 1).to(torch.float32 if device == "cpu" else torch.float16)
     moved = x.numel() + weight.numel() + ours(x).numel()
     values = codes.to(kernels.dtype)
-    return x, values, lambda i: ours(i.x), lambda i: F.conv2d(i.values, kernels, None, *geometry), moved
+    return x, values, lambda i: ours(i.x), lambda i: F.conv2d(i.values, kernels, None, *astuple(geometry)), moved
 
 
 def _rows(op: str, layer: str, device: str) -> tuple[Tensor, Tensor, Call, Call, int]:

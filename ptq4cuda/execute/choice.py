@@ -12,7 +12,7 @@ from ptq4cuda.artifact.record import attach_record, record_of
 from ptq4cuda.artifact.structure import structure_of
 from ptq4cuda.calibrate.inputs import Batch, Inputs
 from ptq4cuda.compat import tree_map_only
-from ptq4cuda.execute.lowering import lower_layers
+from ptq4cuda.execute.lowering import lower_layers, note_execution
 from ptq4cuda.metrics import Noise
 
 _LEAST_SQNR = 15.0  # dB between the two executions, which agree bit for bit, in half precision to its rounding
@@ -39,8 +39,9 @@ def lower(network: nn.Module, model: nn.Module, inputs: Inputs | None = None) ->
     if record.config.execution == "simulate" or not tried:
         return network
     lowered = graph.copy_model(network)
+    attach_record(lowered, record)
+    quantized = [layer.name for layer in record.layers if layer.execution != "float"]
     reasons = lower_layers(lowered, dtype_of(model), by_graph=record.walked_by == "graph")
-    quantized = [layer for layer in record.layers if layer.execution != "float"]
     failure = ""
     if len(reasons) == len(quantized):
         failure = next(iter(reasons.values()), "there is no quantized layer")
@@ -49,14 +50,8 @@ def lower(network: nn.Module, model: nn.Module, inputs: Inputs | None = None) ->
     if failure and record.config.execution == "integer":
         raise ValueError(f"the network cannot be executed in integers: {failure}")
     if failure:
-        reasons = {layer.name: failure for layer in quantized}
-        lowered = network
-    for layer in quantized:
-        layer.execution = "simulate" if layer.name in reasons else "integer"
-        if layer.name in reasons and not layer.reason:
-            layer.reason = reasons[layer.name]
-    attach_record(lowered, record)
-    return lowered
+        note_execution(record, dict.fromkeys(quantized, failure))
+    return network if failure else lowered
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -1,78 +1,70 @@
-"""Integer execution of quantized convolutions: from the weights of QuantConv2d to the arguments of conv2d_integer.
+"""Our engines: the modules that execute the steps of a LayerProgram, and the graph of torch.fx that calls them.
 
-A quantized layer is y_o = D_o · Σ (k + m_o) · (q - z_c) + b_o, with codes k and q. Where every m_o is a multiple of
-2^(b - 7), b the bits of the weights, (k + m_o) · 2^(7 - b) is an integer, and mostly one of 8 bits: a signed byte.
-The kernel multiplies these bytes with the codes of the input and needs no sum over the window for m_o; the powers of
-two go into D_o.
+An engine prepares its step for the device that it is on, and again where it is moved to another: weights in panels,
+and on a GPU codes that only convolutions read as packed nibbles (ops.nibbles), where that saves a quarter of their
+bytes or more. Pooling and concatenation, residual sums, depthwise and grouped convolutions and linear layers read
+bytes. A weight is held once: by the engine, of which the quantized layer reads it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import replace
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ptq4cuda import _native
+from ptq4cuda import _native, ops
 from ptq4cuda.activation import IDENTITY, Activation
-from ptq4cuda.compat import tree_map
-from ptq4cuda.nn import QuantConv2d, QuantLinear
-from ptq4cuda.nn.quant_module import Outputs, QuantModule
-from ptq4cuda.nn.quant_tensor import QuantizerState
+from ptq4cuda.compat import HOOKS, tree_map
+from ptq4cuda.execute import program as steps
+from ptq4cuda.execute.program import Geometry, LayerProgram, Value, map_values, weight_unit, zero_sums
+from ptq4cuda.nn.conv import memory_format_of, misfit_of_window
+from ptq4cuda.nn.quant_tensor import QuantizerState, tensor_of_values
 from ptq4cuda.ops import FLOATING, nibbles, panels
 from ptq4cuda.ops.nibbles import Nibbles
-from ptq4cuda.quantizer import QuantizedWeight, QuantParams
+from ptq4cuda.quantizer import QuantParams
+
+_LEAST_SAVING = 0.25  # of the bytes of codes that are packed
+_FIELDS = ("bits", "scale", "zero_point")
+
+Outputs = Tensor | tuple[Tensor, ...]  # several where the readers of a layer disagree on codes
 
 
-def weight_unit(bits: Tensor) -> Tensor:
-    """Return what a step of the bytes of each row is worth in codes, float64 [O]."""
-    return torch.exp2((bits.double() - 7.0).clamp_max(0.0))
+@dataclass(frozen=True)
+class Packing:
+    """Which codes of a convolution travel packed between convolutions, where a device reads packed codes.
 
-
-def weight_bytes(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """Return weights as signed bytes and their scales: value = byte * scale, exactly.
-
-    Raises:
-        ValueError: code + offset, in units of 2^(bits - 7) (of 1 for 8 bits), is no signed byte somewhere.
+    Attributes:
+        source: those that it reads: not with groups.
+        outputs: numbers of those that it returns: only if panels.whole_octets.
+        always: on every device; None where that is for the device to say: a GPU packs.
     """
-    unit = weight_unit(weight.bits)
-    shape = (-1,) + (1,) * (weight.codes.dim() - 1)
-    steps = (weight.codes.double() + weight.offset.double().view(shape)) / unit.view(shape)
-    rounded = steps.round().clamp(-128, 127)
-    bad = (rounded != steps).flatten(1).any(1)
-    if bool(bad.any()):
-        o = int(bad.nonzero()[0])
-        raise ValueError(
-            f"the weights of output channel {o}, {int(weight.bits[o])} bits with offset {float(weight.offset[o])}, "
-            f"are no signed bytes in units of {float(unit[o])}"
-        )
-    return rounded.to(torch.int8), weight.scale * unit.float()
 
+    source: bool = False
+    outputs: frozenset[int] = frozenset()
+    always: bool | None = None
 
-def _operands(layer: QuantModule) -> tuple[Tensor, Tensor]:
-    """Return the weights of a layer as signed bytes [O, *kernel, C / groups] and what a product is worth [O]."""
-    scale = layer.product_scale
-    if scale is None:
-        raise ValueError("its input has a scale per channel, which is not folded into the weights")
-    return weight_bytes(replace(layer.quantized_weight(), scale=scale))
+    def on(self, device: torch.device) -> bool:
+        """Tell whether codes are packed on a device."""
+        return device.type == "cuda" if self.always is None else self.always
 
 
 class IntegerConv2d(QuantizerState):
-    """A convolution that reads codes and computes in integers: what a QuantConv2d becomes in a lowered network.
+    """A convolution that reads codes and computes in integers.
 
     Args:
         weight: int8 [O, R, S, C / groups].
         scale: float32 [O]; weight * scale is the value of the weight, times the scale of the input.
         bias: float32 [O] or None.
         source: the quantizer of the input: bits and zero points ([C] or [1]) are used, the scale is part of `scale`.
-        stride, padding, dilation, groups: as in torch.nn.Conv2d; the padding has the value zero.
+        geometry: how the window moves.
         activation: follows the convolution, and the residual if there is one.
         residual: the quantizer of the codes that forward adds ([O] or [1]).
-        out: the quantizer of the output ([O] or [1]); None returns values.
-        also: the quantizer of a second output, codes too; None if there is none.
-        packed: which of "source", "out" and "also" are packed codes, see ops.nibbles: the input only without groups,
-            an output only if panels.whole_octets.
+        outputs: one or two quantizers of what is returned ([O] or [1]); the first may be None, for values.
+        packing: which codes travel packed.
         dtype: of the values.
 
     Raises:
@@ -83,16 +75,9 @@ class IntegerConv2d(QuantizerState):
     zero_sums: Tensor | None
     scale: Tensor
     bias: Tensor
+    source_bits: Tensor
     residual_scale: Tensor | None
     residual_zero_point: Tensor | None
-    out_scale: Tensor | None
-    out_zero_point: Tensor | None
-    out_bits: Tensor | None
-    out_starts: Tensor | None
-    also_scale: Tensor | None
-    also_zero_point: Tensor | None
-    also_bits: Tensor | None
-    also_starts: Tensor | None
 
     def __init__(
         self,
@@ -100,120 +85,116 @@ class IntegerConv2d(QuantizerState):
         scale: Tensor,
         bias: Tensor | None,
         source: QuantParams,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        groups: int = 1,
+        geometry: Geometry = Geometry(),  # noqa: B008 (it is frozen)
         *,
         activation: Activation = IDENTITY,
         residual: QuantParams | None = None,
-        out: QuantParams | None = None,
-        also: QuantParams | None = None,
-        packed: Collection[str] = (),
+        outputs: Sequence[QuantParams | None] = (None,),
+        packing: Packing = Packing(),
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if weight.dtype != torch.int8 or weight.dim() != 4:
             raise ValueError(f"weight must be int8 [O, R, S, C / groups], got {weight.dtype} {list(weight.shape)}")
-        outputs, rows, columns, per_group = weight.shape
-        if outputs % groups:
-            raise ValueError(f"{outputs} output channels do not make {groups} groups")
+        out_channels, rows, columns, self.channels = weight.shape
+        if out_channels % geometry.groups:
+            raise ValueError(f"{out_channels} output channels do not make {geometry.groups} groups")
         if not bool(torch.isfinite(scale).all()) or (bias is not None and not bool(torch.isfinite(bias).all())):
             raise ValueError("scale and bias must be finite")
-        self.kernel_size, self.stride, self.padding, self.dilation = (rows, columns), stride, padding, dilation
-        self.groups, self.activation, self.dtype = groups, activation, dtype
-        self.channels = per_group
-        channels = per_group * groups
-        codes = (1 << source.bits.to(torch.int32)) - 1
-        codes, zero_point = codes.expand(channels), source.zero_point.expand(channels)
-        zero_sums = self._sum_of_zero_points(weight, zero_point)
-        largest = (weight.to(torch.int64).abs() * _by_output(codes, outputs, groups)).sum((1, 2, 3))
-        reach = largest + zero_sums.abs().sum(0)
-        if outputs and int(reach.max()) >= 1 << 31:
-            raise ValueError(f"the sums of output channel {int(reach.argmax())} can leave 32 bits")
+        if not 1 <= len(outputs) <= 2 or None in outputs[1:]:
+            raise ValueError(f"a convolution has one or two outputs, of which the first may be values, got {outputs}")
+        for name, params in (("residual", residual), *((f"output {i}", params) for i, params in enumerate(outputs))):
+            if params is not None and params.scale.numel() not in (1, out_channels):
+                raise ValueError(f"{name} has {params.scale.numel()} channels, the convolution has {out_channels}")
+        self.kernel_size, self.geometry = (rows, columns), geometry
+        self.activation, self.packing, self.dtype = activation, packing, dtype
+        sums = zero_sums(weight, source, geometry.groups)
+        self._keep("zero_sums", sums.to(torch.int32) if bool(sums.any()) else None)
+        self._keep("scale", scale)
+        self._keep("bias", torch.zeros_like(scale) if bias is None else bias)
+        self._keep("source_bits", source.bits)
+        for field in ("scale", "zero_point"):
+            self._keep(f"residual_{field}", None if residual is None else getattr(residual, field))
+        self.has_values, self.coded = outputs[0] is None, len([params for params in outputs if params is not None])
+        for i, params in enumerate(params for params in outputs if params is not None):
+            for field in _FIELDS:
+                self._keep(f"out{i}_{field}", getattr(params, field))
+        self._prepare(weight)
 
-        def keep(name: str, tensor: Tensor | None) -> None:  # all of it follows from the layer's own state
-            self.register_buffer(name, tensor, persistent=False)
-
-        self.source_channels = channels
-        if "source" in packed:
-            layout = Nibbles.of(source.bits.expand(channels))
-            keep("weight", layout.weight_panels(weight))
-            self.source_channels = layout.bytes
-            self.low_bytes, self.span = layout.low_bytes, panels.NIBBLES
-        else:
-            keep("weight", panels.weight_panels(weight, groups))
-            self.low_bytes, self.span = 0, panels.span_of_sums(self.weight, codes, self.kernel_size, groups)
-        keep("zero_sums", zero_sums.to(torch.int32) if bool(zero_sums.any()) else None)
-        keep("scale", scale)
-        keep("bias", torch.zeros_like(scale) if bias is None else bias)
-        for name, params in (("residual", residual), ("out", out), ("also", also)):
-            if params is not None and params.scale.numel() not in (1, outputs):
-                raise ValueError(f"{name} has {params.scale.numel()} channels, the convolution has {outputs}")
-            for field in ("scale", "zero_point", "bits"):
-                keep(f"{name}_{field}", None if params is None else getattr(params, field))
-        self.packed_bytes = {"out": 0, "also": 0}
-        for name, params in (("out", out), ("also", also)):
-            outputs_of = Nibbles.of(params.bits.expand(outputs)) if params is not None and name in packed else None
-            keep(f"{name}_starts", None if outputs_of is None else outputs_of.starts)
-            self.packed_bytes[name] = 0 if outputs_of is None else outputs_of.bytes
+    def _keep(self, name: str, tensor: Tensor | None) -> None:
+        self.register_buffer(name, tensor, persistent=False)  # all of it follows from the layer's own state
 
     @classmethod
-    def from_quantized(
+    def of(
         cls,
-        layer: QuantConv2d,
-        *,
-        activation: Activation = IDENTITY,
-        residual: QuantParams | None = None,
-        out: QuantParams | None = None,
-        also: QuantParams | None = None,
-        packed: Collection[str] = (),
+        step: steps.Layer,
         dtype: torch.dtype = torch.float32,
+        packing: Packing = Packing(),
     ) -> IntegerConv2d:
-        """Lower a quantized layer.
+        """Prepare a step.
 
         Raises:
-            ValueError: the layer cannot be executed in integers; the message says why.
+            NotExecutable: the layer cannot be executed in integers; the message says why.
         """
-        source = layer.activation
-        if source is None:
-            raise ValueError("its input is not quantized")
-        padding: object = layer.padding
-        if isinstance(padding, str):
-            padding = same_padding(layer.kernel_size, layer.dilation) if padding == "same" else (0, 0)
-        if layer.padding_mode != "zeros":
-            raise ValueError(f"its padding has the mode {layer.padding_mode!r}")
-        if padding is None:
-            raise ValueError("its padding 'same' is wider on one side, as its kernel has an even size")
+        weight, scale = step.weight()
+        assert step.source.quantizer is not None
         return cls(
-            *_operands(layer),
-            layer.bias,
-            source,
-            layer.stride,  # type: ignore[arg-type]
-            padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            layer.groups,
-            activation=activation,
-            residual=residual,
-            out=out,
-            also=also,
-            packed=packed,
+            weight if step.geometry is not None else weight[:, None, None],
+            scale,
+            step.bias,
+            step.source.quantizer,
+            step.geometry or Geometry(),
+            activation=step.activation,
+            residual=None if step.residual is None else step.residual.quantizer,
+            outputs=[output.quantizer for output in step.outputs],
+            packing=packing,
             dtype=dtype,
         )
 
+    # --- for the device -----------------------------------------------------------------------------------
+
+    def _prepare(self, weight: Tensor) -> None:
+        """Lay out weights [O, R, S, C / groups], and codes that travel packed, for the device that they are on."""
+        packs, groups = self.packing.on(weight.device), self.geometry.groups
+        source_bits = self.source_bits.expand(self.channels * groups)
+        if packs and self.packing.source:
+            layout = Nibbles.of(source_bits)
+            self._keep("weight", layout.weight_panels(weight))
+            self.source_channels, self.low_bytes, self.span = layout.bytes, layout.low_bytes, panels.NIBBLES
+        else:
+            codes = (1 << source_bits.to(torch.int32)) - 1
+            self._keep("weight", panels.weight_panels(weight, groups))
+            self.source_channels, self.low_bytes = len(source_bits), 0
+            self.span = panels.span_of_sums(self.weight, codes, self.kernel_size, groups)
+        self.packed_bytes = [0] * self.coded
+        for i in range(self.coded):
+            self._keep(f"out{i}_starts", None)
+            if packs and i + self.has_values in self.packing.outputs:
+                layout = Nibbles.of(getattr(self, f"out{i}_bits").expand(len(self.scale)))
+                self._keep(f"out{i}_starts", layout.starts)
+                self.packed_bytes[i] = layout.bytes
+
+    def weight_bytes(self) -> Tensor:
+        """Return the weights, int8 [O, R, S, C / groups]."""
+        outputs = len(self.scale)
+        if self.low_bytes:
+            weight = nibbles.weight_of_panels(self.weight, outputs, self.kernel_size, self.low_bytes)
+            return weight[..., : self.channels]  # of the low nibbles
+        return panels.weight_of_panels(self.weight, outputs, self.kernel_size, self.channels, self.geometry.groups)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerConv2d:
-        """Let the values that it returns follow .half() and the like."""
+        """Let the values that it returns follow .half() and the like, and the layout the device."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
         if dtype not in FLOATING:
             raise TypeError(f"a network in integers returns float32, float16 or bfloat16, not {dtype}")
-        self.dtype = dtype
+        before = self.scale.device.type
         super()._apply(fn, recurse)
+        self.dtype = dtype
+        if self.scale.device.type != before and "meta" not in (before, self.scale.device.type):
+            self._prepare(self.weight_bytes())
         return self
 
-    def _sum_of_zero_points(self, weight: Tensor, zero_point: Tensor) -> Tensor:
-        """Return Σ weight * zero_point over the channels, of each tap and output: int64 [R * S, O]."""
-        zeros = _by_output(zero_point.to(torch.int64), weight.shape[0], self.groups)
-        return (weight.to(torch.int64) * zeros).sum(-1).flatten(1).t().contiguous()
+    # --- in use -------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Outputs:
         """Return the convolution of codes x, uint8 [N, C, H, W], plus the residual's values, channels_last.
@@ -225,18 +206,34 @@ class IntegerConv2d(QuantizerState):
             raise RuntimeError(f"the input has the shape {list(x.shape)}, and {takes}")
         if (residual is None) != (self.residual_scale is None):
             raise ValueError("a residual comes with its quantizer, and only with it")
+        try:
+            outputs = self._convolve(x, residual)
+        except (RuntimeError, ValueError):
+            misfit = misfit_of_window(x, self.kernel_size, self.geometry.padding, self.geometry.dilation)
+            if misfit:
+                raise RuntimeError(f"the input has the shape {list(x.shape)}, {misfit}") from None
+            raise
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _convolve(self, x: Tensor, residual: Tensor | None) -> list[Tensor]:
         # The operator itself: what ops.conv2d_integer would check again and again has been checked once.
-        first, *second = torch.ops.ptq4cuda.conv2d_integer(
+        g = self.geometry
+        forms: list[Any] = [(None, None, None, None, 0)] if self.has_values else []
+        for i in range(self.coded):
+            fields = (getattr(self, f"out{i}_{name}") for name in ("scale", "zero_point", "bits", "starts"))
+            forms.append((*fields, self.packed_bytes[i]))
+        first, second = (*forms, (None, None, None, None, 0))[:2]
+        return torch.ops.ptq4cuda.conv2d_integer(  # type: ignore[no-any-return]
             x,
             self.weight,
             self.zero_sums,
             self.scale,
             self.bias,
             self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.groups,
             self.low_bytes,
             self.span,
             self.activation.negative_slope,
@@ -244,41 +241,31 @@ class IntegerConv2d(QuantizerState):
             residual,
             self.residual_scale,
             self.residual_zero_point,
-            self.out_scale,
-            self.out_zero_point,
-            self.out_bits,
-            self.out_starts,
-            self.packed_bytes["out"],
-            self.also_scale,
-            self.also_zero_point,
-            self.also_bits,
-            self.also_starts,
-            self.packed_bytes["also"],
+            *first,
+            *second,
             self.dtype,
         )
-        return (first, *second) if second else first
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
         """Return the codes [O, R, S, C / groups] that weight_bytes made bytes of."""
-        outputs = len(self.scale)
-        if self.low_bytes:
-            weight = nibbles.weight_of_panels(self.weight, outputs, self.kernel_size, self.low_bytes)
-            weight = weight[..., : self.channels]  # of the low nibbles
-        else:
-            weight = panels.weight_of_panels(self.weight, outputs, self.kernel_size, self.channels, self.groups)
-        weight = weight.double()
         shape = (-1, 1, 1, 1)
-        codes = weight * weight_unit(bits).view(shape) - offset.double().view(shape)
+        codes = self.weight_bytes().double() * weight_unit(bits).view(shape) - offset.double().view(shape)
         return codes.to(torch.uint8)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it computes its layer alone, from bytes to values."""
+        alone = self.has_values and not self.coded and self.residual_scale is None
+        return alone and self.activation == IDENTITY and not self.low_bytes
 
     @property
     def kernel(self) -> str:
         """What computes the layer: kernel size and stride, how products are summed, what is fused."""
-        size = f"{self.kernel_size[0]}x{self.kernel_size[1]}"
-        parts = [size if max(self.stride) == 1 else f"{size}/{self.stride[0]}"]
-        depthwise = panels.is_depthwise(len(self.scale), self.channels, self.groups)
-        if self.groups > 1:
-            parts.append("depthwise" if depthwise else f"{self.groups} groups")
+        size, groups = f"{self.kernel_size[0]}x{self.kernel_size[1]}", self.geometry.groups
+        parts = [size if max(self.geometry.stride) == 1 else f"{size}/{self.geometry.stride[0]}"]
+        depthwise = panels.is_depthwise(len(self.scale), self.channels, groups)
+        if groups > 1:
+            parts.append("depthwise" if depthwise else f"{groups} groups")
         if self.low_bytes:
             parts.append("packed")
         if not depthwise:
@@ -286,15 +273,16 @@ class IntegerConv2d(QuantizerState):
             parts.append("32-bit sums" if not narrow else "8-bit codes" if self.span < 0 else f"span {self.span}")
         if self.residual_scale is not None:
             parts.append("residual")
-        if self.also_scale is not None:
+        if self.has_values + self.coded > 1:
             parts.append("2 outputs")
         return ", ".join(parts)
 
     def extra_repr(self) -> str:
         """Describe the geometry, as `print(module)` shows it."""
+        g = self.geometry
         return (
-            f"{len(self.scale)} outputs, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
+            f"{len(self.scale)} outputs, kernel_size={self.kernel_size}, stride={g.stride}, "
+            f"padding={g.padding}, dilation={g.dilation}, groups={g.groups}"
         )
 
 
@@ -306,37 +294,17 @@ class IntegerLinear(nn.Module):
         self.convolution = convolution
 
     @classmethod
-    def from_quantized(
-        cls,
-        layer: QuantLinear,
-        *,
-        activation: Activation = IDENTITY,
-        residual: QuantParams | None = None,
-        out: QuantParams | None = None,
-        also: QuantParams | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> IntegerLinear:
-        """Lower a quantized layer; arguments and errors as for IntegerConv2d.from_quantized."""
-        source = layer.activation
-        if source is None:
-            raise ValueError("its input is not quantized")
-        weight, scale = _operands(layer)
-        convolution = IntegerConv2d(
-            weight[:, None, None, :],
-            scale,
-            layer.bias,
-            source,
-            activation=activation,
-            residual=residual,
-            out=out,
-            also=also,
-            dtype=dtype,
-        )
-        return cls(convolution)
+    def of(cls, step: steps.Layer, dtype: torch.dtype = torch.float32) -> IntegerLinear:
+        """Prepare a step, see IntegerConv2d.of."""
+        return cls(IntegerConv2d.of(step, dtype))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Outputs:
+    def forward(self, x: Tensor) -> Outputs:
         """Return the layer's output for codes [*, C]."""
-        y = self.convolution(x.reshape(-1, x.shape[-1], 1, 1), residual)
+        features = self.convolution.source_channels
+        if x.shape[-1] != features:
+            misfit = f"and the layer takes {features} features along the last dimension"
+            raise RuntimeError(f"the input has the shape {list(x.shape)}, {misfit}")
+        y = self.convolution(x.reshape(-1, features, 1, 1))
         return tree_map(lambda t: t.view(*x.shape[:-1], t.shape[1]), y)  # type: ignore[no-any-return]
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
@@ -344,17 +312,172 @@ class IntegerLinear(nn.Module):
         return self.convolution.weight_codes(bits, offset)[:, 0, 0]
 
     @property
+    def plain(self) -> bool:
+        """See IntegerConv2d.plain."""
+        return self.convolution.plain
+
+    @property
     def kernel(self) -> str:
         """What computes the layer, see IntegerConv2d.kernel."""
         return self.convolution.kernel
 
 
-def _by_output(values: Tensor, outputs: int, groups: int) -> Tensor:
-    """View what belongs to input channels [C] so that it broadcasts over weights [O, R, S, C / groups]."""
-    return values.view(groups, -1).repeat_interleave(outputs // groups, 0)[:, None, None]
+class Quantize(QuantizerState):
+    """Turns values into codes where a network enters integers."""
+
+    bits: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, params: QuantParams) -> None:
+        super().__init__()
+        self.axis = params.axis
+        for name in _FIELDS:
+            self.register_buffer(name, getattr(params, name), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return uint8 codes."""
+        try:
+            if self.axis == -3 and x.dim() != 4:
+                raise ValueError("no batch")
+            return ops.quantize(x, self.scale, self.zero_point, self.bits, self.axis)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            self._refuse(x)
+            raise
+
+    def _refuse(self, x: object) -> None:
+        """Raise, in one sentence, where an input is to blame for what failed."""
+        x = tensor_of_values(x)
+        found = f"the input has the shape {list(x.shape)}"
+        if self.axis == -3 and x.dim() != 4:
+            raise RuntimeError(f"{found}, and the network in integers takes batches [N, C, H, W]")
+        channels = max(getattr(self, name).numel() for name in _FIELDS)
+        if x.dim() < -self.axis or channels not in (1, x.shape[self.axis]):
+            kind = "channels" if self.axis == -3 else "features along the last dimension"
+            raise RuntimeError(f"{found}, and the network takes {channels} {kind}")
 
 
-def same_padding(kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the padding that torch.nn.Conv2d calls "same", or None if it differs between the sides."""
-    total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
-    return None if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+# --- whole programs -------------------------------------------------------------------------------------------
+
+
+def engine_of(
+    step: steps.Layer,
+    dtype: torch.dtype,
+    packing: Packing = Packing(),
+) -> IntegerConv2d | IntegerLinear:
+    """Prepare a layer."""
+    return IntegerLinear.of(step, dtype) if step.geometry is None else IntegerConv2d.of(step, dtype, packing)
+
+
+def packed_values(program: LayerProgram) -> set[Value]:
+    """Return the codes that travel packed where a device reads packed codes: from convolutions to convolutions."""
+    readers, found = program.readers(), set[Value]()
+    returned = set[Value]()
+    map_values(returned.add, program.result)
+    for step in program:
+        if not isinstance(step, steps.Layer) or step.geometry is None:
+            continue
+        outputs, per_group = step.module.weight_shape[:2]
+        if not panels.whole_octets(outputs, per_group, step.geometry.groups):
+            continue
+        for value in step.outputs:
+            if value.quantizer is None or value in returned:
+                continue
+            dense = all(
+                isinstance(r, steps.Layer)
+                and r.geometry is not None
+                and r.geometry.groups == 1
+                and r.residual is not value
+                for r in readers[value]
+            )
+            if dense and Nibbles.of(value.quantizer.bits.expand(outputs)).bytes <= (1 - _LEAST_SAVING) * outputs:
+                found.add(value)
+    return found
+
+
+def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """Return values in the memory format that a convolution's output has in PyTorch, of an input like this."""
+    return x.contiguous(memory_format=memory_format_of(like))
+
+
+def install(program: LayerProgram, network: fx.GraphModule, dtype: torch.dtype, pack: bool | None = None) -> None:
+    """Let a network execute its program: its graph calls engines from now on, which hold the weights of its layers.
+
+    Args:
+        program: of the network.
+        network: as simulated; it keeps its modules. An engine is the module `engine` of its layer, and has its hooks.
+        dtype: of the values that it computes with.
+        pack: let codes travel packed. Default: for each device to say.
+    """
+    packed = packed_values(program)
+    before = {node.name: node for node in network.graph.nodes}
+    graph, made = fx.Graph(), dict[Value, fx.Node]()
+    makers = {value: step for step in program for value in step.outputs}
+
+    def argument(arguments: Any) -> Any:
+        return map_values(made.__getitem__, arguments)
+
+    def named(value: Value, node: fx.Node) -> fx.Node:
+        """Let a node that computes what it did before be known as it was."""
+        if value.name in before:
+            node.meta.update(before[value.name].meta)
+            node.type = before[value.name].type
+        return node
+
+    def origin(value: Value) -> Value:
+        """Return the values that codes were once made of."""
+        while value.quantizer is not None:
+            maker = makers[value]
+            value = next((v for v in maker.outputs if v.quantizer is None), maker.sources[0])
+        return value
+
+    def layer(step: steps.Layer) -> None:
+        packing = Packing(
+            step.source in packed, frozenset(i for i, value in enumerate(step.outputs) if value in packed), pack
+        )
+        engine = engine_of(step, dtype, packing)
+        vars(engine).update({name: vars(step.module)[name] for name in HOOKS})
+        step.module.execute_in_integers(engine)
+        y = graph.create_node(
+            "call_module", f"{step.name}.engine", argument(step.sources), name=step.name.replace(".", "_")
+        )
+        for i, value in enumerate(step.outputs):
+            part = y if len(step.outputs) == 1 else graph.call_function(operator.getitem, (y, i))
+            if value.quantizer is None and step.geometry is not None:
+                part = graph.call_function(laid_out_as, (part, made[origin(step.source)]))
+            made[value] = part
+
+    for step in program:
+        value = step.outputs[0]
+        if isinstance(step, steps.Layer):
+            layer(step)
+        elif isinstance(step, steps.Input):
+            made[value] = named(value, graph.create_node("placeholder", step.name, step.default, name=value.name))
+        elif isinstance(step, steps.Float):
+            op = "get_attr" if step.kind == "attribute" else f"call_{step.kind}"
+            args, kwargs = argument(step.args), argument(step.kwargs)
+            made[value] = named(value, graph.create_node(op, step.target, args, kwargs, name=value.name))
+        elif isinstance(step, steps.Quantize):
+            made[value] = graph.call_module(_add_quantize(network, step), argument(step.sources))
+        elif isinstance(step, steps.MaxPool):
+            window = (step.kernel_size, step.stride, step.padding, step.dilation, step.ceil_mode)
+            made[value] = graph.call_function(ops.max_pool_codes, (made[step.source], *window))
+        elif isinstance(step, steps.Concatenate):  # a tensor may be in it twice, in other codes
+            made[value] = graph.call_function(torch.cat, ([made[source] for source in step.sources], 1))
+        elif isinstance(step, steps.Reshape):
+            made[value] = graph.call_method(step.kind, (made[step.source], step.dim))
+        else:
+            made[value] = graph.call_function(nn.functional.pixel_shuffle, (made[step.source], step.factor))
+    graph.output(argument(program.result))
+    graph.lint()
+    network.graph = graph
+    network.recompile()
+
+
+def _add_quantize(network: fx.GraphModule, step: steps.Quantize) -> str:
+    assert step.output.quantizer is not None
+    name = f"{step.source.name}_codes"
+    while hasattr(network, name):
+        name += "_"
+    network.add_submodule(name, Quantize(step.output.quantizer))
+    return name

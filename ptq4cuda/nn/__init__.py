@@ -7,7 +7,7 @@ from ptq4cuda.nn.conv import QuantConv2d
 from ptq4cuda.nn.conv_transpose import CONV_TRANSPOSE_1D, CONV_TRANSPOSE_2D, CONV_TRANSPOSE_3D
 from ptq4cuda.nn.linear import QuantLinear
 from ptq4cuda.nn.quant_module import QuantModule
-from ptq4cuda.nn.quant_tensor import Quantize, QuantTensor
+from ptq4cuda.nn.quant_tensor import QuantTensor
 from ptq4cuda.nn.spec import LayerSpec
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "QuantLinear",
     "QuantModule",
     "QuantTensor",
-    "Quantize",
     "quant_module_for",
     "spec_of",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq4cuda.compat import explicit_padding
-from ptq4cuda.nn.quant_module import Outputs, QuantModule
+from ptq4cuda.nn.quant_module import QuantModule
 from ptq4cuda.nn.spec import LayerSpec, per_dim
 
 if TYPE_CHECKING:
@@ -22,6 +23,15 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return the memory format that the convolution of x has in PyTorch: of a contiguous kernel, x's own."""
     channels_last = x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]  # where C, H or W is one, too
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def misfit_of_window(x: Tensor, kernel_size: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> str:
+    """Return what is wrong with images that are smaller than the kernel that they are convolved with, or ""."""
+    kernel = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    sizes = [size + 2 * p for size, p in zip(x.shape[-2:], padding, strict=True)]
+    if all(k <= size for k, size in zip(kernel, sizes, strict=True)):
+        return ""
+    return f"padded {sizes[0]} x {sizes[1]}, and the convolution's kernel is {kernel[0]} x {kernel[1]}"
 
 
 class QuantConv2d(QuantModule):
@@ -94,45 +104,26 @@ class QuantConv2d(QuantModule):
             quantized.explicit_padding = explicit_padding(layer)
         return quantized
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, like: Tensor | None = None) -> Outputs:
-        """Return the convolution of the quantized input with the quantized weights.
-
-        Args:
-            input: values; in a lowered network their codes.
-            residual: codes to add, of a lowered network.
-            like: where the input is codes and the output values: what has the memory format that these get.
-        """
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of the quantized input with the quantized weights."""
         try:
-            if self.engine is None:
+            if self.engine is None or not self.engine.plain:
                 return self._simulate(input, self._convolve)
-            if input.dim() == 3 and not self.reads_codes:
-                y = self._integer_forward(input.unsqueeze(0), None)
-                assert isinstance(y, Tensor)
-                return y.squeeze(0).contiguous()  # images by themselves are never channels_last
-            y = self._integer_forward(input, residual)
+            if input.dim() == 3:  # images by themselves are never channels_last
+                return self._integer_forward(input.unsqueeze(0), self.engine).squeeze(0).contiguous()
+            y = self._integer_forward(input, self.engine)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             self._refuse(input)
             raise
-        like = like if self.reads_codes else input
-        if like is None:
-            return y
-        memory_format = memory_format_of(like)
-        if isinstance(y, Tensor):
-            return y.contiguous(memory_format=memory_format)
-        return y[0].contiguous(memory_format=memory_format), y[1]
+        return y.contiguous(memory_format=memory_format_of(input))
 
     def _misfit(self, x: Tensor) -> str:
-        if x.dim() != 4 and (x.dim() != 3 or self.reads_codes):
-            batch = "" if self.reads_codes else " or [C, H, W]"
-            return f"and the convolution takes [N, C, H, W]{batch}"
-        if x.shape[-3] != self.in_channels and not self.reads_codes:
+        if x.dim() not in (3, 4):
+            return "and the convolution takes [N, C, H, W] or [C, H, W]"
+        if x.shape[-3] != self.in_channels:
             return f"and the convolution takes {self.in_channels} channels"
         padding = self.padding if isinstance(self.padding, tuple) else (0, 0)
-        kernel = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        sizes = [size + 2 * p for size, p in zip(x.shape[-2:], padding, strict=True)]
-        if self.padding != "same" and any(k > size for k, size in zip(kernel, sizes, strict=True)):
-            return f"padded {sizes[0]} x {sizes[1]}, and the convolution's kernel is {kernel[0]} x {kernel[1]}"
-        return ""
+        return "" if self.padding == "same" else misfit_of_window(x, self.kernel_size, padding, self.dilation)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if memory_format_of(x) == torch.contiguous_format:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq4cuda.nn.quant_module import Outputs, QuantModule
+from ptq4cuda.nn.quant_module import QuantModule
 from ptq4cuda.nn.spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ class QuantLinear(QuantModule):
         quantized.dtype = layer.weight.dtype
         return quantized
 
-    def forward(self, input: Tensor) -> Outputs:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the product of the quantized input with the quantized weights."""
         try:
-            if self.engine is not None:
-                return self._integer_forward(input, None)
-            return self._simulate(input, F.linear)
+            if self.engine is None or not self.engine.plain:
+                return self._simulate(input, F.linear)
+            return self._integer_forward(input, self.engine)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             self._refuse(input)
             raise

@@ -31,13 +31,16 @@ _ROWS = ("weight_bits", "weight_scale", "weight_offset")
 _ACTIVATION = ("activation_bits", "activation_scale", "activation_zero_point")
 
 
-Outputs = Tensor | tuple[Tensor, Tensor]  # of a layer in integers: two where its readers disagree on codes
+STATE_IS_REFUSED = (
+    "a network in integers loads no state_dict: load it into the network that quantize(..., "
+    'QuantConfig(execution="simulate")) makes, and call ptq4cuda.lower_layers on that'
+)
 
 
 class IntegerEngine(Protocol):
     """Computes a layer from the codes of its input; it is a module without a state of its own."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Outputs:
+    def __call__(self, x: Tensor) -> Any:
         """Return values, or the codes of the next layers."""
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
@@ -46,6 +49,10 @@ class IntegerEngine(Protocol):
     @property
     def kernel(self) -> str:
         """The kernel that computes the layer, for reports."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it computes the layer alone, from codes to values: else it is a step of a whole network."""
 
 
 def input_scale_of_weights(scale: Tensor, weight_shape: torch.Size, groups: int) -> Tensor:
@@ -71,10 +78,9 @@ class QuantModule(QuantizerState):
         activation_bits, activation_scale, activation_zero_point: QuantParams of the input, or None.
 
     Attributes:
-        engine: what computes the layer in integers, from codes; None where it is simulated.
+        engine: what computes the layer in integers, from codes, and holds the weights; None where it is simulated. In
+            a network whose graph was lowered it is called in the layer's place, and may do what follows the layer.
         dtype: of the weights in the float network, which follows .half() and the like.
-        reads_codes: in a lowered network: the input is codes; else it is values, which an engine cannot tell from
-            codes where they are whole numbers.
     """
 
     spec: ClassVar[LayerSpec]  # the kind of layer that it takes the place of
@@ -100,7 +106,6 @@ class QuantModule(QuantizerState):
     ) -> None:
         super().__init__()
         self.engine: IntegerEngine | None = None
-        self.reads_codes = False
         self.dtype = torch.float32
         self.folded = folded
         self.weight_shape = torch.Size(weight_shape)
@@ -261,19 +266,10 @@ class QuantModule(QuantizerState):
 
     # --- in integers --------------------------------------------------------------------------------------
 
-    def execute_in_integers(self, engine: IntegerEngine, *, reads_codes: bool = False) -> None:
+    def execute_in_integers(self, engine: IntegerEngine) -> None:
         """Leave the computation to an engine that was made of this layer; it holds the weights from now on."""
-        self.engine, self.reads_codes = engine, reads_codes
+        self.engine = engine
         self.register_buffer("weight_packed", self.weight_packed[:0].clone(), persistent=False)
-
-    def simulate(self) -> None:
-        """Hold the weights again and compute in floating point, what a layer did before execute_in_integers."""
-        if self.engine is not None:
-            self.register_buffer("weight_packed", self._packed())
-            self.engine, self.reads_codes = None, False
-
-    def _packed(self) -> Tensor:
-        return ops.pack_codes(self.quantized_weight().codes.flatten(1), self.weight_bits)
 
     def _refuse(self, x: object) -> None:
         """Raise, in one sentence, where an input is to blame for what failed.
@@ -282,7 +278,7 @@ class QuantModule(QuantizerState):
             TypeError: it is no tensor of float32, float16 or bfloat16.
             RuntimeError: it has not the shape that the layer takes, as in torch.nn.
         """
-        x = tensor_of_values(x, codes=self.reads_codes)
+        x = tensor_of_values(x)
         misfit = self._misfit(x)
         if misfit:
             raise RuntimeError(f"the input has the shape {list(x.shape)}, {misfit}")
@@ -291,24 +287,21 @@ class QuantModule(QuantizerState):
         """Return what is wrong with the shape of an input, or ""."""
         raise NotImplementedError
 
-    def _integer_forward(self, x: Tensor, residual: Tensor | None) -> Outputs:
-        """Compute from codes, or from values, which are quantized first."""
-        assert self.engine is not None
-        if self.reads_codes:
-            return self.engine(x, residual)
+    def _integer_forward(self, x: Tensor, engine: IntegerEngine) -> Tensor:
+        """Compute from values, which are quantized first."""
         assert self.activation_scale is not None and self.activation_zero_point is not None
         assert self.activation_bits is not None
         codes = ops.quantize(
             x, self.activation_scale, self.activation_zero_point, self.activation_bits, self.spec.axis
         )
-        y = self.engine(codes, None)
-        assert isinstance(y, Tensor)
+        y: Tensor = engine(codes)
         return y.to(x.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.engine is not None:
-            destination[prefix + "weight_packed"] = self._packed()
+            codes = self.quantized_weight().codes
+            destination[prefix + "weight_packed"] = ops.pack_codes(codes.flatten(1), self.weight_bits)
 
     # --- in use -------------------------------------------------------------------------------------------
 
@@ -406,8 +399,7 @@ class QuantModule(QuantizerState):
         """Accept buffers of other lengths: they depend on the bits that were allocated."""
         errors: list[str] = args[-1]
         if self.engine is not None:
-            errors.append(f"{prefix.rstrip('.')} computes in integers: load a state_dict into the whole network")
-            return
+            raise RuntimeError(STATE_IS_REFUSED)
         before = len(errors)
         self._make_room(state_dict, prefix, errors, ("weight_packed", *_ACTIVATION), fixed=_ROWS)
         if self.bias is None and prefix + "bias" in state_dict:  # solvers give layers a bias that had none

@@ -14,12 +14,12 @@ from ptq4cuda.quantizer import QuantParams
 _FIELDS = ("bits", "scale", "zero_point")
 
 
-def tensor_of_values(x: object, codes: bool = False) -> Tensor:
-    """Return an input, which may be codes instead; raise TypeError where it is no tensor of values."""
+def tensor_of_values(x: object) -> Tensor:
+    """Return an input; raise TypeError where it is no tensor of values."""
     if not isinstance(x, Tensor):
         remedy = ": torch.from_numpy makes a tensor of it" if type(x).__module__ == "numpy" else ""
         raise TypeError(f"the input must be a tensor, got {type(x).__name__}{remedy}")
-    if x.dtype not in ops.FLOATING and not codes:
+    if x.dtype not in ops.FLOATING:
         raise TypeError(f"the input must be float32, float16 or bfloat16, got {x.dtype}: convert it, as x.float()")
     return x
 
@@ -63,9 +63,6 @@ class QuantTensor(QuantizerState):
 
     Buffers:
         bits, scale, zero_point: QuantParams. While they are empty, as at first, everything passes as it is.
-
-    Attributes:
-        returns_codes: in a network that executes in integers: return codes; codes that come in pass.
     """
 
     bits: Tensor
@@ -74,7 +71,6 @@ class QuantTensor(QuantizerState):
 
     def __init__(self) -> None:
         super().__init__()
-        self.returns_codes = False
         self.register_buffer("bits", torch.zeros(0, dtype=torch.uint8, device="cpu"))
         self.register_buffer("scale", torch.zeros(0, dtype=torch.float32, device="cpu"))
         self.register_buffer("zero_point", torch.zeros(0, dtype=torch.int32, device="cpu"))
@@ -90,11 +86,9 @@ class QuantTensor(QuantizerState):
         return QuantParams(self.bits, self.scale, self.zero_point, axis=-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the values of x's codes, or the codes."""
-        if not self.scale.numel() or x.dtype == torch.uint8:
+        """Return the values of x's codes."""
+        if not self.scale.numel():
             return x
-        if self.returns_codes:
-            return ops.quantize(x, self.scale, self.zero_point, self.bits, -3)
         return ops.fake_quantize(x, self.scale, self.zero_point, self.bits, -3)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -108,38 +102,3 @@ class QuantTensor(QuantizerState):
             self.set(self.params)
         except (TypeError, ValueError) as error:
             errors.append(f"{prefix.rstrip('.')}: {error}")
-
-
-class Quantize(QuantizerState):
-    """Turns values into codes where a lowered network enters integers; the parameters are those of a layer."""
-
-    bits: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, params: QuantParams) -> None:
-        super().__init__()
-        self.axis = params.axis
-        for name in _FIELDS:
-            self.register_buffer(name, getattr(params, name), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return uint8 codes."""
-        try:
-            if self.axis == -3 and x.dim() != 4:
-                raise ValueError("no batch")
-            return ops.quantize(x, self.scale, self.zero_point, self.bits, self.axis)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-            self._refuse(x)
-            raise
-
-    def _refuse(self, x: object) -> None:
-        """Raise, in one sentence, where an input is to blame for what failed."""
-        x = tensor_of_values(x)
-        found = f"the input has the shape {list(x.shape)}"
-        if self.axis == -3 and x.dim() != 4:
-            raise RuntimeError(f"{found}, and the network in integers takes batches [N, C, H, W]")
-        channels = max(getattr(self, name).numel() for name in _FIELDS)
-        if x.dim() < -self.axis or channels not in (1, x.shape[self.axis]):
-            kind = "channels" if self.axis == -3 else "features along the last dimension"
-            raise RuntimeError(f"{found}, and the network takes {channels} {kind}")

@@ -95,9 +95,13 @@ def test_a_copy_is_the_network(
     for name in state:
         if name.endswith("bias"):
             state[name] += 1.0
-    other.load_state_dict(state)
-    assert not torch.equal(other(images), network(images))
-    other.load_state_dict(network.state_dict())
+    if execution == "integer":
+        with pytest.raises(RuntimeError, match="a network in integers loads no state_dict"):
+            other.load_state_dict(state)
+    else:
+        other.load_state_dict(state)
+        assert not torch.equal(other(images), network(images))
+        other.load_state_dict(network.state_dict())
     same(network, made_of(other), images, tmp_path)
 
 
@@ -138,15 +142,16 @@ def test_another_process_reads_them(images: Tensor, tmp_path: Path) -> None:
 
 
 def test_a_network_made_by_hand(images: Tensor) -> None:
-    """lower_layers lets any module execute in integers, and leaves what reloads it there."""
+    """lower_layers lets any module execute in integers, and leaves there what refuses to load others' weights."""
     network = nn.Sequential(
         ptq4cuda.QuantConv2d.from_float(nn.Conv2d(3, 4, 3), quantizer(), weight_bits=8, bias_correction="none")
     )
     lower_layers(network)
     for made_of in COPIES.values():
         other = made_of(network)
-        other.load_state_dict(network.state_dict())
         assert torch.equal(other(images), network(images))
+        with pytest.raises(RuntimeError, match="a network in integers loads no state_dict"):
+            other.load_state_dict(network.state_dict())
 
 
 def quantizer() -> ptq4cuda.QuantParams:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq4cuda.activation import Activation
-from ptq4cuda.execute.engines import IntegerConv2d, IntegerLinear, weight_bytes
+from ptq4cuda.activation import IDENTITY, Activation
+from ptq4cuda.execute.engines import IntegerConv2d, IntegerLinear
+from ptq4cuda.execute.program import Geometry, Layer, Value, weight_bytes
 from ptq4cuda.nn import QuantConv2d, QuantLinear
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 
@@ -33,6 +36,22 @@ def layer(conv: nn.Conv2d, source: QuantParams, bits: int = 4) -> QuantConv2d:
     return quantized
 
 
+def engine(
+    quantized: QuantConv2d,
+    outputs: Sequence[QuantParams | None] = (None,),
+    residual: QuantParams | None = None,
+    activation: Activation = IDENTITY,
+) -> IntegerConv2d:
+    """Return what executes a layer with these outputs."""
+    step = Layer.alone(
+        quantized,
+        outputs=tuple(Value(f"y{i}", params) for i, params in enumerate(outputs)),
+        residual=None if residual is None else Value("residual", residual),
+        activation=activation,
+    )
+    return IntegerConv2d.of(step)
+
+
 CONVS = {
     "3x3": nn.Conv2d(24, 20, 3, padding=1),
     "1x1": nn.Conv2d(12, 33, 1, stride=2, bias=False),
@@ -52,7 +71,7 @@ def test_integer_execution_is_what_was_simulated(name: str, source_bits: int | N
     source = quantizer(conv.in_channels, source_bits)
     simulated = layer(conv, source, bits)
     x = torch.randn(2, conv.in_channels, 9, 10)
-    integer = IntegerConv2d.from_quantized(simulated)
+    integer = engine(simulated)
     found = integer(source.quantize(x))
     expected = simulated(x)
     assert torch.equal(found, expected)
@@ -64,14 +83,14 @@ def test_a_block_of_codes() -> None:
     first, second = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
     source, middle, out = quantizer(16, 8), quantizer(24, None, signed=False, seed=1), quantizer(16, 4, seed=2)
     relu = Activation(0.0)
-    one = IntegerConv2d.from_quantized(layer(first, source), activation=relu, out=middle)
-    two = IntegerConv2d.from_quantized(layer(second, middle), activation=relu, residual=source, out=out)
+    one = engine(layer(first, source), [middle], activation=relu)
+    two = engine(layer(second, middle), [out], source, relu)
     codes = source.quantize(torch.randn(2, 16, 7, 6))
     found = two(one(codes), codes)
 
-    values = IntegerConv2d.from_quantized(layer(first, source))
+    values = engine(layer(first, source))
     hidden = middle.quantize(values(codes).relu())
-    values = IntegerConv2d.from_quantized(layer(second, middle))
+    values = engine(layer(second, middle))
     added = (codes.float() - source.zero_point.view(-1, 1, 1)) * source.scale.view(-1, 1, 1)
     assert torch.equal(one(codes), hidden)
     assert torch.equal(found, out.quantize((values(hidden) + added).relu()))
@@ -82,19 +101,20 @@ def test_two_outputs() -> None:
     source, first, second = quantizer(16, 8), quantizer(24, 4, seed=1), quantizer(24, None, seed=2)
     quantized = layer(nn.Conv2d(16, 24, 3, padding=1), source)
     codes = source.quantize(torch.randn(2, 16, 7, 6))
-    y = IntegerConv2d.from_quantized(quantized)(codes)
-    found = IntegerConv2d.from_quantized(quantized, out=first, also=second)(codes)
+    y = engine(quantized)(codes)
+    found = engine(quantized, [first, second])(codes)
     assert len(found) == 2
     assert torch.equal(found[0], first.quantize(y))
     assert torch.equal(found[1], second.quantize(y))
-    found = IntegerConv2d.from_quantized(quantized, also=second)(codes)
+    found = engine(quantized, [None, second])(codes)
     assert torch.equal(found[0], y)
     assert torch.equal(found[1], second.quantize(y))
     linear = QuantLinear.from_float(nn.Linear(16, 24), quantizer(1, 8), bias_correction="none")
     assert linear.weight_offset is not None
     linear.weight_offset = torch.full_like(linear.weight_offset, -8.0)
     x = torch.randint(0, 256, (2, 5, 16), dtype=torch.uint8)
-    outputs = IntegerLinear.from_quantized(linear, also=QuantParams(second.bits, second.scale, second.zero_point))(x)
+    step = Layer.alone(linear, outputs=(Value("values"), Value("codes", replace(second, axis=-1))))
+    outputs = IntegerLinear.of(step)(x)
     assert [tuple(output.shape) for output in outputs] == [(2, 5, 24)] * 2
 
 
@@ -131,15 +151,15 @@ def test_layers_that_cannot_be_lowered() -> None:
     source = quantizer(8)
     conv = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
     with pytest.raises(ValueError, match="its padding has the mode 'reflect'"):
-        IntegerConv2d.from_quantized(layer(conv, source))
+        engine(layer(conv, source))
     with pytest.raises(ValueError, match="its input is not quantized"):
-        IntegerConv2d.from_quantized(QuantConv2d.from_float(nn.Conv2d(8, 8, 3)))
+        engine(QuantConv2d.from_float(nn.Conv2d(8, 8, 3)))
     with pytest.raises(ValueError, match="its padding 'same' is wider on one side"):
-        IntegerConv2d.from_quantized(layer(nn.Conv2d(8, 8, 2, padding="same"), source))
+        engine(layer(nn.Conv2d(8, 8, 2, padding="same"), source))
     with pytest.raises(ValueError, match="which is not folded"):
         unfolded = QuantConv2d.from_float(nn.Conv2d(8, 8, 3), source, bias_correction="none", folded=False)
         unfolded.weight_offset = torch.full((8,), -8.0)
-        IntegerConv2d.from_quantized(unfolded)
+        engine(unfolded)
 
 
 def test_an_unfolded_depthwise_layer_needs_no_folding() -> None:
@@ -148,7 +168,7 @@ def test_an_unfolded_depthwise_layer_needs_no_folding() -> None:
     unfolded.weight_offset = torch.full((36,), -8.0)
     x = torch.randn(2, 36, 9, 10)
     expected = unfolded(x)
-    found = IntegerConv2d.from_quantized(unfolded)(source.quantize(x))
+    found = engine(unfolded)(source.quantize(x))
     assert torch.equal(found, expected)
 
 
@@ -158,11 +178,14 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="weight must be int8"):
         IntegerConv2d(weight.float(), scale, None, source)
     with pytest.raises(ValueError, match="do not make 3 groups"):
-        IntegerConv2d(weight, scale, None, source, groups=3)
+        IntegerConv2d(weight, scale, None, source, Geometry(groups=3))
     with pytest.raises(ValueError, match="must be finite"):
         IntegerConv2d(weight, scale * math.inf, None, source)
-    with pytest.raises(ValueError, match="out has 8 channels, the convolution has 4"):
-        IntegerConv2d(weight, scale, None, source, out=source)
+    with pytest.raises(ValueError, match="output 0 has 8 channels, the convolution has 4"):
+        IntegerConv2d(weight, scale, None, source, outputs=[source])
+    for outputs in ([], [source] * 3, [source, None]):
+        with pytest.raises(ValueError, match="one or two outputs, of which the first may be values"):
+            IntegerConv2d(weight, scale, None, source, outputs=outputs)
     with pytest.raises(ValueError, match="can leave 32 bits"):
         huge = QuantParams(source.bits, source.scale, source.zero_point * 0 + (1 << 22))
         IntegerConv2d(weight.expand(4, 9, 9, 8), scale, None, huge)

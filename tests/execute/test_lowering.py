@@ -21,10 +21,10 @@ import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.artifact.record import record_of
 from ptq4cuda.bench import architectures
-from ptq4cuda.execute.engines import IntegerConv2d
+from ptq4cuda.execute.engines import IntegerConv2d, Quantize
 from ptq4cuda.execute.lowering import lower_layers
 from ptq4cuda.metrics import Noise
-from ptq4cuda.nn import QuantConv2d, Quantize, QuantLinear, QuantModule, QuantTensor
+from ptq4cuda.nn import QuantConv2d, QuantLinear, QuantModule, QuantTensor
 from ptq4cuda.ops import max_pool_codes
 from ptq4cuda.quantizer import QuantParams
 
@@ -167,7 +167,7 @@ def test_residual_blocks_pass_codes_alone(images: Tensor) -> None:
     quantized = [node.all_input_nodes[0] for node in integer.graph.nodes if is_quantize(integer, node)]
     assert [node.name for node in quantized] == ["x", "mean"]
     layers = [m.engine for m in integer.modules() if isinstance(m, QuantModule)]
-    assert sum(layer.also_scale is not None for layer in layers if isinstance(layer, IntegerConv2d)) == 3
+    assert sum(layer.coded == 2 for layer in layers if isinstance(layer, IntegerConv2d)) == 3
     assert torch.equal(simulated(images), integer(images))
     expected, found = exact(simulated, images), exact(integer, images)
     for name, codes in expected.items():
@@ -238,7 +238,7 @@ def test_codes_travel_packed_between_convolutions(images: Tensor) -> None:
     assert packed_inputs(packed) == {"straight", "block", "add", "pointwise", "late"}
     block = packed.get_submodule("pooled").engine
     assert isinstance(block, IntegerConv2d)
-    assert [block.out_starts is None, block.also_starts is None] in ([False, True], [True, False])
+    assert sorted(size > 0 for size in block.packed_bytes) == [False, True]
     assert packed_inputs(lowered(simulated, None)) == packed_inputs(unpacked) == set()  # it is not on a GPU
     assert torch.equal(packed(images), unpacked(images))
     assert torch.equal(simulated(images), packed(images))
@@ -288,8 +288,8 @@ def test_what_a_layer_returns_to_readers_that_disagree(images: Tensor, residual:
     simulated, integer = both(Readers(residual, values).eval(), images)
     engine = integer.get_submodule("first").engine
     assert isinstance(engine, IntegerConv2d)
-    assert (engine.out_scale is None) == values
-    assert (engine.also_scale is not None) == (residual or values)
+    assert engine.has_values == values
+    assert (engine.has_values + engine.coded == 2) == (residual or values)
     # Two outputs serve two readers; the third one's codes are made of values.
     assert sum(is_quantize(integer, node) for node in integer.graph.nodes) == 1 + (residual and values)
     for expected, found in zip(simulated(images), integer(images), strict=True):
@@ -538,62 +538,66 @@ def test_files_copies_and_state(model: nn.Module, images: Tensor, tmp_path: Path
     assert torch.equal(loaded.to(torch.float16).float()(images), expected)  # quantizers and weights keep their dtypes
 
 
+REFUSED = (
+    r"a network in integers loads no state_dict: load it into the network that quantize\(.*lower_layers on that$"
+)
+
+
 @pytest.mark.parametrize("wrap", [lambda net: net, Untraceable], ids=["graph", "modules"])
 @pytest.mark.parametrize("make", [Bottlenecks, Block, Edges])
-def test_state_dicts_load_into_either_execution(
+def test_state_dicts_load_before_lowering(
     images: Tensor, make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]
 ) -> None:
     torch.manual_seed(3)
     simulated, integer = both(wrap(make()).eval(), images)
-    others = both(wrap(make()).eval(), images)
-    compiled = torch.compile(integer, dynamic=True, backend="aot_eager")
-    before = compiled(images)
-    modules = [name for name, _ in integer.named_modules()]
-    for other in others:
+    before = integer(images)
+    for other in both(wrap(make()).eval(), images):
         expected, state = other(images), other.state_dict()
         assert not torch.equal(before, expected)
-        for network in (copy.deepcopy(simulated), copy.deepcopy(integer), nn.Sequential(copy.deepcopy(integer))):
-            prefixed = {f"0.{name}": t for name, t in state.items()} if isinstance(network, nn.Sequential) else state
-            assert network.load_state_dict(prefixed) == network.load_state_dict(network.state_dict())
-            assert torch.equal(network(images), expected)
-        integer.load_state_dict(copy.deepcopy(integer).state_dict())
-        integer.load_state_dict(state)
-        assert torch.equal(integer(images), expected) and torch.equal(compiled(images), expected)
-        assert all(layer.engine is not None for layer in integer.modules() if isinstance(layer, QuantModule))
-        assert [name for name, _ in integer.named_modules()] == modules
+        network = copy.deepcopy(simulated)
+        network.load_state_dict(state)
+        assert torch.equal(network(images), expected)
+        assert ptq4cuda.lower_layers(network) == {}
+        assert torch.equal(network(images), expected)
+        assert executions(network) == {"integer"} and executions(simulated) == {"simulate"}
+        kept = copy.deepcopy(integer)
+        for refusing in (kept, nn.Sequential(kept), copy.deepcopy(kept)):
+            prefix = "0." if isinstance(refusing, nn.Sequential) else ""
+            with pytest.raises(RuntimeError, match=REFUSED) as caught:
+                refusing.load_state_dict({f"{prefix}{name}": t for name, t in state.items()})
+            assert "\n" not in str(caught.value)
+            assert torch.equal(refusing(images), before)
 
 
 def test_packed_codes_after_loading(images: Tensor) -> None:
     torch.manual_seed(3)
     config = replace(FAST, execution="simulate", activation_granularity="per_tensor")
     simulated, other = (quantize(Edges().eval(), [images], config, progress=False) for _ in range(2))
+    layers = packed_inputs(lowered(simulated, True))
+    simulated.load_state_dict(other.state_dict())
     packed = lowered(simulated, True)
-    layers = packed_inputs(packed)
-    packed.load_state_dict(other.state_dict())
     assert packed_inputs(packed) == layers
     assert torch.equal(packed(images), other(images))
 
 
 def test_state_dicts_that_do_not_load(model: nn.Module, images: Tensor) -> None:
-    _, integer = both(model, images)
-    expected, state = integer(images), copy.deepcopy(integer.state_dict())
+    simulated, integer = both(model, images)
+    expected, state = simulated(images), copy.deepcopy(simulated.state_dict())
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "stem.weight_packed"'):
-        integer.load_state_dict({name: t for name, t in state.items() if name != "stem.weight_packed"})
-    assert torch.equal(integer(images), expected)
-    found = integer.load_state_dict({"fc.bias": state["fc.bias"] + 1.0, "more": expected}, strict=False)
+        simulated.load_state_dict({name: t for name, t in state.items() if name != "stem.weight_packed"})
+    found = simulated.load_state_dict({"fc.bias": state["fc.bias"] + 1.0, "more": expected}, strict=False)
     assert found.unexpected_keys == ["more"] and "stem.weight_packed" in found.missing_keys
-    torch.testing.assert_close(integer(images), expected + 1.0)
+    torch.testing.assert_close(simulated(images), expected + 1.0)
     with pytest.raises(RuntimeError, match=r"size mismatch for fc.bias"):
-        integer.load_state_dict({**state, "fc.bias": expected[0, :2]})
-    integer.load_state_dict(state)  # after which it computes in integers again
-    assert torch.equal(integer(images), expected)
-    assert integer.get_submodule("stem").engine is not None
+        simulated.load_state_dict({**state, "fc.bias": expected[0, :2]})
     corrected = {**state, "stem.weight_offset": state["stem.weight_offset"] + 0.3}
-    with pytest.raises(RuntimeError, match=r"stem cannot compute in integers any more: .*are no signed bytes"):
-        integer.load_state_dict(corrected)
-    integer.load_state_dict(state)
+    simulated.load_state_dict(corrected)
+    reasons = ptq4cuda.lower_layers(simulated)
+    assert list(reasons) == ["stem"] and "are no signed bytes" in reasons["stem"]
+    assert [layer.execution for layer in record_of(simulated).layers if layer.name == "stem"] == ["simulate"]
+    assert "are no signed bytes" in ptq4cuda.report(simulated)
     stem = integer.get_submodule("stem")
-    with pytest.raises(RuntimeError, match=r"computes in integers: load a state_dict into the whole network"):
+    with pytest.raises(RuntimeError, match=REFUSED):
         stem.load_state_dict(stem.state_dict())
 
 
@@ -690,7 +694,7 @@ def test_the_dtype_of_a_network_in_integers(
     assert integer(images.to(dtype)).dtype == dtype
     halved = integer(images.to(dtype))
     assert sqnr(simulated(images.to(dtype)), halved) > 30.0  # simulation rounds to it before sums and pooling, too
-    integer.load_state_dict(integer.state_dict())
+    integer = copy.deepcopy(integer)
     assert torch.equal(integer(images.to(dtype)), halved)
     with pytest.raises(TypeError, match=r"returns float32, float16 or bfloat16, not torch\.float64"):
         integer.double()

@@ -337,7 +337,7 @@ def test_shapes_are_read_of_codes(forward: Callable[..., Any], pack: bool) -> No
     first = integer.get_submodule("conv")
     assert isinstance(first, QuantModule)
     if forward is not shortcut_of_the_shape:  # codes alone leave the first layer
-        assert first.engine.out_scale is not None  # type: ignore[union-attr]
+        assert not first.engine.has_values  # type: ignore[union-attr]
     assert record_of(integer).folded == (forward is shortcut)
     compiled = torch.compile(integer, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
