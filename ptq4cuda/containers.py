@@ -1,12 +1,14 @@
-"""Tensors in containers of any class: dicts and lists, dataclasses, and what libraries and models make of them."""
+"""Tensors in containers of any class: dicts and lists, dataclasses, what libraries and models make, and arguments."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ptq4cuda.compat import tree_map_only
 
 
 def contents(value: Any) -> list[Any] | None:
@@ -27,6 +29,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [tensor for item in contents(value) or () for tensor in tensors_of(item)]
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a copy of a value with other tensors; containers keep their classes."""
-    return copy.deepcopy(value, {id(tensor): change(tensor) for tensor in tensors_of(value)})
+def call_apart(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a network with copies of the tensors among its arguments: it may write into its input."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+    return network(*args, **kwargs)

@@ -21,9 +21,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def first_line(error: object) -> str:
+    """Return the first line of what an error says, to stand in a sentence; its kind where it says nothing."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return " ".join(line.split()).rstrip(".")
+
+
+def kind_and_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of what it says: for errors of somebody else's code."""
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @contextmanager

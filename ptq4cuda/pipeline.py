@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq4cuda import graph
 from ptq4cuda.artifact.record import QuantRecord, attach_record, tensor_bytes
@@ -22,8 +22,8 @@ from ptq4cuda.calibrate.frontier import Memory
 from ptq4cuda.calibrate.inputs import Inputs, batch_size, check_model, check_shapes, collect_inputs
 from ptq4cuda.calibrate.prepare import prepare
 from ptq4cuda.calibrate.signals import LayerCall, Solution
-from ptq4cuda.compat import tree_map_only
 from ptq4cuda.config import QuantConfig
+from ptq4cuda.containers import call_apart
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.execute.choice import lower
 from ptq4cuda.graph.network import Network
@@ -140,9 +140,5 @@ def output_noise(model: nn.Module, network: nn.Module, inputs: Inputs) -> Noise:
     """Return the noise of a network's output on the calibration data."""
     noise = Noise()
     for batch in inputs:
-        outputs = []
-        for called in (model, network):
-            args, kwargs = tree_map_only(Tensor, torch.clone, batch)  # the model may write into them
-            outputs.append(called(*args, **kwargs))
-        noise.add(outputs[0], outputs[1], batch_size(batch))
+        noise.add(call_apart(model, *batch), call_apart(network, *batch), batch_size(batch))
     return noise

@@ -27,7 +27,7 @@ from ptq4cuda.artifact.record import QuantRecord, attach_record, record_of
 from ptq4cuda.artifact.structure import replace_module, structure_of
 from ptq4cuda.artifact.writing import write_whole
 from ptq4cuda.calibrate.inputs import check_float_model, not_finite
-from ptq4cuda.errors import LaterVersionError
+from ptq4cuda.errors import LaterVersionError, first_line, kind_and_line
 from ptq4cuda.execute.choice import lower
 from ptq4cuda.nn import QuantModule, quant_module_for
 
@@ -219,7 +219,7 @@ class _Header:
     def of(cls, fields: dict[str, Any]) -> _Header:
         return cls(
             int(fields["format"]),
-            _one_line(fields.get("version", "of an early version"))[:40],
+            first_line(fields.get("version", "of an early version"))[:40],
             QuantRecord.from_dict(fields["record"]),
             {name: _QuantizedLayer(**entry) for name, entry in fields["modules"].items()},
             [str(line) for line in fields["structure"]],
@@ -239,7 +239,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{name} is truncated or not a safetensors file ({_one_line(error)})") from error
+        raise ValueError(f"{name} is truncated or not a safetensors file ({first_line(error)})") from error
     if _KEY not in metadata:
         raise ValueError(f"{name} is a safetensors file, but was not written by ptq4cuda")
     try:
@@ -250,7 +250,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
     except (LookupError, RecursionError, TypeError, ValueError) as error:
         raise _damaged(name, error) from error
     if format > FORMAT:
-        by = _one_line(fields.get("version", "of a later version"))
+        by = first_line(fields.get("version", "of a later version"))
         raise ValueError(
             f"{name} has format {format}, written by ptq4cuda {by}; this version reads formats up to {FORMAT}: "
             "upgrade ptq4cuda"
@@ -270,12 +270,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
 
 
 def _damaged(name: str, error: Exception) -> ValueError:
-    what = _one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {_one_line(error)}"
+    what = first_line(error) if isinstance(error, ValueError) else kind_and_line(error)
     return ValueError(f"{name} is damaged: {what}")
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
 
 
 def _checksum(header: dict[str, Any] | None, tensors: dict[str, Tensor]) -> str:

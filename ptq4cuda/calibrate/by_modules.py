@@ -34,7 +34,8 @@ from ptq4cuda.calibrate.signals import (
     record_float,
     record_solution,
 )
-from ptq4cuda.compat import WeakIdKeyDictionary, tree_map_only, version_of
+from ptq4cuda.compat import WeakIdKeyDictionary, version_of
+from ptq4cuda.containers import call_apart
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.metrics import Noise
 
@@ -87,9 +88,8 @@ def walk_modules(
 @torch.no_grad()
 def _try_once(network: nn.Module, inputs: Inputs) -> None:
     """Raise ValueError where a model's own code needs the float layers that were replaced."""
-    args, kwargs = tree_map_only(Tensor, torch.clone, inputs[0])  # the model may write into them
     try:
-        network(*args, **kwargs)
+        call_apart(network, *inputs[0])
     except (AttributeError, StopIteration) as error:  # or iterates over parameters, of which there are none
         raise ValueError(
             f"the model's own code reads what a quantized layer does not have ({error}): leave that layer in float "
@@ -180,12 +180,11 @@ class _ModuleWalk:
         """Run the network on a chunk in one of the streams, always with the same random numbers."""
         self.chunk, self.quantized, self.until, self.arrival = chunk, quantized, until, None
         self.calls, self.settled, self.before = Counter(), True, WeakIdKeyDictionary()
-        args, kwargs = tree_map_only(Tensor, torch.clone, self.inputs[chunk])  # the model may write into them
         device = self.frontier.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(chunk)
             try:
-                return self.network(*args, **kwargs)
+                return call_apart(self.network, *self.inputs[chunk])
             except _Reached:
                 return None
             finally:

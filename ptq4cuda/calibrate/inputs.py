@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ptq4cuda.compat import any_global_hook, is_script, tree_leaves, tree_map_only
+from ptq4cuda.containers import call_apart
 from ptq4cuda.errors import first_line, is_out_of_memory
 from ptq4cuda.graph.shapes import NORMS
 from ptq4cuda.nn import SPECS, QuantModule
@@ -264,9 +265,8 @@ def check_shapes(model: nn.Module, inputs: Inputs) -> None:
         if shapes in seen:
             continue
         seen.add(shapes)
-        args, kwargs = tree_map_only(Tensor, torch.clone, batch)  # the model may write into them
         try:
-            model(*args, **kwargs)
+            call_apart(model, *batch)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

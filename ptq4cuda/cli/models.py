@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ptq4cuda.cli.images import Preprocessing
-from ptq4cuda.errors import first_line
+from ptq4cuda.errors import first_line, kind_and_line
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts keep a state_dict
 
@@ -171,7 +171,7 @@ def _naming(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
+        raise ValueError(f"{what} ({kind_and_line(error)})") from error
 
 
 # --- weights --------------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq4cuda import graph
 from ptq4cuda.artifact.record import attach_record, record_of
 from ptq4cuda.artifact.structure import structure_of
 from ptq4cuda.calibrate.inputs import Batch, Inputs
-from ptq4cuda.compat import tree_map_only
+from ptq4cuda.containers import call_apart
 from ptq4cuda.execute.lowering import lower_layers, note_execution
 from ptq4cuda.metrics import Noise
 
@@ -70,8 +70,7 @@ def _difference(network: nn.Module, lowered: nn.Module, batch: Batch) -> str:
 
 
 def _output(network: nn.Module, batch: Batch) -> Any:
-    """Call a network with tensors of its own, which it may write into, and always the same random numbers."""
-    args, kwargs = tree_map_only(Tensor, torch.clone, batch)
+    """Call a network, always with the same random numbers."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return network(*args, **kwargs)
+        return call_apart(network, *batch)

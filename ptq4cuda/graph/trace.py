@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from ptq4cuda.compat import COMPUTED_WEIGHTS, remove_computed_weights, tree_leaves, tree_map_only, version_of
-from ptq4cuda.containers import contents
-from ptq4cuda.errors import is_out_of_memory
+from ptq4cuda.compat import COMPUTED_WEIGHTS, remove_computed_weights, tree_leaves, version_of
+from ptq4cuda.containers import call_apart, contents
+from ptq4cuda.errors import is_out_of_memory, kind_and_line
 from ptq4cuda.graph.canonical import canonicalize
 from ptq4cuda.graph.copying import copy_model, hooks_of
 from ptq4cuda.graph.fold import fold_sizes
@@ -85,7 +85,7 @@ def trace(model: nn.Module, candidates: Sequence[Mapping[str, Any]] | None = Non
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return None, f"torch.fx cannot trace it ({_first_sentence(error)})"
+        return None, f"torch.fx cannot trace it ({kind_and_line(error)})"
     canonicalize(traced)
     fold_sizes(traced)
     return traced, ""
@@ -135,11 +135,12 @@ def output_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         ValueError: it fails; the message says what to do where the batch is to blame.
     """
     try:
-        return _run(model, args, kwargs)
+        with torch.no_grad():
+            return call_apart(model, args, kwargs)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = f"the model fails on the first calibration batch ({_first_sentence(error)})"
+        reason = f"the model fails on the first calibration batch ({kind_and_line(error)})"
         samples = max((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), key=Tensor.dim)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), samples.dtype)
         if samples.dtype != dtype:
@@ -147,12 +148,6 @@ def output_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         elif samples.dim() == 3:
             reason += ": its samples have three dimensions, and a batch of images has four, as torch.stack makes it"
         raise ValueError(reason) from error
-
-
-def _run(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    own = tree_map_only(Tensor, torch.clone, (args, kwargs))  # a model may write into its input
-    with torch.no_grad():
-        return network(*own[0], **own[1])
 
 
 def why_different(
@@ -168,12 +163,12 @@ def why_different(
     """
     expected = output_of(model, args, kwargs)
     try:
-        with _changes_of_inputs(other) as changes:
-            found = _run(other, args, kwargs)
+        with torch.no_grad(), _changes_of_inputs(other) as changes:
+            found = call_apart(other, args, kwargs)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return f"{what} fails on the calibration data ({_first_sentence(error)})"
+        return f"{what} fails on the calibration data ({kind_and_line(error)})"
     if changes:
         return f"its module {changes[0]!r}, which torch.fx cannot trace, changes its input in place"
     return "" if same(expected, found) else f"{what} computes something else than the model"
@@ -225,11 +220,6 @@ def _constant_defaults(model: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters.values()
     plain = (bool, int, float, str, type(None))
     return {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, plain)}
-
-
-def _first_sentence(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
-    return f"{type(error).__name__}: {text}"
 
 
 def same(a: Any, b: Any) -> bool:

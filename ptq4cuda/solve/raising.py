@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq4cuda.artifact.record import QuantRecord, Trade
 from ptq4cuda.calibrate.inputs import Batch, Inputs, batch_size
-from ptq4cuda.compat import tree_map_only
 from ptq4cuda.config import QuantConfig
+from ptq4cuda.containers import call_apart
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
 
@@ -78,11 +78,7 @@ def layer_damage(reference: nn.Module, quantized: nn.Module, inputs: Inputs) -> 
         if sum(map(batch_size, some)) >= _SAMPLES:
             break
 
-    def output(batch: Batch) -> Any:
-        args, kwargs = tree_map_only(Tensor, torch.clone, batch)  # the model may write into them
-        return reference(*args, **kwargs)
-
-    expected = [output(batch) for batch in some]
+    expected = [call_apart(reference, *batch) for batch in some]
     damage = {}
     for name, module in quantized.named_modules():
         if not isinstance(module, QuantModule):
@@ -91,7 +87,7 @@ def layer_damage(reference: nn.Module, quantized: nn.Module, inputs: Inputs) -> 
         reference.set_submodule(name, module)
         noise = Noise()
         for batch, unquantized in zip(some, expected, strict=True):
-            noise.add(unquantized, output(batch))
+            noise.add(unquantized, call_apart(reference, *batch))
         reference.set_submodule(name, layer)
         damage[name] = noise.noise / noise.signal if noise.signal else 0.0
     return damage
