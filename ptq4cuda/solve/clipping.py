@@ -102,7 +102,8 @@ def effective_bits(bits: float, activation: Activation) -> Tensor:
     A ReLU keeps half of the range 2α, so the same rounding noise is reached with one bit less: α is that of M + 1
     bits. An activation that keeps another part of it gets log2 of that part.
     """
-    return torch.tensor([bits - math.log2((1.0 + activation.negative_slope) / 2.0)], dtype=torch.float64)
+    kept = (1.0 + activation.negative_slope) / 2.0
+    return torch.tensor([bits - math.log2(kept)], dtype=torch.float64, device="cpu")
 
 
 # --- on a histogram -------------------------------------------------------------------------------------------
