@@ -1,3 +1,5 @@
+"""save() and load(): the same network and the same bytes, bit for bit; other files are refused in one sentence."""
+
 from __future__ import annotations
 
 import errno

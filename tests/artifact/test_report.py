@@ -1,3 +1,5 @@
+"""report() lists every layer with its bits, bytes and kernel, in a table that lines up."""
+
 from __future__ import annotations
 
 import re

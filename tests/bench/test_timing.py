@@ -1,3 +1,5 @@
+"""Calls that are timed take turns, and short ones are repeated; no time is asserted."""
+
 from __future__ import annotations
 
 import time

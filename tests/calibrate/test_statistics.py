@@ -1,3 +1,5 @@
+"""Statistics of batches merge to those of all samples, in any order."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Folding BatchNorm keeps a network's outputs and leaves the model alone; what is not folded has a reason."""
+
 from __future__ import annotations
 
 import torch

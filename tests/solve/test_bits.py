@@ -1,3 +1,5 @@
+"""Allocation of bits among channels: never more than the target, by the two-thirds power, the error falls."""
+
 from __future__ import annotations
 
 import pytest
