@@ -82,10 +82,10 @@ class QuantConfig:
             descent). The last two look at the layer's input.
         bias_correction: "none", "mean" or "mean+variance" of the weights (eq. 12-13), or "output": the bias matches
             the mean of the float output.
-        target_sqnr: output SQNR in dB on the calibration data; layers are raised to 8 bits, worst first, until it
-            is met.
-        size_budget: bytes of the quantized network as a share of its float32 bytes: layers are raised to 8 bits,
-            worst first, while they fit. With target_sqnr, no more than that asks for.
+        target_sqnr: SQNR in dB of every output, over all calibration samples and of the median one. Weights and
+            inputs of layers are raised to 6 and 8 bits, worst first for their cost, until it is met.
+        size_budget: bytes of the quantized network as a share of its float32 bytes: weights and inputs are raised
+            while they fit. With target_sqnr, or a measure that quantize() is given, no more than that asks for.
         execution: "simulate" computes in floating point, "integer" with the codes, which needs fold_activation_scale
             or one scale per tensor; "auto" does that for every layer that can. NaN in an image, which no code stands
             for, is zero in integers.

@@ -11,15 +11,22 @@ from torch import Tensor, nn
 from ptq4cuda.compat import tree_map_only
 
 
-def contents(value: Any) -> list[Any] | None:
-    """Return what a container holds, in order; None of what is no container."""
+def named_contents(value: Any) -> list[tuple[str, Any]] | None:
+    """Return what a container holds, in order, by key, position or attribute; None of what is no container."""
     if isinstance(value, Mapping):
-        return list(value.values())
+        return [(str(key), item) for key, item in value.items()]
     if isinstance(value, (tuple, list)):
-        return list(value)
+        names = getattr(value, "_fields", range(len(value)))  # of a named tuple
+        return [(str(name), item) for name, item in zip(names, value, strict=True)]
     if isinstance(value, (type, nn.Module, Tensor)) or callable(value):
         return None
-    return list(vars(value).values()) if hasattr(value, "__dict__") else None
+    return list(vars(value).items()) if hasattr(value, "__dict__") else None
+
+
+def contents(value: Any) -> list[Any] | None:
+    """Return what a container holds, in order; None of what is no container."""
+    named = named_contents(value)
+    return None if named is None else [item for _, item in named]
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptq4cuda.containers import contents
+from ptq4cuda.containers import contents, named_contents
+from ptq4cuda.errors import is_out_of_memory, kind_and_line
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Comparison:
 
 
 class Noise:
-    """Signal and noise energy of a tensor, summed over chunks, and of each sample."""
+    """Signal and noise energy of what a network returns: of each output, summed over chunks, and of each sample."""
 
     def __init__(self) -> None:
-        self.signal = self.noise = 0.0
-        self._samples: list[Tensor] = []  # float64 [samples, 2]: signal, noise
+        self._totals: dict[str, list[float]] = {}  # by output: signal, noise
+        self._samples: list[dict[str, Tensor]] = []  # of each chunk, by output: float64 [samples, 2]
 
     def add(self, expected: Any, found: Any, samples: int = 0) -> None:
         """Add a chunk; what is not a floating tensor is passed over.
@@ -48,28 +50,45 @@ class Noise:
             samples: of a batch, to tell them apart: those tensors count that have one item for each.
         """
         if samples:
-            self._samples.append(torch.zeros(samples, 2, dtype=torch.float64, device="cpu"))
-        self._add(expected, found, samples)
+            self._samples.append({})
+        self._add("", expected, found, samples)
 
-    def _add(self, expected: Any, found: Any, samples: int) -> None:
+    def _add(self, name: str, expected: Any, found: Any, samples: int) -> None:
         if isinstance(expected, Tensor) and expected.is_floating_point():
             masked = ~expected.isfinite()  # classes that are not there, and the like
-            # In place: these are twice the size of what they are made of.
-            noise = expected.to(torch.float64, copy=True).sub_(found).masked_fill_(masked, 0.0).square_()
-            noise.nan_to_num_(nan=math.inf, posinf=math.inf)
-            signal = expected.to(torch.float64, copy=True).masked_fill_(masked, 0.0).square_()
-            self.signal += float(signal.sum())
-            self.noise += float(noise.sum())
+            signal = expected.double().masked_fill(masked, 0.0).square()
+            noise = (expected.double() - found.double()).masked_fill(masked, 0.0).square()
+            noise = noise.nan_to_num(nan=math.inf, posinf=math.inf)
+            total = self._totals.setdefault(name, [0.0, 0.0])
+            total[0] += float(signal.sum())
+            total[1] += float(noise.sum())
             if samples and expected.dim() and len(expected) == samples:
-                self._samples[-1] += torch.stack([t.reshape(samples, -1).sum(1) for t in (signal, noise)], 1).cpu()
+                own = torch.stack([t.reshape(samples, -1).sum(1) for t in (signal, noise)], 1).cpu()
+                self._samples[-1][name] = own
         else:
-            for e, f in zip(contents(expected) or (), contents(found) or (), strict=True):
-                self._add(e, f, samples)
+            pairs = zip(named_contents(expected) or (), contents(found) or (), strict=True)
+            for (key, e), f in pairs:
+                self._add(f"{name}.{key}" if name else key, e, f, samples)
+
+    @property
+    def signal(self) -> float:
+        """The energy of the expected outputs, all together."""
+        return sum(signal for signal, _ in self._totals.values())
+
+    @property
+    def noise(self) -> float:
+        """The energy of what was found minus what was expected."""
+        return sum(noise for _, noise in self._totals.values())
 
     @property
     def sqnr(self) -> float | None:
         """Signal to quantization noise ratio in dB; None without noise or signal, -inf where NaN or Inf was found."""
-        return None if self.noise == 0.0 or self.signal == 0.0 else _decibels(self.signal / self.noise)
+        return _sqnr(self.signal, self.noise)
+
+    @property
+    def relative(self) -> float:
+        """Noise over signal, summed over the outputs, which count alike."""
+        return sum(noise / signal for signal, noise in self._totals.values() if signal)
 
     @property
     def median_sqnr(self) -> float | None:
@@ -81,13 +100,100 @@ class Noise:
         """The same of the worst sample."""
         return self._quantile(0.0)
 
-    def _quantile(self, share: float) -> float | None:
-        signal, noise = torch.cat([torch.zeros(0, 2, dtype=torch.float64, device="cpu"), *self._samples]).unbind(1)
+    @property
+    def outputs(self) -> dict[str, tuple[float | None, float | None]]:
+        """The SQNR of each output, of all samples and of the median one.
+
+        An output is called by its keys, positions and attributes in what the network returns, as "boxes" or "1.0"; a
+        single tensor by "".
+        """
+        return {name: (_sqnr(*total), self._quantile(0.5, name)) for name, total in self._totals.items()}
+
+    @property
+    def least_sqnr(self) -> float | None:
+        """The least of all outputs, each with the lower of its SQNR over all samples and that of the median one."""
+        found = [sqnr for pair in self.outputs.values() for sqnr in pair if sqnr is not None]
+        return min(found, default=None)
+
+    def _quantile(self, share: float, output: str | None = None) -> float | None:
+        """Return the SQNR of a sample, in one output or in all together."""
+        rows = [torch.zeros(0, 2, dtype=torch.float64, device="cpu")]
+        for chunk in self._samples:
+            own = [sums for name, sums in chunk.items() if output in (None, name)]
+            if own:
+                rows.append(torch.stack(own).sum(0))
+        signal, noise = torch.cat(rows).unbind(1)
         ratios = (signal / noise)[signal > 0]  # inf without noise
         if not len(ratios):
             return None
         ratio = float(ratios.quantile(share, interpolation="lower"))
         return _decibels(ratio) if ratio < math.inf else None
+
+
+class Measure:
+    """A user's own measure of a network, higher is better, and how far it may drop below that of the float model.
+
+    Attributes:
+        max_drop: the limit.
+        reference: the measure of the float model.
+        calls: how often a network was measured.
+    """
+
+    def __init__(self, evaluate: Callable[[nn.Module], float], max_drop: float, model: nn.Module) -> None:
+        """Measure the float model.
+
+        Raises:
+            TypeError: evaluate is not a function, or does not return a number.
+            ValueError: max_drop is no number from 0, or evaluate fails or returns NaN.
+        """
+        if not callable(evaluate):
+            raise TypeError(f"evaluate must be a function of a network, got {type(evaluate).__name__}")
+        if isinstance(max_drop, bool) or not isinstance(max_drop, (int, float)) or not 0.0 <= max_drop < math.inf:
+            raise ValueError(f"max_drop must be a number from 0, in units of what evaluate returns, got {max_drop!r}")
+        self._evaluate: Callable[[nn.Module], Any] = evaluate
+        self.max_drop = float(max_drop)
+        self.calls = 0
+        self.reference: float = self._measured(model, "the float model")
+
+    def __call__(self, network: nn.Module) -> float:
+        """Measure a quantized network."""
+        return self._measured(network, "a quantized network")
+
+    def excess(self, value: float) -> float:
+        """Return by how many decibels a drop is above the limit, or below it where that is negative."""
+        drop = self.reference - value
+        if drop <= self.max_drop:
+            return 10.0 * math.log10(drop / self.max_drop) if drop > 0.0 else -math.inf
+        return 10.0 * math.log10(drop / self.max_drop) if self.max_drop else math.inf
+
+    @torch.no_grad()
+    def _measured(self, network: nn.Module, what: str) -> float:
+        self.calls += 1
+        try:
+            value = self._evaluate(network)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"evaluate fails on {what} ({kind_and_line(error)}): it is called with the "
+                "network, in evaluation mode, and returns a number, higher for a better network"
+            ) from error
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"evaluate returned a tensor of shape {list(value.shape)} for {what}, not a number: .item()"
+            )
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"evaluate returned {type(value).__name__} for {what}, not a number")
+        if not math.isfinite(value):
+            raise ValueError(
+                f"evaluate returned {value} for {what}: where a measure is not defined, as when nothing is found, "
+                "return its worst value"
+            )
+        return float(value)
+
+
+def _sqnr(signal: float, noise: float) -> float | None:
+    return None if noise == 0.0 or signal == 0.0 else _decibels(signal / noise)
 
 
 def _decibels(ratio: float) -> float:

@@ -5,9 +5,10 @@ batches -> statistics -> clip and bits -> integer weights -> modules
 
 from __future__ import annotations
 
+import copy
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ptq4cuda import graph
-from ptq4cuda.artifact.record import QuantRecord, attach_record, tensor_bytes
+from ptq4cuda.artifact.record import OutputRecord, QuantRecord, attach_record, tensor_bytes
 from ptq4cuda.calibrate.by_graph import walk_graph
 from ptq4cuda.calibrate.by_modules import walk_modules
 from ptq4cuda.calibrate.frontier import Memory
@@ -27,9 +28,9 @@ from ptq4cuda.containers import call_apart
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.execute.choice import lower
 from ptq4cuda.graph.network import Network
-from ptq4cuda.metrics import Noise
-from ptq4cuda.solve.layer import solve_layer
-from ptq4cuda.solve.raising import raise_layers
+from ptq4cuda.metrics import Measure, Noise
+from ptq4cuda.solve.layer import bits_of, solve_layer
+from ptq4cuda.solve.raising import Trial, measure_parts, raise_layers
 
 DEFAULT_CONFIG = QuantConfig()
 
@@ -39,6 +40,8 @@ def quantize(
     batches: Iterable[Any],
     config: QuantConfig = DEFAULT_CONFIG,
     *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    max_drop: float = 0.5,
     progress: bool = True,
     memory_limit: int | None = None,
     spill_folder: str | os.PathLike[str] | None = None,
@@ -55,6 +58,13 @@ def quantize(
             (targets are ignored), or of dicts whose keys are arguments of the model's forward: tensors, numbers,
             strings, None, and containers of these. Of tensors the first with the most dimensions has the samples.
         config: how to quantize.
+        evaluate: your own measure of a network, higher is better. It is called with the model, then with quantized
+            networks, all in evaluation mode, and decides: weights and inputs of layers are raised to 6 and 8 bits,
+            those that hurt most for their cost first, until it is no more than `max_drop` below what it is of the
+            model. It is called at most 4 + 2 ceil(log2(marks)) times, where marks are decibels of noise between the
+            configured bits and 8 bits everywhere, 24 from 4 bits on. Where nothing reaches the limit, the best
+            network that was found is returned with a warning, and the report says so.
+        max_drop: in units of what evaluate returns.
         progress: show a progress bar when it takes longer than a moment.
         memory_limit: bytes of host memory that tensors between layers may take, of all samples together; beyond it
             they go to files, which have no names and are gone when quantize() ends, however it ends. Default: 8 GiB.
@@ -68,10 +78,11 @@ def quantize(
         attributes and methods where these need no float layers; another a copy with its layers replaced.
 
     Raises:
-        TypeError: model, batches or config are of the wrong kind.
+        TypeError: model, batches or config are of the wrong kind, or evaluate returns no number.
         ValueError: the model is in training mode, has no convolution to quantize, or its weights have NaN or Inf, no
             values, or another dtype than float32, float16 and bfloat16; overrides name no layer; the batches are
-            empty, single images or contain NaN or Inf, or a layer's input does; the model fails on one of them.
+            empty, single images or contain NaN or Inf, or a layer's input does; the model fails on one of them, or
+            evaluate does on a network.
         MemoryError: memory does not suffice; the message says where.
         OSError: the spill folder has no room left.
     """
@@ -86,29 +97,58 @@ def quantize(
     inputs = collect_inputs(model, batches)
     with naming_what_needs_memory("in a forward of the model"):
         check_shapes(model, inputs)
-    network, record = quantize_once(model, inputs, config, progress, memory)
-    if config.target_sqnr is not None or config.size_budget is not None:
+    measure = None if evaluate is None else Measure(evaluate, max_drop, model)
+    raising = measure is not None or config.target_sqnr is not None or config.size_budget is not None
+    solved: Solved | None = {} if raising else None
 
-        def again(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
-            return quantize_once(model, inputs, config, progress, memory)
+    def simulated(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
+        return quantize_once(model, inputs, config, progress, memory, solved)
 
+    def executed(network: nn.Module, record: QuantRecord) -> Trial:
+        attach_record(network, record)
+        with naming_what_needs_memory("in a forward in integers"):
+            network = lower(network.eval(), model, inputs).eval()
+        return Trial(network, record, None if measure is None else measure(network))
+
+    network, record = simulated(config)
+    trial = executed(network, record)
+    if raising:
         reference, _, _ = prepare(model, inputs, config)
-        network, record = raise_layers(reference, inputs, config, again, network, record)
-    attach_record(network, record)
-    with naming_what_needs_memory("in a forward in integers"):
-        network = lower(network.eval(), model, inputs).eval()
-    record.seconds = time.perf_counter() - start
-    return network
+        parts = measure_parts(reference, network, inputs, match_means=config.bias_correction != "none")
+        trial = raise_layers(trial, parts, config, measure, lambda raised: executed(*simulated(raised)))
+    trial.record.seconds = time.perf_counter() - start
+    return trial.network
+
+
+# Layers that were solved: by their name and bits, and those of all before them, on which their input depends.
+Solved = dict[tuple[tuple[str, int, int], ...], Solution]
 
 
 def quantize_once(
-    model: nn.Module, inputs: Inputs, config: QuantConfig, progress: bool, memory: Memory
+    model: nn.Module, inputs: Inputs, config: QuantConfig, progress: bool, memory: Memory, solved: Solved | None
 ) -> tuple[nn.Module, QuantRecord]:
-    """Walk the network once and quantize every layer on the way."""
+    """Walk the network once and quantize every layer on the way.
+
+    Args:
+        model: the float model.
+        inputs: calibration data.
+        config: how to quantize.
+        progress: whether to show it.
+        memory: for tensors between layers.
+        solved: by earlier walks, and by this one: layers before the first of other bits are not solved again.
+    """
     record = QuantRecord(config, images=sum(map(batch_size, inputs)), float_bytes=tensor_bytes(model))
 
+    before: list[tuple[str, int, int]] = []
+
     def solve(call: LayerCall) -> Solution:
-        return solve_layer(call, config)
+        if solved is None:
+            return solve_layer(call, config)
+        before.append((call.name, *bits_of(call, config)))
+        key = tuple(before)
+        if key not in solved:
+            solved[key] = solve_layer(call, config)
+        return copy.deepcopy(solved[key])  # the walk may give the layer's hooks to its module
 
     def kept(name: str) -> str:
         return "" if config.quantizes(name) else "kept in float by overrides"
@@ -131,6 +171,9 @@ def quantize_once(
     # What was clipped for the fit is in the data all the same.
     noise = output_noise(model, network, inputs) if result.clipped else result.noise
     record.sqnr, record.median_sqnr, record.worst_sqnr = noise.sqnr, noise.median_sqnr, noise.worst_sqnr
+    record.least_sqnr = noise.least_sqnr
+    if len(noise.outputs) > 1:
+        record.outputs = [OutputRecord(name, *found) for name, found in noise.outputs.items()]
     record.bytes = tensor_bytes(network)
     return network, record
 

@@ -30,6 +30,42 @@ class Residual(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Deep(nn.Module):
+    """Layers of one kind; the channels of one of them differ so much that a single scale hurts it."""
+
+    def __init__(self, bad: int | None = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(6))
+        self.fc = nn.Linear(8, 5)
+        for layer in self.layers:  # so that the signal does not fade on the way
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if bad is not None:
+            with torch.no_grad():  # one output channel of huge weights that the next layer hardly reads
+                self.layers[bad].weight[:, 0] *= 0.005
+                self.layers[bad - 1].weight[0] *= 200.0
+                self.layers[bad - 1].bias[0] *= 200.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return self.fc(x.mean((2, 3)))
+
+
+class Writes(nn.Module):
+    """Normalizes its input in place, and branches on values: torch.fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(0.25).sub_(0.125)
+        x = self.first(x).relu()
+        return self.third(self.second(x).relu() if x.sum() > -1.0 else x)
+
+
 def calibrate_batch_norm(model: nn.Module, x: Tensor) -> nn.Module:
     """Give random BatchNorms statistics that fit, and weights that differ by channel."""
     for module in model.modules():

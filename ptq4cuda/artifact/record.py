@@ -27,7 +27,9 @@ class LayerRecord:
         bytes: all stored tensors of the layer.
         execution: "integer", "simulate" or "float".
         reason: why it stayed in float, or a remark.
-        damage: noise over signal at the network's output with this layer alone quantized, where it was measured.
+        weight_damage: noise over signal at the network's outputs, summed over these, that the quantized weights make
+            alone, where it was measured.
+        input_damage: the same of the quantized input, in all layers that share its quantizer.
     """
 
     name: str
@@ -40,22 +42,46 @@ class LayerRecord:
     bytes: int = 0
     execution: str = "float"
     reason: str = ""
-    damage: float | None = None
+    weight_damage: float | None = None
+    input_damage: float | None = None
 
 
 @dataclass(frozen=True)
 class Trade:
-    """What raising layers to 8 bits bought.
+    """A network that was tried while layers were raised to more bits.
 
     Attributes:
         raised: names of the layers.
         sqnr: of the network's output on the calibration data, in dB.
         bytes: of the quantized network.
+        bits: that weights and inputs of these layers got, as in overrides.
+        least_sqnr: see QuantRecord.
+        value: the user's measure of it, where there is one.
+        bit_operations: products of a sample, each times the bits of both factors.
     """
 
     raised: tuple[str, ...]
     sqnr: float | None
     bytes: int
+    bits: dict[str, dict[str, int]] = field(default_factory=dict)
+    least_sqnr: float | None = None
+    value: float | None = None
+    bit_operations: int = 0
+
+
+@dataclass(frozen=True)
+class OutputRecord:
+    """One of several outputs.
+
+    Attributes:
+        name: by keys, positions and attributes in what the network returns.
+        sqnr: on the calibration data, in dB.
+        median_sqnr: the same of the median sample, where it has one item for each.
+    """
+
+    name: str
+    sqnr: float | None
+    median_sqnr: float | None
 
 
 @dataclass
@@ -72,6 +98,8 @@ class QuantRecord:
         sqnr: of the network's output on the calibration data, in dB.
         median_sqnr: the same of the median sample.
         worst_sqnr: the same of the worst sample.
+        least_sqnr: the least of all outputs, each with the lower of its SQNR and that of its median sample.
+        outputs: the network's, where there are several.
         folded: number of BatchNorms folded.
         float_bytes: of all parameters and buffers of the float model.
         bytes: of all parameters and buffers of the quantized one.
@@ -80,7 +108,11 @@ class QuantRecord:
         constants: arguments of the model's forward that the network expects to have these values; None in files of
             old, which have those with defaults where needed.
         structure: what the network computes, line by line, before it is lowered to integers.
-        trade: what each raising of layers to 8 bits bought, where target_sqnr or size_budget asked for it.
+        trade: the networks that were tried, from the one as configured to this one, where layers were to be raised.
+        tried: how many networks were tried, those with more bits among them.
+        float_value: the user's measure of the float model, where there is one.
+        max_drop: how far that of this network may be below it.
+        shortfall: what was asked for and is not reached.
     """
 
     config: QuantConfig
@@ -92,10 +124,16 @@ class QuantRecord:
     sqnr: float | None = None
     median_sqnr: float | None = None
     worst_sqnr: float | None = None
+    least_sqnr: float | None = None
+    outputs: list[OutputRecord] = field(default_factory=list)
     folded: int = 0
     float_bytes: int = 0
     bytes: int = 0
     trade: list[Trade] = field(default_factory=list)
+    tried: int = 0
+    float_value: float | None = None
+    max_drop: float | None = None
+    shortfall: str = ""
     frontier_bytes: int = 0
     spilled_bytes: int = 0
     structure: list[str] = field(default_factory=list)
@@ -117,7 +155,9 @@ class QuantRecord:
         if fields.get("constants"):  # a file's header holds lists
             fields["constants"] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["constants"].items()}
         fields["config"] = QuantConfig.from_dict(fields["config"])
-        fields["layers"] = [_made(LayerRecord, layer) for layer in fields["layers"]]
+        layers = ({k: v for k, v in layer.items() if k != "damage"} for layer in fields["layers"])  # of earlier files
+        fields["layers"] = [_made(LayerRecord, layer) for layer in layers]
+        fields["outputs"] = [_made(OutputRecord, output) for output in fields.get("outputs", [])]
         fields["trade"] = [_made(Trade, {**step, "raised": tuple(step["raised"])}) for step in fields["trade"]]
         return _made(cls, fields)
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from ptq4cuda.artifact.record import LayerRecord, QuantRecord, record_of, tensor_bytes
+from ptq4cuda.artifact.record import LayerRecord, QuantRecord, Trade, record_of, tensor_bytes
 from ptq4cuda.nn import QuantModule
 
 DASH = "–"
+_PARTS = {"weight_bits": "weights", "activation_bits": "input"}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -67,7 +68,7 @@ def describe(record: QuantRecord, size: int | None = None, kernels: Mapping[str,
     if record.seconds:
         total += f", {record.seconds:.1f} s"
     lines = [table([header[i] for i in shown], [[row[i] for i in shown] for row in rows]), "", total]
-    lines += _trade(record)
+    lines += [*_outputs(record), *_trade(record)]
     spilled = f", {record.spilled_bytes:,} bytes went to files" if record.spilled_bytes else ""
     held = f"Tensors between layers held at a time: {record.frontier_bytes:,} bytes{spilled}."
     if record.walked_by == "graph":
@@ -77,21 +78,49 @@ def describe(record: QuantRecord, size: int | None = None, kernels: Mapping[str,
     return "\n".join(lines)
 
 
-def _trade(record: QuantRecord) -> list[str]:
-    """Tell what raising layers to 8 bits cost and bought."""
-    steps = [
-        f"  {len(step.raised)} layers at 8 bits: {_number(step.sqnr, 1)} dB, {step.bytes:,} bytes"
-        for step in record.trade
+def _outputs(record: QuantRecord) -> list[str]:
+    """Tell how close each of several outputs is."""
+    found = [
+        f"{output.name} {_number(output.sqnr, 1)}"
+        + (f" (median {_number(output.median_sqnr, 1)})" if output.median_sqnr is not None else "")
+        for output in record.outputs
     ]
-    if not steps:
+    return [f"SQNR of each output in dB: {', '.join(found)}"] if found else []
+
+
+def _trade(record: QuantRecord) -> list[str]:
+    """Tell what raising layers to more bits cost and bought."""
+    if not record.trade:
         return []
-    lines = ["Raised to 8 bits, worst first:", *steps]
-    raised = record.trade[-1].raised
-    if raised:
-        lines.append(f"  {', '.join(raised)}")
-    target = record.config.target_sqnr
-    if target is not None and record.sqnr is not None and record.sqnr < target:
-        lines.append(f"  {target:g} dB was not reached.")
+    first, last = record.trade[0], record.trade[-1]
+
+    def described(step: Trade) -> str:
+        several = f", worst output {_number(step.least_sqnr, 1)} dB" if record.outputs else ""
+        value = f", measure {step.value:.6g}" if step.value is not None else ""
+        work = f", {step.bit_operations / first.bit_operations:.2f} of the work" if first.bit_operations else ""
+        return f"{_number(step.sqnr, 1)} dB{several}{value}, {step.bytes:,} bytes{work}"
+
+    tried = "1 network" if record.tried == 1 else f"{record.tried} networks"
+    title = f"Raised to 6 and 8 bits, worst first ({tried} tried"
+    if record.float_value is not None:
+        title += f"; the float model's measure is {record.float_value:.6g}, {record.max_drop:g} less will do"
+    lines = [f"{title}):"]
+    lines += [f"  {len(step.raised)} layers raised: {described(step)}" for step in record.trade]
+    if last.raised:
+        before = record.trade[-2]
+        changed = [
+            f"{name} " + " and ".join(f"{_PARTS.get(part, part)} {bits}" for part, bits in new.items())
+            for name, now in last.bits.items()
+            if (new := {p: b for p, b in now.items() if before.bits.get(name, {}).get(p) != b})
+        ]
+        bought = [f"{last.bytes - before.bytes:,} bytes more"]
+        if last.sqnr is not None and before.sqnr is not None:
+            bought.insert(0, f"{last.sqnr - before.sqnr:+.1f} dB")
+        if last.value is not None and before.value is not None:
+            bought.insert(0, f"{last.value - before.value:+.4g} of the measure")
+        lines.append(f"  the last step, {', '.join(bought)}: {', '.join(changed)}")
+    if record.shortfall:
+        lines.append(f"  Not reached: {record.shortfall}.")
     budget = record.config.size_budget
     if budget is not None and record.bytes > budget * record.float_bytes:
         lines.append(f"  The budget of {budget * record.float_bytes:,.0f} bytes is too small for this configuration.")

@@ -1,76 +1,99 @@
-"""How much each layer of a quantized network costs, and which to raise to 8 bits."""
+"""Raises layers to more bits, those first that hurt most for what they cost, until a network is as good as asked.
+
+Weights and inputs are raised apart, to 6 bits and then to 8. What each of them costs at the output is measured once,
+on the network as it was quantized first. Sorted by what a step takes away for what it adds in bytes and in bits to
+multiply, the steps make one path, and a network is a length of that path. The search is for the shortest that will
+do. Networks are tried at marks along the path, which lie a decibel of the predicted noise apart.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import cast
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq4cuda.artifact.record import QuantRecord, Trade
 from ptq4cuda.calibrate.inputs import Batch, Inputs, batch_size
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.containers import call_apart
-from ptq4cuda.metrics import Noise
+from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.nn import QuantModule
 
-_SAMPLES = 64  # calibration samples that are looked at
+_SAMPLES = 32  # calibration samples on which damage is measured
+_WIDTHS = (6, 8)
+
+Kind = Literal["weight_bits", "activation_bits"]
+Overrides = dict[str, dict[str, int]]
 
 
-def raise_layers(
-    reference: nn.Module,
-    inputs: Inputs,
-    config: QuantConfig,
-    again: Callable[[QuantConfig], tuple[nn.Module, QuantRecord]],
-    network: nn.Module,
-    record: QuantRecord,
-) -> tuple[nn.Module, QuantRecord]:
-    """Raise layers to 8 bits, worst first, until the output is as good as asked or the size is used up.
+@dataclass(frozen=True)
+class Part:
+    """What is raised as one: the weights of a layer, or an input with all layers that share its quantizer.
 
-    Args:
-        reference: the float network in the form that was quantized; it is changed and changed back.
-        inputs: calibration data.
-        config: how the network was quantized.
-        again: quantizes the network in another way.
-        network: as quantized.
-        record: of it.
-
-    Returns:
-        The network and its record, whose `trade` tells what every step cost and bought.
+    Attributes:
+        kind: which of the two.
+        layers: their names.
+        bits: as quantized.
+        damage: noise over signal at the network's outputs that it makes alone.
+        weights: how many there are; of an input 0.
+        products: of weights and inputs, in a sample.
     """
-    damage = layer_damage(reference, network, inputs)
-    order = [
-        name
-        for name in sorted(damage, key=damage.__getitem__, reverse=True)
-        if config.override_of(name) is None and min(mean_bits(network, name)) < 8
-    ]
-    trade = [Trade((), record.sqnr, record.bytes)]
-    raised = 0
-    while raised < len(order):
-        wanted = next_step(config, trade[-1], record.float_bytes, damage, order, raised, network)
-        if wanted == raised:
-            break
-        overrides = {name: {"weight_bits": 8, "activation_bits": 8} for name in order[:wanted]}
-        network, record = again(replace(config, overrides={**config.overrides, **overrides}))
-        raised = wanted
-        trade.append(Trade(tuple(order[:raised]), record.sqnr, record.bytes))
-    record.config, record.trade = config, trade
-    for layer in record.layers:
-        layer.damage = damage.get(layer.name)
-    return network, record
+
+    kind: Kind
+    layers: tuple[str, ...]
+    bits: int
+    damage: float
+    weights: int
+    products: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part raised to more bits.
+
+    Attributes:
+        part: which.
+        bits: that it gets.
+        gain: noise over signal at the network's outputs that it is predicted to take away.
+        price: in shares of all bytes and products.
+        bytes: that it adds.
+    """
+
+    part: Part
+    bits: int
+    gain: float
+    price: float
+    bytes: int
+
+
+@dataclass(eq=False)
+class Trial:
+    """A network that was tried, its record and, where there is one, the user's measure of it."""
+
+    network: nn.Module
+    record: QuantRecord
+    value: float | None = None
+
+
+# --- damage -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def layer_damage(reference: nn.Module, quantized: nn.Module, inputs: Inputs) -> dict[str, float]:
-    """Return the noise at the network's output, relative to the signal, that each quantized layer makes alone.
+def measure_parts(reference: nn.Module, quantized: nn.Module, inputs: Inputs, match_means: bool) -> list[Part]:
+    """Measure what the weights and the input of each quantized layer cost at the network's outputs, each alone.
 
     Args:
         reference: the float network in the form that was quantized; it is changed and changed back.
-        quantized: the network with its QuantModules.
+        quantized: the network with its QuantModules, simulated.
         inputs: calibration data, of which the first samples are used.
+        match_means: whether the mean of what a part makes of a layer's output is that of the float layer, as where
+            biases are corrected.
     """
     some: list[Batch] = []
     for batch in inputs:
@@ -78,59 +101,308 @@ def layer_damage(reference: nn.Module, quantized: nn.Module, inputs: Inputs) -> 
         if sum(map(batch_size, some)) >= _SAMPLES:
             break
 
-    expected = [call_apart(reference, *batch) for batch in some]
-    damage = {}
-    for name, module in quantized.named_modules():
-        if not isinstance(module, QuantModule):
-            continue
-        layer = reference.get_submodule(name)
-        reference.set_submodule(name, module)
+    def outputs() -> Iterator[Any]:
+        return (call_apart(reference, *batch) for batch in some)
+
+    modules = {name: module for name, module in quantized.named_modules() if isinstance(module, QuantModule)}
+    layers = {name: reference.get_submodule(name) for name in modules}
+    with _counting(modules, layers) as products:
+        expected = list(outputs())
+    samples = sum(map(batch_size, some))
+
+    def part(kind: Kind, names: Sequence[str]) -> Part:
         noise = Noise()
-        for batch, unquantized in zip(some, expected, strict=True):
-            noise.add(unquantized, call_apart(reference, *batch))
-        reference.set_submodule(name, layer)
-        damage[name] = noise.noise / noise.signal if noise.signal else 0.0
-    return damage
+        with _quantized_alone(kind, {layers[name]: modules[name] for name in names}, match_means):
+            for unquantized, found in zip(expected, outputs(), strict=True):
+                noise.add(unquantized, found)
+        module = modules[names[0]]
+        bits = module.weight_bits if kind == "weight_bits" else cast(Tensor, module.activation_bits)
+        return Part(
+            kind,
+            tuple(names),
+            math.ceil(float(bits.float().mean())),  # an allocation leaves a remainder
+            noise.relative,
+            module.weight_shape.numel() if kind == "weight_bits" else 0,
+            sum(products[name] for name in names) // samples,
+        )
+
+    # Layers that read one tensor have its quantizer.
+    sharing: dict[tuple[bytes, ...], list[str]] = {}
+    for name, module in modules.items():
+        quantizer = module.activation
+        if quantizer is not None:
+            values = (quantizer.bits, quantizer.scale, quantizer.zero_point)
+            sharing.setdefault(tuple(t.cpu().numpy().tobytes() for t in values), []).append(name)
+    return [part("weight_bits", [name]) for name in modules] + [
+        part("activation_bits", names) for names in sharing.values()
+    ]
 
 
-def mean_bits(network: nn.Module, name: str) -> tuple[float, float]:
-    """Return the mean bits of a layer's weights and of its input."""
-    module = cast(QuantModule, network.get_submodule(name))
-    activation = module.activation_bits
-    return float(module.weight_bits.float().mean()), 8.0 if activation is None else float(activation.float().mean())
+@contextmanager
+def _counting(modules: Mapping[str, QuantModule], layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Count the products of layers while they are called."""
+    products = dict.fromkeys(layers, 0)
+
+    def count(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        shape = modules[name].weight_shape
+
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            products[name] += output.numel() // shape[0] * shape.numel()
+
+        return hook
+
+    hooks = [layer.register_forward_hook(count(name), prepend=True) for name, layer in layers.items()]
+    try:
+        yield products
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def next_step(
-    config: QuantConfig,
-    last: Trade,
-    float_bytes: int,
-    damage: dict[str, float],
-    order: Sequence[str],
-    raised: int,
-    network: nn.Module,
-) -> int:
-    """Return how many of the worst layers to raise next; `raised` where that is enough.
+@contextmanager
+def _quantized_alone(kind: Kind, modules: Mapping[nn.Module, QuantModule], match_means: bool) -> Iterator[None]:
+    """Let float layers compute with their quantized weights and float inputs, or the other way round."""
 
-    The output's noise is taken to be made up of the layers' own in proportion to their damage.
+    def forward_of(layer: nn.Module, module: QuantModule) -> Callable[..., Tensor]:
+        compute = layer.forward
+        quantizer = module.activation
+        weight = module.dequantized_weight().to(layer.weight) if kind == "weight_bits" else None  # type: ignore[arg-type]
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            x: Tensor = args[0] if args else kwargs["input"]
+            if weight is not None:
+                own = layer.weight.data
+                layer.weight.data = weight
+                try:
+                    found: Tensor = compute(x)
+                finally:
+                    layer.weight.data = own
+            else:
+                assert quantizer is not None
+                found = compute(quantizer.fake_quantize(x))
+            if not match_means or quantizer is None:
+                return found
+            axis = quantizer.axis % found.dim()
+            missing: Tensor = compute(x) - found
+            return found + missing.mean([d for d in range(found.dim()) if d != axis], keepdim=True)
+
+        return forward
+
+    for layer, module in modules.items():
+        vars(layer)["forward"] = forward_of(layer, module)
+    try:
+        yield
+    finally:
+        for layer in modules:
+            del vars(layer)["forward"]
+
+
+# --- the path ---------------------------------------------------------------------------------------------------
+
+
+def path_of(parts: Sequence[Part], config: QuantConfig, room: float = math.inf) -> list[Step]:
+    """Return the steps to 8 bits everywhere: the most noise for what it costs first.
+
+    Quantization noise is taken to fall fourfold with each bit.
+
+    Args:
+        parts: of the network as quantized first.
+        config: whose overrides are left as they are.
+        room: bytes that there are for the steps; those that do not fit are left out.
     """
-    wanted = raised
-    if config.target_sqnr is not None and last.sqnr is not None and last.sqnr < config.target_sqnr:
-        total = sum(damage.values())
-        raised_damage = sum(damage[name] for name in order[:raised])
-        allowed = (total - raised_damage) * 10.0 ** ((last.sqnr - config.target_sqnr) / 10.0)
-        wanted = raised + 1
-        while wanted < len(order) and total - sum(damage[name] for name in order[:wanted]) > allowed:
-            wanted += 1
-    elif config.target_sqnr is None:
-        wanted = len(order)
-    if config.size_budget is None:
-        return wanted
-    budget = math.floor(config.size_budget * float_bytes)
-    size, fitting = last.bytes, raised
-    for name in order[raised:wanted]:
-        module = cast(QuantModule, network.get_submodule(name))
-        size += module.weight_shape.numel() - module.weight_packed.numel()
-        if size > budget:
-            break
-        fitting += 1
+    all_weights = max(1, sum(part.weights for part in parts))
+    all_products = max(1, sum(part.products for part in parts if part.kind == "weight_bits"))
+    steps = []
+    for part in parts:
+        part = replace(part, layers=tuple(name for name in part.layers if config.override_of(name) is None))
+        bits, damage = part.bits, part.damage
+        for width in _WIDTHS if part.layers else ():
+            if width <= bits:
+                continue
+            more, left = width - bits, damage * 4.0 ** (bits - width)
+            price = more / 4.0 * (part.weights / all_weights + part.products / all_products)
+            steps.append(Step(part, width, damage - left, price, math.ceil(part.weights * more / 8)))
+            bits, damage = width, left
+    steps.sort(key=lambda step: -step.gain / max(step.price, 1e-12))
+    fitting, full = [], set()
+    for step in steps:
+        if step.bytes > room:
+            full.add(step.part.layers)
+        if step.bytes and step.part.layers in full:
+            continue
+        room -= step.bytes
+        fitting.append(step)
     return fitting
+
+
+def marks_of(path: Sequence[Step], damage: float) -> list[int]:
+    """Return lengths of a path at which the predicted noise has fallen by another decibel, and its full length.
+
+    Args:
+        path: the steps.
+        damage: of all parts, before the first step.
+    """
+    marks, left, decibels = [], damage, 1.0
+    for length, step in enumerate(path, 1):
+        left -= step.gain
+        fallen = 10.0 * math.log10(damage / left) if 0.0 < left < damage else 0.0 if left >= damage else math.inf
+        if fallen >= decibels or length == len(path):
+            marks.append(length)
+            decibels = max(decibels, math.floor(fallen) if fallen < math.inf else decibels) + 1.0
+    return marks
+
+
+def overrides_of(path: Sequence[Step]) -> Overrides:
+    """Return the bits that steps give to layers."""
+    overrides: Overrides = {}
+    for step in path:
+        for name in step.part.layers:
+            overrides.setdefault(name, {})[step.part.kind] = step.bits
+    return overrides
+
+
+# --- the search -------------------------------------------------------------------------------------------------
+
+
+def search(excess: Callable[[int], float], first: float, count: int) -> int | None:
+    """Return the least of 1 to `count` that will do, None if the last will not.
+
+    Each second try halves what is left, the others go where the excess says; a try that is no more than a decibel
+    better than it need be ends the search. There are at most 2 ceil(log2(count)) + 2 tries.
+
+    Args:
+        excess: of a number: by how many decibels the noise is too much; 0 and less will do.
+        first: the excess of 0, which will not do.
+        count: the marks, about a decibel apart.
+    """
+    low, high, guess = 0, count + 1, _after(0, first)
+    halve = False
+    while high - low > 1:
+        middle = (low + min(high, count) + 1) // 2
+        number = middle if halve or guess is None else guess
+        number = min(max(number, low + 1), min(high - 1, count))
+        found = excess(number)
+        if found > 0.0:
+            low = number
+        else:
+            high = number
+            if found > -1.0:
+                break
+        guess, halve = _after(number, found), not halve
+    return high if high <= count else None
+
+
+def _after(number: int, excess: float) -> int | None:
+    """Return what an excess suggests to try next."""
+    return number + math.ceil(excess) if math.isfinite(excess) else None
+
+
+def excess_of(trial: Trial, config: QuantConfig, measure: Measure | None) -> float:
+    """Return by how many decibels the noise of a network is too much for what was asked; 0 and less will do."""
+    found = [-math.inf]
+    least = trial.record.least_sqnr
+    if config.target_sqnr is not None and least is not None:
+        found.append(config.target_sqnr - least)
+    if measure is not None and trial.value is not None:
+        found.append(measure.excess(trial.value))
+    return max(found)
+
+
+def raise_layers(
+    first: Trial,
+    parts: Sequence[Part],
+    config: QuantConfig,
+    measure: Measure | None,
+    attempt: Callable[[QuantConfig], Trial],
+) -> Trial:
+    """Raise layers until the network is as good as asked or the size is used up.
+
+    Args:
+        first: the network as configured.
+        parts: of it.
+        config: how it was quantized.
+        measure: the user's, with its limit.
+        attempt: quantizes the network in another way.
+
+    Returns:
+        The network, whose record tells what was tried on the way; where none will do the best that was found.
+    """
+    room = math.inf
+    if config.size_budget is not None:
+        room = math.floor(config.size_budget * first.record.float_bytes) - first.record.bytes
+    path = path_of(parts, config, room)
+    marks = marks_of(path, sum(part.damage for part in parts))
+    products = {part.layers[0]: part.products for part in parts if part.kind == "weight_bits"}
+    tried = {0: first}
+
+    def excess(number: int) -> float:
+        overrides = overrides_of(path[: marks[number - 1]])
+        tried[number] = attempt(replace(config, overrides={**config.overrides, **overrides}))
+        return excess_of(tried[number], config, measure)
+
+    chosen = 0
+    missing = excess_of(first, config, measure)
+    if config.target_sqnr is None and measure is None:
+        chosen = len(marks)
+        if chosen:
+            excess(chosen)
+    elif missing > 0.0:
+        found = search(excess, missing, len(marks)) if marks else None
+        chosen = found if found is not None else min(tried, key=lambda n: (excess_of(tried[n], config, measure), n))
+    trial = tried[chosen]
+    record = trial.record
+    record.tried = len(tried)
+    record.trade = [
+        _trade(tried[number], overrides_of(path[: marks[number - 1]] if number else ()), products)
+        for number in sorted(tried)
+        if number <= chosen
+    ]
+    record.config = config
+    if measure is not None:
+        record.float_value, record.max_drop = measure.reference, measure.max_drop
+    for part in parts:
+        for layer in record.layers:
+            if layer.name in part.layers:
+                setattr(layer, "weight_damage" if part.kind == "weight_bits" else "input_damage", part.damage)
+    record.shortfall = _shortfall(trial, config, measure)
+    if record.shortfall:
+        warnings.warn(f"ptq4cuda: {record.shortfall}", stacklevel=3)
+    return trial
+
+
+def _trade(trial: Trial, overrides: Overrides, products: Mapping[str, int]) -> Trade:
+    record = trial.record
+    return Trade(
+        tuple(overrides),
+        record.sqnr,
+        record.bytes,
+        bits=overrides,
+        least_sqnr=record.least_sqnr,
+        value=trial.value,
+        bit_operations=sum(
+            round(products.get(layer.name, 0) * layer.weight_bits * (layer.activation_bits or 32.0))
+            for layer in record.layers
+            if layer.weight_bits is not None
+        ),
+    )
+
+
+def _shortfall(trial: Trial, config: QuantConfig, measure: Measure | None) -> str:
+    """Say what was asked for and not reached."""
+    missed = []
+    record = trial.record
+    if measure is not None and trial.value is not None and measure.excess(trial.value) > 0.0:
+        missed.append(
+            f"the measure is {trial.value:.6g}, {measure.reference - trial.value:.4g} below that of the float model "
+            f"({measure.reference:.6g}), and was to be no more than {measure.max_drop:g} below it"
+        )
+    least = record.least_sqnr
+    if config.target_sqnr is not None and least is not None and least < config.target_sqnr:
+        missed.append(f"the output SQNR is {least:.1f} dB, and was to be {config.target_sqnr:g}")
+    if not missed:
+        return ""
+    if config.size_budget is not None:
+        remedy = "within size_budget; a larger one, or execution of some layers in float by overrides, goes further"
+    else:
+        remedy = "with every layer that may be raised at 8 bits; overrides can leave layers in float"
+    return f"{'; '.join(missed)}: this is the best that was found {remedy}"

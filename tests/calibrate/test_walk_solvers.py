@@ -1,10 +1,8 @@
-"""What solvers are told about the network behind a layer, and what raising layers to 8 bits buys."""
+"""What solvers are told about the network behind a layer, and how bits of layers are overridden."""
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,8 @@ import ptq4cuda
 from ptq4cuda import QuantConfig, graph, quantize
 from ptq4cuda.artifact.record import LayerRecord, record_of
 from ptq4cuda.calibrate.importance import output_importance
-from ptq4cuda.calibrate.prepare import prepare
 from ptq4cuda.metrics import Noise, compare
-from ptq4cuda.solve.raising import layer_damage
+from small_networks import Deep, Writes
 
 # --- importance -------------------------------------------------------------------------------------------------
 
@@ -252,33 +249,7 @@ def test_the_target_of_a_block_makes_up_for_the_shortcut(images: Tensor) -> None
     assert sqnr["block"] > sqnr["output"] + 0.3
 
 
-# --- sensitivity ------------------------------------------------------------------------------------------------
-
-
-class Deep(nn.Module):
-    """Layers of one kind; the channels of one of them differ so much that a single scale hurts it."""
-
-    def __init__(self, bad: int | None = 2) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(6))
-        self.fc = nn.Linear(8, 5)
-        for layer in self.layers:  # so that the signal does not fade on the way
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        if bad is not None:
-            with torch.no_grad():  # one output channel of huge weights that the next layer hardly reads
-                self.layers[bad].weight[:, 0] *= 0.005
-                self.layers[bad - 1].weight[0] *= 200.0
-                self.layers[bad - 1].bias[0] *= 200.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = F.relu(layer(x))
-        return self.fc(x.mean((2, 3)))
-
-
-PER_TENSOR = replace(QuantConfig.naive(), activation_granularity="per_tensor", execution="simulate")
-WIDE = "layers.2"  # its input has the wide channel
+# --- overrides --------------------------------------------------------------------------------------------------
 
 
 def layers(network: nn.Module) -> dict[str, LayerRecord]:
@@ -287,143 +258,6 @@ def layers(network: nn.Module) -> dict[str, LayerRecord]:
 
 def bits(network: nn.Module) -> dict[str, tuple[float | None, float | None]]:
     return {name: (r.weight_bits, r.activation_bits) for name, r in layers(network).items()}
-
-
-def test_damage_finds_the_bad_layer(images: Tensor) -> None:
-    model = Deep(bad=None).eval()
-    inputs = [((images,), {})]
-    bad = {"layers.3": {"weight_bits": 1, "activation_bits": 1}}
-    network = quantize(model, [images], replace(PER_TENSOR, overrides=bad), progress=False)
-    reference, _, _ = prepare(model, inputs, record_of(network).config)
-    before = copy.deepcopy(reference.state_dict())
-    damage = layer_damage(reference, network, inputs)
-    assert list(damage) == list(layers(network))
-    worst, second = sorted(damage, key=damage.__getitem__, reverse=True)[:2]
-    assert worst == "layers.3"
-    assert damage[worst] > 3 * damage[second]
-    # the reference is as it was
-    assert all(torch.equal(v, before[k]) for k, v in reference.state_dict().items())
-    with torch.no_grad():
-        torch.testing.assert_close(reference(images), model(images))
-
-
-def test_damage_is_the_noise_with_one_layer_quantized(images: Tensor) -> None:
-    model = Deep(bad=None).eval()
-    inputs = [((images,), {})]
-    network = quantize(model, [images], QuantConfig.naive(), progress=False)
-    reference, _, _ = prepare(model, inputs, record_of(network).config)
-    damage = layer_damage(reference, network, inputs)
-    alone = copy.deepcopy(model)
-    alone.set_submodule("layers.3", network.get_submodule("layers.3"))
-    noise = Noise()
-    with torch.no_grad():
-        noise.add(model(images), alone(images))
-    assert damage["layers.3"] == pytest.approx(noise.noise / noise.signal, rel=1e-3)
-
-
-def test_target_is_met_by_raising_the_worst_layers(images: Tensor) -> None:
-    model = Deep().eval()
-    plain = quantize(model, [images], PER_TENSOR, progress=False)
-    start = record_of(plain).sqnr
-    assert start is not None
-    network = quantize(model, [images], replace(PER_TENSOR, target_sqnr=start + 4.0), progress=False)
-    record = record_of(network)
-    assert record.sqnr is not None
-    assert record.sqnr >= start + 4.0
-    assert record.config.target_sqnr == start + 4.0
-    assert record.config.overrides == {}
-    with torch.no_grad():
-        noise = Noise()
-        noise.add(model(images), network(images))
-    assert noise.sqnr == pytest.approx(record.sqnr, abs=0.05)
-    # The trade: from nothing raised to the end, each step more layers, more bytes, better.
-    first, last = record.trade[0], record.trade[-1]
-    assert (first.raised, first.sqnr, first.bytes) == ((), start, record_of(plain).bytes)
-    assert (last.sqnr, last.bytes) == (record.sqnr, record.bytes)
-    assert last.raised[0] == WIDE
-    assert all(
-        len(a.raised) < len(b.raised) and a.bytes < b.bytes
-        for a, b in zip(record.trade, record.trade[1:], strict=False)
-    )
-    found = bits(network)
-    for name in last.raised:
-        assert found[name] == (8.0, 8.0)
-    untouched = set(found) - set(last.raised) - {"layers.0", "fc"}
-    assert untouched
-    assert all(found[name][0] == 4.0 for name in untouched)
-    assert all(layer.damage is not None for layer in record.layers)
-    text = ptq4cuda.report(network)
-    assert "Raised to 8 bits, worst first:" in text
-    assert f"{len(last.raised)} layers at 8 bits: {record.sqnr:.1f} dB, {record.bytes:,} bytes" in text
-    assert WIDE in text.split("Raised")[1]
-
-
-def test_a_target_that_is_met_already_raises_nothing(images: Tensor) -> None:
-    model = Deep(bad=None).eval()
-    network = quantize(model, [images], QuantConfig(target_sqnr=1.0), progress=False)
-    assert [step.raised for step in record_of(network).trade] == [()]
-
-
-def test_a_target_out_of_reach_is_reported(images: Tensor) -> None:
-    network = quantize(
-        Deep(bad=None).eval(), [images], replace(QuantConfig.naive(), target_sqnr=90.0), progress=False
-    )
-    assert set(record_of(network).trade[-1].raised) == {f"layers.{i}" for i in range(1, 6)}
-    assert "90 dB was not reached" in ptq4cuda.report(network)
-
-
-@pytest.mark.parametrize("share", [0.2, 0.25, 0.3])
-def test_size_budget_is_kept_to(images: Tensor, share: float) -> None:
-    model = Deep().eval()
-    plain = record_of(quantize(model, [images], PER_TENSOR, progress=False))
-    record = record_of(quantize(model, [images], replace(PER_TENSOR, size_budget=share), progress=False))
-    assert record.bytes <= max(share * record.float_bytes, plain.bytes)
-    raised = record.trade[-1].raised
-    if share * record.float_bytes > plain.bytes + 300:  # there is room for one of these layers, of 576 weights
-        assert raised[0] == WIDE
-        assert record.sqnr is not None and plain.sqnr is not None
-        assert record.sqnr > plain.sqnr
-        if len(raised) < 5:
-            assert record.bytes + 300 > share * record.float_bytes  # and none for another
-    assert len(raised) == {0.2: 0, 0.25: 1, 0.3: 2}[share] or share * record.float_bytes > plain.bytes
-
-
-def test_a_budget_that_is_too_small_is_reported(images: Tensor) -> None:
-    for share, too_small in ((0.01, True), (1, False)):
-        network = quantize(Deep().eval(), [images], replace(PER_TENSOR, size_budget=share), progress=False)
-        assert ("is too small for this configuration" in ptq4cuda.report(network)) == too_small
-
-
-def test_budget_limits_what_a_target_asks_for(images: Tensor) -> None:
-    model = Deep().eval()
-    config = replace(PER_TENSOR, target_sqnr=90.0)
-    unlimited = record_of(quantize(model, [images], config, progress=False))
-    share = (unlimited.trade[0].bytes + unlimited.bytes) / 2 / unlimited.float_bytes
-    limited = record_of(quantize(model, [images], replace(config, size_budget=share), progress=False))
-    assert 0 < len(limited.trade[-1].raised) < len(unlimited.trade[-1].raised)
-    assert limited.bytes <= share * limited.float_bytes
-
-
-@pytest.mark.parametrize("config", [PER_TENSOR, QuantConfig()], ids=["naive", "default"])
-def test_same_file_twice_with_a_target(images: Tensor, tmp_path: Path, config: QuantConfig) -> None:
-    model = Deep().eval()
-    start = record_of(quantize(model, [images], config, progress=False)).sqnr
-    assert start is not None
-    config = replace(config, target_sqnr=start + 3.0)
-    contents = []
-    for name in ("a", "b"):
-        network = quantize(model, [images], config, progress=False)
-        assert record_of(network).trade[-1].raised
-        ptq4cuda.save(network, tmp_path / name)
-        contents.append((tmp_path / name).read_bytes())
-        loaded = ptq4cuda.load(tmp_path / name, Deep())
-        assert record_of(loaded).trade == record_of(network).trade
-        with torch.no_grad():
-            assert torch.equal(loaded(images), network(images))
-    assert contents[0] == contents[1]
-
-
-# --- overrides --------------------------------------------------------------------------------------------------
 
 
 def test_overrides_set_bits_and_leave_layers_in_float(images: Tensor) -> None:
@@ -461,13 +295,6 @@ def test_the_ends_are_those_of_the_layers_that_are_quantized(images: Tensor) -> 
     assert found["layers.1"] == (8.0, 8.0)
 
 
-def test_overridden_layers_are_not_raised(images: Tensor) -> None:
-    config = replace(PER_TENSOR, target_sqnr=90.0, overrides={WIDE: {"weight_bits": 4, "activation_bits": 4}})
-    network = quantize(Deep().eval(), [images], config, progress=False)
-    assert WIDE not in record_of(network).trade[-1].raised
-    assert bits(network)[WIDE] == (4.0, 4.0)
-
-
 def test_float_everywhere_is_the_network(images: Tensor) -> None:
     model = Deep(bad=None).eval()
     network = quantize(model, [images], QuantConfig(overrides={"*": "float"}), progress=False)
@@ -500,30 +327,8 @@ def test_overrides_that_are_refused(override: object) -> None:
         QuantConfig(overrides={0: "float"})  # type: ignore[dict-item]
 
 
-class _Writes(nn.Module):
-    """Normalizes its input in place, and branches on values: torch.fx cannot trace it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.mul_(0.25).sub_(0.125)
-        x = self.first(x).relu()
-        return self.third(self.second(x).relu() if x.sum() > -1.0 else x)
-
-
-def test_raising_layers_leaves_the_batches_as_they_are() -> None:
-    images = torch.rand(4, 3, 12, 12)
-    batches = [images.clone(), images.clone()]
-    network = quantize(_Writes().eval(), batches, QuantConfig.fast(target_sqnr=60.0), progress=False)
-    assert record_of(network).walked_by == "modules" and len(record_of(network).trade) > 1
-    assert all(torch.equal(batch, images) for batch in batches)
-
-
 def test_networks_that_write_into_images_are_compared_on_the_same() -> None:
-    images, net = torch.rand(4, 3, 12, 12), _Writes().eval()
+    images, net = torch.rand(4, 3, 12, 12), Writes().eval()
     comparison = compare(
         nn.Sequential(net, nn.Flatten()), nn.Sequential(net, nn.Flatten()), [(images, torch.zeros(4))]
     )

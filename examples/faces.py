@@ -1,0 +1,128 @@
+"""Quantize the three networks of a face detector, with a measure of its own: python examples/faces.py.
+
+pip install facenet-pytorch scikit-image. The weights of MTCNN come with the first package, a hundred faces of
+25 x 25 pixels with the second: they are pasted, enlarged, into photographs. The measure is the percentage of the
+boxes of the float detector that are still found, false alarms taken off. Each network is judged as a part of the
+detector, with those before it quantized already, and the detector as a whole is to stay within one percent.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import skimage
+import torch
+from facenet_pytorch import MTCNN
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from ptq4cuda import QuantConfig, quantize, report
+
+DATA = Path(skimage.__file__).parent / "data"
+PHOTOGRAPHS = ("coffee.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png", "grass.png")
+STAGES = ("pnet", "rnet", "onet")
+CELL = 130  # pixels of a photograph for each face
+
+
+def photographs(faces: np.ndarray, seed: int) -> list[Image.Image]:
+    """Paste faces [N, 25, 25], in rows of four, three rows to a photograph, at random places and sizes."""
+    random = np.random.default_rng(seed)
+    images = []
+    for index in range(len(faces) // 12):
+        path = DATA / PHOTOGRAPHS[(index + seed) % len(PHOTOGRAPHS)]
+        image = Image.open(path).convert("RGB").resize((4 * CELL, 3 * CELL))
+        for k, face in enumerate(faces[12 * index : 12 * index + 12]):
+            size = int(random.integers(60, 120))
+            pixels = np.uint8(255 * np.clip(face * random.uniform(0.6, 1.2), 0, 1))
+            x, y = (CELL * c + int(random.integers(0, CELL - size)) for c in (k % 4, k // 4))
+            image.paste(Image.fromarray(pixels).convert("RGB").resize((size, size), Image.Resampling.BICUBIC), (x, y))
+        images.append(image)
+    return images
+
+
+def detect(detector: MTCNN, images: list[Image.Image]) -> list[np.ndarray]:
+    """Return the boxes [N, 4] in each image."""
+    found = (detector.detect(image)[0] for image in images)
+    return [np.zeros((0, 4)) if boxes is None else boxes.astype(float) for boxes in found]
+
+
+def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the intersection over union [N, M] of boxes [N, 4] and [M, 4]."""
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = np.clip(high - low, 0, None).prod(2)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (a, b)]
+    return np.asarray(shared / (areas[0][:, None] + areas[1][None, :] - shared))
+
+
+def agreement(expected: list[np.ndarray], found: list[np.ndarray]) -> float:
+    """Return the percentage of boxes that overlap by half with one of the others, of the more of both."""
+    same = most = 0
+    for a, b in zip(expected, found, strict=True):
+        shared = overlaps(a, b)
+        rows, columns = linear_sum_assignment(-shared)
+        same += int((shared[rows, columns] > 0.5).sum())
+        most += max(len(a), len(b))
+    return 100.0 * same / max(most, 1)
+
+
+def seen_by(detector: MTCNN, images: list[Image.Image]) -> dict[str, list[Tensor]]:
+    """Return the batches that each network sees when the detector looks at images."""
+    seen: dict[str, list[Tensor]] = {stage: [] for stage in STAGES}
+    hooks = [
+        getattr(detector, stage).register_forward_pre_hook(lambda _, args, s=stage: seen[s].append(args[0].clone()))
+        for stage in STAGES
+    ]
+    detect(detector, images)
+    for hook in hooks:
+        hook.remove()
+    return {
+        "pnet": seen["pnet"][::3],  # of all sizes, one image at a time
+        "rnet": list(torch.cat(seen["rnet"])[:512].split(128)),
+        "onet": list(torch.cat(seen["onet"])[:256].split(64)),
+    }
+
+
+def milliseconds(detector: MTCNN, images: list[Image.Image]) -> float:
+    """Return the median time of an image."""
+    times = []
+    for image in images:
+        start = time.perf_counter()
+        detector.detect(image)
+        times.append(1000.0 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Quantize one network after the other, and print what it cost and bought."""
+    faces = np.load(DATA / "lfw_subset.npy")[:100]
+    calibration = photographs(faces[:48], seed=0)
+    held_out = [image for seed in (1, 2, 3, 4) for image in photographs(faces[52:], seed)]
+    detector = MTCNN(keep_all=True).eval()
+    batches, expected = seen_by(detector, calibration), detect(detector, held_out)
+    float_bytes = sum(p.numel() * p.element_size() for p in detector.parameters())
+    float_time = milliseconds(detector, held_out)
+    for stage in STAGES:
+        network: nn.Module = getattr(detector, stage)
+
+        def evaluate(candidate: nn.Module, stage: str = stage) -> float:
+            setattr(detector, stage, candidate)
+            return agreement(expected, detect(detector, held_out))
+
+        room = max(evaluate(network) - 99.0, 0.0)
+        quantized = quantize(network, batches[stage], QuantConfig.fast(), evaluate=evaluate, max_drop=room)
+        setattr(detector, stage, quantized)
+        print(f"--- {stage}\n{report(quantized)}\n")
+    size = sum(t.numel() * t.element_size() for t in detector.state_dict().values())
+    print(f"float: {float_bytes:,} bytes, {float_time:.0f} ms an image")
+    print(
+        f"quantized: {size:,} bytes, {milliseconds(detector, held_out):.0f} ms an image, "
+        f"{agreement(expected, detect(detector, held_out)):.2f} % of the faces as before"
+    )
+
+
+if __name__ == "__main__":
+    main()
