@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from cuda_on_cpu import build
 from ptq4cuda.ops.plan import ConvPlan, conv_plan
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_divisors_by_multiplication_are_exact(model_cache: Path) -> None:
@@ -82,3 +85,15 @@ def test_a_plan_says_what_it_is() -> None:
     assert conv_plan(3136, 512, 1, 72, True, True, 132).describe(132) == (
         "128 x 128, 2 shares: 200 blocks, at most 2 on a multiprocessor, 76% full"
     )
+
+
+def test_the_plan_counts_with_the_slots_of_the_table() -> None:
+    """conv_plan.h weighs tiles by what a chunk of 32 products costs, benchmarks/sass.json counts that of 16."""
+    text = (ROOT / "csrc" / "conv_plan.h").read_text()
+    tiles = ["2, 4", "1, 4", "1, 2", "1, 1"]
+    table = json.loads((ROOT / "benchmarks" / "sass.json").read_text())
+    weights = [[int(slots) for slots in array.split(",")] for array in re.findall(r"std::array\{([\d, ]+)\}", text)]
+    assert len(weights) == 4
+    for slots, codes in zip(weights, ("16, true", "4, true", "16, false", "4, false"), strict=True):
+        counted = [2 * table["kernels"][f"conv_kernel<{tile}, {codes}>"]["slots"] for tile in tiles]
+        assert slots == pytest.approx(counted, rel=0.03)
