@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -29,7 +30,7 @@ from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.execute.choice import lower
 from ptq4cuda.graph.network import Network
 from ptq4cuda.metrics import Measure, Noise
-from ptq4cuda.solve.layer import bits_of, solve_layer
+from ptq4cuda.solve.layer import bits_of, samples_wanted, solve_layer
 from ptq4cuda.solve.raising import Trial, measure_parts, raise_layers
 
 DEFAULT_CONFIG = QuantConfig()
@@ -116,6 +117,8 @@ def quantize(
         reference, _, _ = prepare(model, inputs, config)
         parts = measure_parts(reference, network, inputs, match_means=config.bias_correction != "none")
         trial = raise_layers(trial, parts, config, measure, lambda raised: executed(*simulated(raised)))
+    if trial.record.few_samples:
+        warnings.warn(f"ptq4cuda: {trial.record.few_samples}", stacklevel=2)
     trial.record.seconds = time.perf_counter() - start
     return trial.network
 
@@ -140,8 +143,10 @@ def quantize_once(
     record = QuantRecord(config, images=sum(map(batch_size, inputs)), float_bytes=tensor_bytes(model))
 
     before: list[tuple[str, int, int]] = []
+    wanted: dict[str, int] = {}
 
     def solve(call: LayerCall) -> Solution:
+        wanted[call.name] = samples_wanted(call, config, record.images)
         if solved is None:
             return solve_layer(call, config)
         before.append((call.name, *bits_of(call, config)))
@@ -167,6 +172,14 @@ def quantize_once(
         record.walked_by = "modules"
         result = walk_modules(network, inputs, solve, kept, progress, memory)
     record.layers = result.layers
+    most = max(wanted, key=wanted.__getitem__, default="")
+    if most and wanted[most]:
+        few = [name for name in wanted if wanted[name]]
+        others = f" and {len(few) - 1} other layers" if len(few) > 1 else ""
+        record.few_samples = (
+            f"{record.images} calibration samples are few for {most!r}{others}, with more inputs than the samples "
+            f"have positions: such a fit follows the samples; {wanted[most]:,} would be enough"
+        )
     record.frontier_bytes, record.spilled_bytes = result.frontier_bytes, result.spilled_bytes
     # What was clipped for the fit is in the data all the same.
     noise = output_noise(model, network, inputs) if result.clipped else result.noise

@@ -113,6 +113,7 @@ class QuantRecord:
         float_value: the user's measure of the float model, where there is one.
         max_drop: how far that of this network may be below it.
         shortfall: what was asked for and is not reached.
+        few_samples: which layers have more inputs than the calibration samples can tell apart.
     """
 
     config: QuantConfig
@@ -134,6 +135,7 @@ class QuantRecord:
     float_value: float | None = None
     max_drop: float | None = None
     shortfall: str = ""
+    few_samples: str = ""
     frontier_bytes: int = 0
     spilled_bytes: int = 0
     structure: list[str] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -53,6 +54,24 @@ def bits_of(call: LayerCall, config: QuantConfig) -> tuple[int, int]:
     if isinstance(override, Mapping):
         bits.update(override)
     return bits["weight_bits"], bits["activation_bits"]
+
+
+def samples_wanted(call: LayerCall, config: QuantConfig, samples: int) -> int:
+    """Return how many calibration samples give as many positions as a layer that is fitted has inputs, 0 if they do.
+
+    With fewer the data does not tell the inputs apart, and the fit follows the samples that there are. At 8 bits
+    there is little to fit.
+
+    Args:
+        call: the layer.
+        config: how it is quantized.
+        samples: that there are.
+    """
+    if bits_of(call, config)[0] == 8 or (config.rounding == "nearest" and config.target == "weights"):
+        return 0
+    rows = call.spec.rows(call.layer)
+    positions, inputs = sum(t.numel() for t in call.outputs) // len(rows), rows[0].numel()
+    return math.ceil(samples * inputs / max(1, positions)) if positions < inputs else 0
 
 
 def quantizer_of(call: LayerCall, bits: int, config: QuantConfig) -> tuple[QuantParams, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -569,3 +570,28 @@ def test_result_of_tracing_is_a_graph(model: nn.Module, images: Tensor) -> None:
     assert isinstance(network, fx.GraphModule)
     assert sum(isinstance(m, (QuantConv2d, QuantLinear)) for m in network.modules()) == 5
     assert record_of(network).folded == 2
+
+
+def test_too_few_samples_for_the_width_of_a_layer_are_said() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.wide, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(self.wide(F.relu(self.conv(x)).flatten(1))))
+
+    images = torch.randn(160, 3, 8, 8)
+    with pytest.warns(UserWarning, match="16 calibration samples are few for 'wide', .*; 144 would be enough"):
+        network = quantize(Wide().eval(), [images[:16]], progress=False)
+    assert "16 calibration samples are few for 'wide'" in ptq4cuda.report(network)
+    for few, config in (
+        (images[:144], QuantConfig()),  # enough
+        (images[:16], QuantConfig.fast()),  # nothing is fitted
+        (images[:16], QuantConfig(overrides={"wide": {"weight_bits": 8}})),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            network = quantize(Wide().eval(), [few], config, progress=False)
+        assert "are few for" not in ptq4cuda.report(network)
