@@ -123,3 +123,12 @@ def test_folders_of_tests_mirror_the_package() -> None:
     rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert folders - rooms == {"pipeline", "cuda_on_cpu"}  # pipeline.py, and csrc/cuda
     assert rooms <= folders
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md"])
+def test_what_developers_are_sent_to_is_there(page: str) -> None:
+    paths = set(re.findall(r"`([\w.]*/[\w./]*)(?: \[\w+\])?`", (ROOT / page).read_text("utf-8")))
+    named = {path for path in paths if "NAME" not in path}
+    assert len(named) > 10
+    folders = [ROOT / folder for folder in ("", "ptq4cuda", "csrc")]
+    assert not {path for path in named if not any((folder / path).exists() for folder in folders)}
