@@ -18,6 +18,7 @@ from torch import nn
 
 from ptq4cuda import graph
 from ptq4cuda.artifact.record import OutputRecord, QuantRecord, attach_record, tensor_bytes
+from ptq4cuda.calibrate.allocator import memory_kept
 from ptq4cuda.calibrate.by_graph import walk_graph
 from ptq4cuda.calibrate.by_modules import walk_modules
 from ptq4cuda.calibrate.frontier import Memory
@@ -36,6 +37,7 @@ from ptq4cuda.solve.raising import Trial, measure_parts, raise_layers
 DEFAULT_CONFIG = QuantConfig()
 
 
+@memory_kept()
 def quantize(
     model: nn.Module,
     batches: Iterable[Any],

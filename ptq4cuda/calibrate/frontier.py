@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ptq4cuda.calibrate.allocator import trim
 from ptq4cuda.compat import tree_map_only
 
 _T = TypeVar("_T")
@@ -110,7 +111,7 @@ class Frontier:
 
     def _spill(self, tensor: Tensor) -> Tensor:
         # The heap keeps what the tensors before this one have left, in pieces too small for the next.
-        _LIBC.malloc_trim(0)
+        trim()
         size = tensor.numel() * tensor.element_size()
         folder = self.memory.folder if self.memory.folder is not None else tempfile.gettempdir()
         try:
