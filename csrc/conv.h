@@ -20,7 +20,8 @@ namespace ptq4cuda {
 
 constexpr int kPanelOutputs = 16;  // ptq4cuda/ops/panels.py says how weights are laid out
 constexpr int kWordChannels = 4;
-constexpr int kOctet = 8;  // channels whose nibbles are packed together
+constexpr int kOctet = 8;           // channels whose nibbles are packed together
+constexpr int64_t kSpanOfAll = -8;  // the span that holds for all codes and weights
 
 struct Extent {
     int64_t height, width;
@@ -98,15 +99,15 @@ template <class Backend>
 struct ConvOps {
     using Pair = std::vector<int64_t>;
 
-    static std::vector<Tensor> conv2d_integer(
-        const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
-        const Tensor& bias, Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups,
-        int64_t low_bytes, int64_t span, double negative_slope, double upper, std::optional<Tensor> residual,
-        std::optional<Tensor> residual_scale, std::optional<Tensor> residual_zero_point,
-        std::optional<Tensor> out_scale, std::optional<Tensor> out_zero_point, std::optional<Tensor> out_bits,
-        std::optional<Tensor> out_starts, int64_t out_bytes, std::optional<Tensor> also_scale,
-        std::optional<Tensor> also_zero_point, std::optional<Tensor> also_bits, std::optional<Tensor> also_starts,
-        int64_t also_bytes, ScalarType dtype) {
+    static std::vector<Tensor> conv2d_integer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums,
+                                              const Tensor& scale, const Tensor& bias, Pair kernel_size, Pair stride,
+                                              Pair padding, Pair dilation, int64_t groups, int64_t low_bytes,
+                                              std::optional<int64_t> span, double negative_slope, double upper,
+                                              std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
+                                              std::optional<Tensor> residual_zero_point,
+                                              std::vector<Tensor> out_scale, std::vector<Tensor> out_zero_point,
+                                              std::vector<Tensor> out_bits, std::vector<Tensor> out_starts,
+                                              std::vector<int64_t> out_bytes, std::optional<ScalarType> dtype) {
         const char* op = "conv2d_integer";
         ConvProblem problem{};
         ConvShape& shape = problem.shape;
@@ -118,8 +119,9 @@ struct ConvOps {
         check_tensor(op, "weight", weight, ScalarType::Char, weights, x);
         if (zero_sums)
             check_tensor(op, "zero_sums", *zero_sums, ScalarType::Int, {shape.kernel.area(), shape.out_channels}, x);
-        STD_TORCH_CHECK(span != 0 && -kLimit <= span && span <= kLimit, op, ": span must be 1 to ", kLimit,
-                        " or, of nibbles, negative, got ", span);
+        problem.span = span.value_or(kSpanOfAll);
+        STD_TORCH_CHECK(problem.span != 0 && -kLimit <= problem.span && problem.span <= kLimit, op,
+                        ": span must be 1 to ", kLimit, " or, of nibbles, negative, got ", problem.span);
         STD_TORCH_CHECK(std::isfinite(negative_slope), op, ": negative_slope must be finite, got ",
                         text_of(static_cast<float>(negative_slope)));
         STD_TORCH_CHECK(!std::isnan(upper), op, ": upper must be a number, got nan");
@@ -140,66 +142,67 @@ struct ConvOps {
             problem.residual = added->const_data_ptr<uint8_t>();
             problem.residual_quantizer = added_quantizer->table();
         }
-        const auto quantizer = [&](const char* name, const auto& scales, const auto& zero_points, const auto& bits) {
-            std::optional<QuantizerArguments> arguments;
-            if (!scales) return arguments;
-            STD_TORCH_CHECK(zero_points && bits, op, ": ", name, "_scale needs ", name, "_zero_point and ", name,
-                            "_bits");
-            arguments.emplace(op, x, *scales, *zero_points, bits, shape.out_channels);
-            return arguments;
-        };
+        const size_t codes = out_scale.size();
+        STD_TORCH_CHECK(out_zero_point.size() == codes && out_bits.size() == codes && out_starts.size() == codes &&
+                            out_bytes.size() == codes,
+                        op,
+                        ": out_scale, out_zero_point, out_bits, out_starts and out_bytes must have an item for each ",
+                        "output of codes, got ", codes, ", ", out_zero_point.size(), ", ", out_bits.size(), ", ",
+                        out_starts.size(), " and ", out_bytes.size());
+        STD_TORCH_CHECK(0 < codes + dtype.has_value() && codes + dtype.has_value() <= 2, op,
+                        ": there are one or two outputs, got ", codes + dtype.has_value());
+        STD_TORCH_CHECK(!dtype || is_floating(*dtype), op, ": dtype must be float32, float16 or bfloat16, got ",
+                        name_of(dtype.value_or(ScalarType::Float)));
         std::vector<Tensor> tables, outputs;  // tables live as long as the launch
-        const auto packing = [&](const char* name, const std::optional<QuantizerArguments>& codes,
-                                 const std::optional<Tensor>& starts, int64_t bytes) {
-            if (!codes || !starts) return Packing{};
-            const int64_t octets = ceil_div(shape.out_channels, kOctet);
-            check_vector(op, (std::string(name) + "_starts").c_str(), *starts, ScalarType::Int, octets + 1, x);
+        std::vector<QuantizerArguments> quantizers;
+        const auto packing = [&](size_t i) {
+            const Tensor& starts = out_starts[i];
+            if (starts.numel() == 0) return Packing{};
+            const int64_t octets = ceil_div(shape.out_channels, kOctet), bytes = out_bytes[i];
+            const std::string name = "out_starts[" + std::to_string(i) + "]";
+            check_vector(op, name.c_str(), starts, ScalarType::Int, octets + 1, x);
             STD_TORCH_CHECK(bytes >= octets * kWordChannels && bytes % kWordChannels == 0 && bytes < kLimit &&
                                 shape.whole_octets(),
                             op, ": ", shape.out_channels, " outputs in ", groups, " groups are not packed in ", bytes,
                             " bytes");
-            tables.push_back(as_contiguous(*starts));
+            tables.push_back(as_contiguous(starts));
             const Packing packed{tables.back().const_data_ptr<int32_t>(), static_cast<int32_t>(bytes)};
-            STD_TORCH_CHECK(!is_readable(x) || fits(packed, codes->table(), shape.out_channels), op, ": ", name,
-                            "_starts are not those of ", name, "_bits in ", bytes, " bytes");
+            STD_TORCH_CHECK(!is_readable(x) || fits(packed, quantizers[i].table(), shape.out_channels), op, ": ",
+                            name, " are not those of out_bits[", i, "] in ", bytes, " bytes");
             return packed;
         };
-        const auto out_quantizer = quantizer("out", out_scale, out_zero_point, out_bits);
-        problem.out_packing = packing("out", out_quantizer, out_starts, out_bytes);
-        const auto also_quantizer = quantizer("also", also_scale, also_zero_point, also_bits);
-        problem.also_packing = packing("also", also_quantizer, also_starts, also_bytes);
-        if (out_quantizer) {
-            problem.out_quantizer = out_quantizer->table();
-            dtype = ScalarType::Byte;
-        } else {
-            STD_TORCH_CHECK(is_floating(dtype), op, ": dtype must be float32, float16 or bfloat16, got ",
-                            name_of(dtype));
-        }
         const auto add_output = [&](ScalarType type, const Packing& packed) {
             const int64_t channels = packed.starts ? packed.bytes : shape.out_channels, width = shape.out.width;
             const std::vector<int64_t> size = {shape.batch, channels, shape.out.height, width};
             const std::vector<int64_t> strides = {shape.out.height * width * channels, 1, width * channels, channels};
             outputs.push_back(empty_strided(size, strides, type, x));
         };
-        add_output(dtype, problem.out_packing);
-        if (also_quantizer) {
-            add_output(ScalarType::Byte, problem.also_packing);
-            problem.also = outputs[1].mutable_data_ptr<uint8_t>();
-            problem.also_quantizer = also_quantizer->table();
+        if (dtype) add_output(*dtype, Packing{});
+        for (size_t i = 0; i < codes; ++i) {
+            quantizers.emplace_back(op, x, out_scale[i], out_zero_point[i], out_bits[i], shape.out_channels);
+            const Packing packed = packing(i);
+            add_output(ScalarType::Byte, packed);
+            if (outputs.size() == 1) {
+                problem.out_quantizer = quantizers[i].table();
+                problem.out_packing = packed;
+            } else {
+                problem.also = outputs[1].mutable_data_ptr<uint8_t>();
+                problem.also_quantizer = quantizers[i].table();
+                problem.also_packing = packed;
+            }
         }
         const Tensor& y = outputs[0];
         if (y.numel() == 0) return outputs;
         problem.x = source.const_data_ptr<uint8_t>();
         problem.weight = panels.const_data_ptr<int8_t>();
         problem.zero_sums = zeros ? zeros->const_data_ptr<int32_t>() : nullptr;
-        problem.span = span;
         problem.scale = factors.const_data_ptr<float>();
         problem.bias = offsets.const_data_ptr<float>();
         problem.activation = {static_cast<float>(negative_slope), static_cast<float>(upper)};
-        if (dtype == ScalarType::Byte) {
+        if (!dtype) {
             Backend::conv(source, problem, y.mutable_data_ptr<uint8_t>());
         } else {
-            dispatch_floating(dtype, [&](auto type) {
+            dispatch_floating(*dtype, [&](auto type) {
                 Backend::conv(source, problem, static_cast<decltype(type)*>(y.data_ptr()));
             });
         }

@@ -119,6 +119,10 @@ class IntegerConv2d(QuantizerState):
         for i, params in enumerate(params for params in outputs if params is not None):
             for field in _FIELDS:
                 self._keep(f"out{i}_{field}", getattr(params, field))
+        # Names of buffers, in the order of the operator's arguments.
+        self._outputs = [
+            [f"out{i}_{field}" for i in range(self.coded)] for field in ("scale", "zero_point", "bits", "starts")
+        ]
         self._prepare(weight)
 
     def _keep(self, name: str, tensor: Tensor | None) -> None:
@@ -155,24 +159,27 @@ class IntegerConv2d(QuantizerState):
 
     def _prepare(self, weight: Tensor) -> None:
         """Lay out weights [O, R, S, C / groups], and codes that travel packed, for the device that they are on."""
-        packs, groups = self.packing.on(weight.device), self.geometry.groups
+        device, groups = weight.device, self.geometry.groups
+        packs = self.packing.on(device)
         source_bits = self.source_bits.expand(self.channels * groups)
+        self.span: int | None = None
         if packs and self.packing.source:
             layout = Nibbles.of(source_bits)
             self._keep("weight", layout.weight_panels(weight))
-            self.source_channels, self.low_bytes, self.span = layout.bytes, layout.low_bytes, panels.NIBBLES
+            self.source_channels, self.low_bytes = layout.bytes, layout.low_bytes
         else:
-            codes = (1 << source_bits.to(torch.int32)) - 1
             self._keep("weight", panels.weight_panels(weight, groups))
             self.source_channels, self.low_bytes = len(source_bits), 0
-            self.span = panels.span_of_sums(self.weight, codes, self.kernel_size, groups)
+            if device.type == "cpu":
+                codes = (1 << source_bits.to(torch.int32)) - 1
+                self.span = panels.span_of_sums(self.weight, codes, self.kernel_size, groups)
         self.packed_bytes = [0] * self.coded
         for i in range(self.coded):
-            self._keep(f"out{i}_starts", None)
+            starts = torch.empty(0, dtype=torch.int32, device=device)
             if packs and i + self.has_values in self.packing.outputs:
                 layout = Nibbles.of(getattr(self, f"out{i}_bits").expand(len(self.scale)))
-                self._keep(f"out{i}_starts", layout.starts)
-                self.packed_bytes[i] = layout.bytes
+                starts, self.packed_bytes[i] = layout.starts, layout.bytes
+            self._keep(f"out{i}_starts", starts)
 
     def weight_bytes(self) -> Tensor:
         """Return the weights, int8 [O, R, S, C / groups]."""
@@ -218,11 +225,6 @@ class IntegerConv2d(QuantizerState):
     def _convolve(self, x: Tensor, residual: Tensor | None) -> list[Tensor]:
         # The operator itself: what ops.conv2d_integer would check again and again has been checked once.
         g = self.geometry
-        forms: list[Any] = [(None, None, None, None, 0)] if self.has_values else []
-        for i in range(self.coded):
-            fields = (getattr(self, f"out{i}_{name}") for name in ("scale", "zero_point", "bits", "starts"))
-            forms.append((*fields, self.packed_bytes[i]))
-        first, second = (*forms, (None, None, None, None, 0))[:2]
         return torch.ops.ptq4cuda.conv2d_integer(  # type: ignore[no-any-return]
             x,
             self.weight,
@@ -241,9 +243,9 @@ class IntegerConv2d(QuantizerState):
             residual,
             self.residual_scale,
             self.residual_zero_point,
-            *first,
-            *second,
-            self.dtype,
+            *([getattr(self, name) for name in names] for names in self._outputs),
+            self.packed_bytes,
+            self.dtype if self.has_values else None,
         )
 
     def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
@@ -270,7 +272,9 @@ class IntegerConv2d(QuantizerState):
             parts.append("packed")
         if not depthwise:
             narrow = self.scale.device.type == "cpu" and _native.narrow_sums
-            parts.append("32-bit sums" if not narrow else "8-bit codes" if self.span < 0 else f"span {self.span}")
+            parts.append(
+                "32-bit sums" if not narrow else "8-bit codes" if (self.span or -1) < 0 else f"span {self.span}"
+            )
         if self.residual_scale is not None:
             parts.append("residual")
         if self.has_values + self.coded > 1:

@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ptq4cuda.ops import checks, panels
+from ptq4cuda.ops import checks
 from ptq4cuda.ops import registration as _registration
 from ptq4cuda.ops.checks import FLOATING, check_bits, check_scale, check_vector, check_zero_point
+from ptq4cuda.ops.nibbles import Nibbles
 
 __all__ = [
     "FLOATING",
@@ -47,6 +49,22 @@ __all__ = [
 ]
 
 _ops = getattr(torch.ops, _registration.NAMESPACE)
+
+
+class Quantizer(Protocol):
+    """A quantizer of channels: ptq4cuda.QuantParams is one."""
+
+    @property
+    def bits(self) -> Tensor:
+        """uint8 [C] or [1], 0 to 8."""
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 [C] or [1], > 0."""
+
+    @property
+    def zero_point(self) -> Tensor:
+        """int32 [C] or [1]."""
 
 
 def channel_statistics(x: Tensor, axis: int = 1, centre: Tensor | None = None) -> Tensor:
@@ -325,22 +343,14 @@ def conv2d_integer(
     *,
     low_bytes: int = 0,
     zero_sums: Tensor | None = None,
-    span: int = panels.NIBBLES,
+    span: int | None = None,
     negative_slope: float = 1.0,
     upper: float = math.inf,
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
     residual_zero_point: Tensor | None = None,
-    out_scale: Tensor | None = None,
-    out_zero_point: Tensor | None = None,
-    out_bits: Tensor | None = None,
-    out_starts: Tensor | None = None,
-    out_bytes: int = 0,
-    also_scale: Tensor | None = None,
-    also_zero_point: Tensor | None = None,
-    also_bits: Tensor | None = None,
-    also_starts: Tensor | None = None,
-    also_bytes: int = 0,
+    outputs: Sequence[Quantizer | None] = (None,),
+    layouts: Sequence[Nibbles | None] = (),
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Convolve unsigned codes with signed 8-bit weights, and finish the integer sums in the same pass.
@@ -365,33 +375,33 @@ def conv2d_integer(
             Nibbles. There are no groups then.
         zero_sums: int32 [R * S, O]: Σ weight * zero_point over the channels of x, of each tap. Default: x has no
             zero points.
-        span: what panels.span_of_sums returns for weight and x; the default holds for all.
+        span: what panels.span_of_sums returns for weight and x, which CPUs ask for. Default: what holds for all.
         negative_slope: of the activation min(y if y > 0 else negative_slope * y, upper); 1 for none, 0 for a ReLU,
             whose zeros are positive.
         upper: of the activation.
         residual: uint8 [N, O, H', W'] codes.
         residual_scale: float32 [O] or [1], with a residual.
         residual_zero_point: int32 [O] or [1], with a residual.
-        out_scale: float32 [O] or [1]: the output is quantized with this scale, exactly as `quantize` would.
-        out_zero_point: int32 [O] or [1], with out_scale.
-        out_bits: uint8 [O] or [1], with out_scale.
-        out_starts: the codes are packed: starts and, as out_bytes, the bytes of the ops.nibbles.Nibbles of out_bits.
-            The outputs of a group are whole octets then, or there is one group.
-        out_bytes: with out_starts.
-        also_scale: float32 [O] or [1]: there is a second output, codes of the same values with this scale.
-        also_zero_point: int32 [O] or [1], with also_scale.
-        also_bits: uint8 [O] or [1], with also_scale.
-        also_starts: as out_starts.
-        also_bytes: with also_starts.
-        dtype: of the output, without out_scale: float32, float16 or bfloat16.
+        outputs: one or two quantizers of the codes that are returned, exactly as `quantize` would, with scale, zero
+            point and bits [O] or [1]; the first may be None, for values.
+        layouts: of each output whose codes are packed the ops.nibbles.Nibbles of its bits, None for the others. The
+            outputs of a group are whole octets then, or there is one group. Default: none is packed.
+        dtype: of the values: float32, float16 or bfloat16.
 
     Returns:
-        The output [N, O, H', W'], channels_last: values, or uint8 codes where out_scale is given. Where also_scale
-        is given, a second one follows, uint8 codes of the same shape. Packed codes are [N, bytes, H', W'].
+        The outputs [N, O, H', W'], channels_last: values, or uint8 codes. Packed codes are [N, bytes, H', W'].
 
     There is no out=: the outputs are one or two, of forms that follow from all these arguments, and memory that a
     layer returns is what the allocator of torch hands to the next but one.
     """
+    if not outputs or None in outputs[1:]:
+        raise ValueError("there are one or two outputs, of which the first alone may be values")
+    coded = [output for output in outputs if output is not None]
+    laid_out = list(layouts or (None,) * len(outputs))
+    if len(laid_out) != len(outputs):
+        raise ValueError(f"layouts must have an item for each output, got {len(laid_out)} for {len(outputs)}")
+    packed = laid_out[len(outputs) - len(coded) :]
+    whole = torch.empty(0, dtype=torch.int32, device=x.device if isinstance(x, Tensor) else None)
     arguments = (
         x,
         weight,
@@ -410,17 +420,12 @@ def conv2d_integer(
         residual,
         residual_scale,
         residual_zero_point,
-        out_scale,
-        out_zero_point,
-        out_bits,
-        out_starts,
-        out_bytes,
-        also_scale,
-        also_zero_point,
-        also_bits,
-        also_starts,
-        also_bytes,
-        dtype,
+        [output.scale for output in coded],
+        [output.zero_point for output in coded],
+        [output.bits for output in coded],
+        [whole if layout is None else layout.starts for layout in packed],
+        [0 if layout is None else layout.bytes for layout in packed],
+        dtype if outputs[0] is None else None,
     )
     checks.conv2d_integer(*arguments)
     for name, values in (("scale", scale), ("bias", bias)):

@@ -430,23 +430,18 @@ def conv2d_integer(
     dilation: tuple[int, int],
     groups: int,
     low_bytes: int,
-    span: int,
+    span: int | None,
     negative_slope: float,
     upper: float,
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero_point: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out_bits: Tensor | None,
-    out_starts: Tensor | None,
-    out_bytes: int,
-    also_scale: Tensor | None,
-    also_zero_point: Tensor | None,
-    also_bits: Tensor | None,
-    also_starts: Tensor | None,
-    also_bytes: int,
-    dtype: torch.dtype,
+    out_scale: Sequence[Tensor],
+    out_zero_point: Sequence[Tensor],
+    out_bits: Sequence[Tensor],
+    out_starts: Sequence[Tensor],
+    out_bytes: Sequence[int],
+    dtype: torch.dtype | None,
 ) -> None:
     """Check the arguments of the operator."""
     if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
@@ -455,6 +450,7 @@ def conv2d_integer(
     _check_pair("stride", stride, 1)
     _check_pair("padding", padding, 0)
     _check_pair("dilation", dilation, 1)
+    span = panels.NIBBLES if span is None else span
     for name, number in (("groups", groups), ("low_bytes", low_bytes), ("span", span)):
         if not isinstance(number, int):
             raise TypeError(f"{name} must be an int, got {type(number).__name__}")
@@ -502,26 +498,33 @@ def conv2d_integer(
         if residual_scale is None or residual_zero_point is None:
             raise ValueError("residual needs residual_scale and residual_zero_point")
         _check_quantizer(x, outputs, residual_scale, residual_zero_point, None)
+    lists = (out_scale, out_zero_point, out_bits, out_starts, out_bytes)
+    lengths = [len(given) for given in lists]
+    if len(set(lengths)) > 1:
+        *first, last = lengths
+        raise ValueError(
+            "out_scale, out_zero_point, out_bits, out_starts and out_bytes must have an item for each output of "
+            f"codes, got {', '.join(map(str, first))} and {last}"
+        )
+    count = len(out_scale) + (dtype is not None)
+    if not 0 < count <= 2:
+        raise ValueError(f"there are one or two outputs, got {count}")
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     whole_octets = panels.whole_octets(outputs, codes // groups, groups)
-    for name, scales, zero_points, bits, starts, packed in (
-        ("out", out_scale, out_zero_point, out_bits, out_starts, out_bytes),
-        ("also", also_scale, also_zero_point, also_bits, also_starts, also_bytes),
-    ):
-        if scales is None:
-            continue
-        if zero_points is None or bits is None:
-            raise ValueError(f"{name}_scale needs {name}_zero_point and {name}_bits")
+    for i, (scales, zero_points, bits, starts, packed) in enumerate(zip(*lists, strict=True)):
         _check_quantizer(x, outputs, scales, zero_points, bits)
-        if starts is None:
+        check_vector("bits", bits, torch.uint8, outputs, x, or_one=True)
+        if not isinstance(starts, Tensor):
+            raise TypeError(f"out_starts[{i}] must be a tensor, got {type(starts).__name__}")
+        if not starts.numel():
             continue
         octets = -(-outputs // panels.OCTET)
-        check_vector(f"{name}_starts", starts, torch.int32, octets + 1, x)
+        check_vector(f"out_starts[{i}]", starts, torch.int32, octets + 1, x)
         if not 4 * octets <= packed < _LIMIT or packed % 4 or not whole_octets:
             raise ValueError(f"{outputs} outputs in {groups} groups are not packed in {packed} bytes")
         if readable(starts) and not _are_starts(starts, bits.expand(outputs), octets, packed):
-            raise ValueError(f"{name}_starts are not those of {name}_bits in {packed} bytes")
-    if out_scale is None and dtype not in FLOATING:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+            raise ValueError(f"out_starts[{i}] are not those of out_bits[{i}] in {packed} bytes")
 
 
 def _are_starts(starts: Tensor, bits: Tensor, octets: int, size: int) -> bool:

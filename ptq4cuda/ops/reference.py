@@ -6,6 +6,8 @@ have been checked by ops.checks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -189,23 +191,18 @@ def conv2d_integer(
     dilation: tuple[int, int],
     groups: int,
     low_bytes: int,
-    span: int,
+    span: int | None,
     negative_slope: float,
     upper: float,
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero_point: Tensor | None,
-    out_scale: Tensor | None,
-    out_zero_point: Tensor | None,
-    out_bits: Tensor | None,
-    out_starts: Tensor | None,
-    out_bytes: int,
-    also_scale: Tensor | None,
-    also_zero_point: Tensor | None,
-    also_bits: Tensor | None,
-    also_starts: Tensor | None,
-    also_bytes: int,
-    dtype: torch.dtype,
+    out_scale: Sequence[Tensor],
+    out_zero_point: Sequence[Tensor],
+    out_bits: Sequence[Tensor],
+    out_starts: Sequence[Tensor],
+    out_bytes: Sequence[int],
+    dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Convolve codes with integer weights; values, or the codes of the next layer, channels innermost in memory."""
     size = checks.output_size(x, kernel_size, stride, padding, dilation)
@@ -232,18 +229,10 @@ def conv2d_integer(
     low = torch.zeros_like(y) if negative_slope == 0 else negative_slope * y  # zeros of a ReLU are positive
     y = torch.where(y > 0, y, low).clamp_max(upper)
 
-    def codes(
-        scale: Tensor, zero_point: Tensor | None, bits: Tensor | None, starts: Tensor | None, size: int
-    ) -> Tensor:
-        assert zero_point is not None and bits is not None
-        found = quantize(y, scale, zero_point, bits, 1)
-        return found if starts is None else nibbles.pack(found, bits.expand(y.shape[1]), starts, size)
-
-    outputs = []
-    if out_scale is None:
-        outputs.append(y.to(dtype))
-    else:
-        outputs.append(codes(out_scale, out_zero_point, out_bits, out_starts, out_bytes))
-    if also_scale is not None:
-        outputs.append(codes(also_scale, also_zero_point, also_bits, also_starts, also_bytes))
+    outputs = [] if dtype is None else [y.to(dtype)]
+    for scale, zero_point, bits, starts, n in zip(
+        out_scale, out_zero_point, out_bits, out_starts, out_bytes, strict=True
+    ):
+        codes = quantize(y, scale, zero_point, bits, 1)
+        outputs.append(nibbles.pack(codes, bits.expand(y.shape[1]), starts, n) if starts.numel() else codes)
     return [out.movedim(1, -1).contiguous().movedim(-1, 1) for out in outputs]

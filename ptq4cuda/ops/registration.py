@@ -35,12 +35,11 @@ SCHEMAS = (
     "max_pool_codes(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
     "-> Tensor",
     "conv2d_integer(Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int span, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int? span, "
     "float negative_slope, float upper, "
     "Tensor? residual, Tensor? residual_scale, Tensor? residual_zero_point, "
-    "Tensor? out_scale, Tensor? out_zero_point, Tensor? out_bits, Tensor? out_starts, int out_bytes, "
-    "Tensor? also_scale, Tensor? also_zero_point, Tensor? also_bits, Tensor? also_starts, int also_bytes, "
-    "ScalarType dtype) -> Tensor[]",
+    "Tensor[] out_scale, Tensor[] out_zero_point, Tensor[] out_bits, Tensor[] out_starts, int[] out_bytes, "
+    "ScalarType? dtype) -> Tensor[]",
 )
 
 
@@ -115,17 +114,15 @@ def _fake_conv2d_integer(
     dilation: tuple[int, int],
     *arguments: Any,
 ) -> list[Tensor]:
-    out_scale, _, _, out_starts, out_bytes, also_scale, _, _, also_starts, also_bytes, dtype = arguments[-11:]
-    size = checks.output_size(x, kernel_size, stride, padding, dilation)
-
-    def output(dtype: torch.dtype, starts: Tensor | None, bytes: int) -> Tensor:
-        channels = scale.shape[0] if starts is None else bytes
-        return x.new_empty((x.shape[0], *size, channels), dtype=dtype).movedim(-1, 1)
-
-    outputs = [output(dtype, None, 0) if out_scale is None else output(torch.uint8, out_starts, out_bytes)]
-    if also_scale is not None:
-        outputs.append(output(torch.uint8, also_starts, also_bytes))
-    return outputs
+    starts, sizes, values = arguments[-3:]
+    height, width = checks.output_size(x, kernel_size, stride, padding, dilation)
+    channels = [scale.shape[0]] if values is not None else []
+    channels += [size if s.shape[0] else scale.shape[0] for s, size in zip(starts, sizes, strict=True)]
+    dtypes = [torch.uint8 if i or values is None else values for i in range(len(channels))]
+    return [
+        x.new_empty((x.shape[0], height, width, c), dtype=dtype).movedim(-1, 1)
+        for c, dtype in zip(channels, dtypes, strict=True)
+    ]
 
 
 def _fake_out(*args: object, out: Tensor) -> None:

@@ -121,17 +121,18 @@ def check_convolution(native: Any, channels: int, outputs: int, kernel: int, gro
     if groups == 1:
         source = Nibbles.of(torch.arange(channels, dtype=torch.uint8) % 9)
         inputs.append((source.pack(x), source.weight_panels(weight), source.low_bytes))
-    sizes: list[tuple[Tensor | None, int]] = [(None, 0)]
-    if panels.whole_octets(outputs, channels // groups, groups):
-        sizes.append((packing.starts, packing.bytes))
-    outs: list[tuple[Any, ...]] = [(None, None, None, None, 0) * 2]
-    outs += [(scale, zero_point, bits, *size, scale * 2, zero_point, bits, *size) for size in sizes]
+    layouts = [None, *([packing] if panels.whole_octets(outputs, channels // groups, groups) else [])]
+    both = (scale, zero_point, bits), (scale * 2, zero_point, bits)
+    outs = [
+        oracle.outputs(values=torch.float16),
+        *(oracle.outputs(*both, layouts=(packed, packed)) for packed in layouts),
+    ]
     calls = 0
     for (codes, ordered, low_bytes), added, out in itertools.product(
         inputs, ((None, None, None), (residual, scale, zero_point)), outs
     ):
         numbers = (low_bytes, panels.NIBBLES, 0.0, 9.0)
-        arguments = (codes, ordered, zeros, scale / 99, scale, *geometry, *numbers, *added, *out, torch.float16)
+        arguments = (codes, ordered, zeros, scale / 99, scale, *geometry, *numbers, *added, *out.values())
         expected = reference.conv2d_integer(*arguments)
         found = native.conv2d_integer(*arguments)
         assert all(oracle.same(*pair) for pair in zip(found, expected, strict=True))

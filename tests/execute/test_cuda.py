@@ -57,7 +57,11 @@ def test_both_devices_compute_the_same(network: nn.Module, net: nn.Module, batch
     assert torch.equal(on_gpu(batch.cuda()), found)
     # The pooled average, in float, rounds otherwise: it can move a code of the last layer's input.
     assert sqnr(on_cpu(batch), found) > 40.0
-    assert sqnr(on_cpu(batch), on_cpu.to("cuda")(batch.cuda())) > 40.0
+    moved = copy.deepcopy(on_cpu).to("cuda")
+    packed = [engine.low_bytes for engine in network.modules() if isinstance(engine, IntegerConv2d)]
+    assert [engine.low_bytes for engine in moved.modules() if isinstance(engine, IntegerConv2d)] == packed
+    assert torch.equal(moved(batch.cuda()), found)
+    assert torch.equal(moved.cpu()(batch), on_cpu(batch))
 
 
 @torch.no_grad()

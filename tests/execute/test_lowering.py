@@ -21,7 +21,7 @@ import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.artifact.record import record_of
 from ptq4cuda.bench import architectures
-from ptq4cuda.execute.engines import IntegerConv2d, Quantize
+from ptq4cuda.execute.engines import IntegerConv2d, Packing, Quantize
 from ptq4cuda.execute.lowering import lower_layers
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantConv2d, QuantLinear, QuantModule, QuantTensor
@@ -247,6 +247,27 @@ def test_codes_travel_packed_between_convolutions(images: Tensor) -> None:
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend="aot_eager")
     assert torch.equal(compiled(images[:7]), packed(images[:7]))
+
+
+def test_an_engine_prepares_for_the_device_that_it_is_on(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What moving to a GPU does: weights are laid out anew, in both directions, and the state is the same."""
+    torch.manual_seed(3)
+    config = replace(FAST, execution="simulate", activation_granularity="per_tensor")
+    simulated = quantize(Edges().eval(), [images], config, progress=False)
+    network, expected = lowered(simulated, None), simulated(images)
+    engines = [module for module in network.modules() if isinstance(module, IntegerConv2d)]
+    before = [(engine.weight.clone(), engine.span) for engine in engines]
+    assert Packing().on(torch.device("cuda")) and not Packing().on(torch.device("cpu"))
+    for packs in (True, False):
+        monkeypatch.setattr(Packing, "on", lambda *_, packs=packs: packs)
+        for engine in engines:
+            engine._prepare(engine.weight_bytes())
+        assert packed_inputs(network) == ({"straight", "block", "add", "pointwise", "late"} if packs else set())
+        assert torch.equal(network(images), expected)
+        state = network.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in simulated.state_dict().items())
+    for engine, (weight, span) in zip(engines, before, strict=True):
+        assert torch.equal(engine.weight, weight) and engine.span == span
 
 
 def test_codes_of_many_bits_are_not_packed(images: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 BACKENDS = ["reference", "cpu", "cuda_on_cpu"]
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -42,7 +42,7 @@ class Backend:
         op = getattr(getattr(torch.ops, self.namespace), name)
 
         def call(*args: Any, out: torch.Tensor | None = None) -> Any:
-            args = tuple(_there(self.device, a) if isinstance(a, torch.Tensor) else a for a in args)
+            args = tree_map_only(torch.Tensor, lambda a: _there(self.device, a), args)
             if out is None:
                 return tree_map(torch.Tensor.cpu, op(*args))
             there = out if self.device == "cpu" else same_storage_on(self.device, out)

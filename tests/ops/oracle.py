@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,46 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ptq4cuda.ops.nibbles import Nibbles
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Array = npt.NDArray[Any]
 
 # Values that a quantizer must survive, also half-way between two codes.
 AWKWARD = (float("nan"), float("inf"), float("-inf"), 60000.0, -60000.0, 1e30, 1e-30, -0.0, 0.5, 1.5, 2.5, -0.5)
+
+
+def outputs(
+    *quantizers: Sequence[Tensor], layouts: Sequence[Nibbles | None] = (), values: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Return what conv2d_integer is asked to return: values, and codes of quantizers, packed with a layout."""
+    whole = torch.empty(0, dtype=torch.int32)
+    packed = [
+        (layout.starts, layout.bytes) if layout else (whole, 0) for layout in layouts or (None,) * len(quantizers)
+    ]
+    scales, zero_points, bits = ([quantizer[i] for quantizer in quantizers] for i in range(3))
+    return {
+        "out_scale": scales,
+        "out_zero_point": zero_points,
+        "out_bits": bits,
+        "out_starts": [starts for starts, _ in packed],
+        "out_bytes": [size for _, size in packed],
+        "dtype": values,
+    }
+
+
+def typed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ops.conv2d_integer that are these of the operator."""
+    given = dict(arguments)
+    fields = [given.pop(f"out_{name}") for name in ("scale", "zero_point", "bits", "starts", "bytes")]
+    values = [] if given["dtype"] is None else [None]
+    quantizers = [SimpleNamespace(scale=s, zero_point=z, bits=b) for s, z, b, _, _ in zip(*fields, strict=True)]
+    packed = [
+        Nibbles(b, 0, size, starts) if starts is None or starts.numel() else None
+        for _, _, b, starts, size in zip(*fields, strict=True)
+    ]
+    given["dtype"] = given["dtype"] or torch.float32
+    return given | {"outputs": values + quantizers, "layouts": values + packed}
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> Tensor:

@@ -213,21 +213,19 @@ def convolution(draw: Draw) -> tuple[Any, ...]:
         out = tuple(n if 0 <= n < 10 else 1 for n in out)
         residual = (integers(draw, (batch, outputs, *out), 0, 255, torch.uint8), *quantizer(draw, outputs)[:2])
 
-    def codes() -> tuple[Any, ...]:
-        if draw(st.booleans()):
-            return None, None, None, None, 0
-        parameters = quantizer(draw, outputs)
-        if not outputs or draw(st.booleans()):
-            return (*parameters, None, 0)
-        layout = Nibbles.of(parameters[2].expand(outputs))
-        return (*parameters, layout.starts, layout.bytes)
+    def layout(bits: Tensor) -> Nibbles | None:
+        return Nibbles.of(bits.expand(outputs)) if outputs and draw(st.booleans()) else None
 
-    span = draw(st.sampled_from(ABSURD)) if chance(draw, 25) else panels.NIBBLES
+    coded = [quantizer(draw, outputs) for _ in range(draw(st.integers(0, 2)))]
+    layouts = [layout(parameters[2]) for parameters in coded]
+    values = draw(st.sampled_from((None, *oracle.DTYPES)))
+    returned = oracle.outputs(*coded, layouts=layouts, values=values)
+
+    span = draw(st.sampled_from(ABSURD)) if chance(draw, 25) else draw(st.sampled_from((None, panels.NIBBLES)))
     slope = draw(st.sampled_from((0.0, 0.0, 1.0, 0.1, -1.0, *FLOATS)))
     upper = draw(st.sampled_from((float("inf"), float("inf"), 6.0, 0.0, *FLOATS)))
     geometry = (kernel, stride, padding, dilation, groups, low_bytes, span, slope, upper)
-    dtype = draw(st.sampled_from(oracle.DTYPES))
-    return x, weight, zero_sums, vector(), vector(), *geometry, *residual, *codes(), *codes(), dtype
+    return x, weight, zero_sums, vector(), vector(), *geometry, *residual, *returned.values()
 
 
 OPERATORS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_map_only
 
 from ops import oracle
 from ops.backends import NATIVE, Backend
@@ -132,6 +133,9 @@ def test_bad_arguments(call: Callable[[], Any], error: type[Exception], message:
 # --- direct calls of the operators: the same sentence from every implementation --------------------------------------
 
 
+STARTS = [torch.tensor([4, 4], dtype=torch.int32), torch.tensor([4, 8], dtype=torch.int32)]
+
+
 def conv_arguments(**changes: Any) -> tuple[Any, ...]:
     """A 3x3 convolution from 6 to 5 channels, with everything that it can have."""
     arguments = {
@@ -152,23 +156,18 @@ def conv_arguments(**changes: Any) -> tuple[Any, ...]:
         "residual": torch.zeros(2, 5, 3, 4, dtype=torch.uint8),
         "residual_scale": SCALE,
         "residual_zero_point": ZERO,
-        "out_scale": SCALE,
-        "out_zero_point": ZERO,
-        "out_bits": BITS,
-        "out_starts": torch.tensor([4, 4], dtype=torch.int32),
-        "out_bytes": 4,
-        "also_scale": SCALE,
-        "also_zero_point": ZERO,
-        "also_bits": BITS + 2,
-        "also_starts": torch.tensor([4, 8], dtype=torch.int32),
-        "also_bytes": 8,
-        "dtype": torch.float32,
+        "out_scale": [SCALE, SCALE],
+        "out_zero_point": [ZERO, ZERO],
+        "out_bits": [BITS, BITS + 2],
+        "out_starts": STARTS,
+        "out_bytes": [4, 8],
+        "dtype": None,
     }
     return tuple({**arguments, **changes}.values())
 
 
 def convolve(**changes: Any) -> Any:
-    return ops.conv2d_integer(**dict(zip(NAMES, conv_arguments(**changes), strict=True)))
+    return ops.conv2d_integer(**oracle.typed(dict(zip(NAMES, conv_arguments(**changes), strict=True))))
 
 
 NAMES = tuple(inspect.signature(checks.conv2d_integer).parameters)
@@ -254,15 +253,17 @@ DIRECT: list[Direct] = [
     conv("residual must be torch.uint8 [2, 5, 3, 4], got torch.uint8 [2, 3, 4, 3]", residual=PACKED),
     conv("residual needs residual_scale and residual_zero_point", residual_scale=None),
     conv("scale must have the shape [5] or [1], got [2]", residual_scale=SCALE[:2]),
-    conv("out_scale needs out_zero_point and out_bits", out_bits=None),
-    conv("also_scale needs also_zero_point and also_bits", also_zero_point=None),
-    conv("bits must be torch.uint8, got torch.int32", out_bits=ZERO),
-    conv("out_starts must have the shape [2], got [3]", out_starts=torch.zeros(3, dtype=torch.int32)),
-    conv("also_starts must be torch.int32, got torch.int64", also_starts=torch.zeros(2, dtype=torch.int64)),
-    conv("5 outputs in 1 groups are not packed in 6 bytes", out_bytes=6),
-    conv("5 outputs in 1 groups are not packed in -4 bytes", also_bytes=-4),
-    conv("5 outputs in 1 groups are not packed in 4611686018427387904 bytes", also_bytes=2**62),
-    conv("dtype must be float32, float16 or bfloat16, got torch.float64", out_scale=None, dtype=torch.float64),
+    conv("must have an item for each output of codes, got 2, 2, 1, 2 and 2", out_bits=[BITS]),
+    conv("must have an item for each output of codes, got 2, 2, 2, 2 and 0", out_bytes=[]),
+    conv("there are one or two outputs, got 3", dtype=torch.float32),
+    conv("there are one or two outputs, got 0", **{name: [] for name in ("out_scale", "out_zero_point", "out_bits", "out_starts", "out_bytes")}),
+    conv("bits must be torch.uint8, got torch.int32", out_bits=[ZERO, BITS]),
+    conv("out_starts[0] must have the shape [2], got [3]", out_starts=[torch.zeros(3, dtype=torch.int32), STARTS[1]]),
+    conv("out_starts[1] must be torch.int32, got torch.int64", out_starts=[STARTS[0], torch.zeros(2, dtype=torch.int64)]),
+    conv("5 outputs in 1 groups are not packed in 6 bytes", out_bytes=[6, 8]),
+    conv("5 outputs in 1 groups are not packed in -4 bytes", out_bytes=[4, -4]),
+    conv("5 outputs in 1 groups are not packed in 4611686018427387904 bytes", out_bytes=[4, 2**62]),
+    conv("dtype must be float32, float16 or bfloat16, got torch.float64", **oracle.outputs(values=torch.float64)),
 ]  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 VALUES: list[Direct] = [
@@ -281,11 +282,11 @@ VALUES: list[Direct] = [
     ("pack_codes", (CODES, WIDTH, ROWS * 0), {"out": BYTES.clone()}, "rows overlap at byte 0"),
     ("unpack_codes", (BYTES, WIDTH, ROWS, 10), {}, "row 2 of 10 codes of 8 bits at byte 9 does not fit into 18 bytes"),
     ("unpack_codes", (BYTES, WIDTH, ROWS, 2**62), {}, "row 0 of 4611686018427387904 codes of 2 bits at byte 0 does not fit into 18 bytes"),
-    conv("bits must be 0 to 8, got 9", out_bits=BITS + 5),
+    conv("bits must be 0 to 8, got 9", out_bits=[BITS + 5, BITS]),
     conv("zero_point must be from -4194304 to 4194304, got 5000000", residual_zero_point=ZERO + 5000000),
-    conv("out_starts are not those of out_bits in 4 bytes", out_starts=torch.tensor([0, 4], dtype=torch.int32)),
-    conv("out_starts are not those of out_bits in 4 bytes", out_bits=BITS + 1),
-    conv("also_starts are not those of also_bits in 8 bytes", also_starts=torch.tensor([4, 4], dtype=torch.int32)),
+    conv("out_starts[0] are not those of out_bits[0] in 4 bytes", out_starts=[torch.tensor([0, 4], dtype=torch.int32), STARTS[1]]),
+    conv("out_starts[0] are not those of out_bits[0] in 4 bytes", out_bits=[BITS + 1, BITS + 2]),
+    conv("out_starts[1] are not those of out_bits[1] in 8 bytes", out_starts=[STARTS[0]] * 2),
 ]  # fmt: skip
 
 
@@ -329,6 +330,8 @@ def test_values_that_can_be_read_are_checked(
 
 
 def on_meta(value: Any) -> Any:
+    if isinstance(value, list):
+        return [on_meta(item) for item in value]
     return value.to("meta") if isinstance(value, Tensor) and value.layout == torch.strided else value
 
 
@@ -349,7 +352,7 @@ def test_compiled_calls_refuse_in_the_same_words(op: str, arguments: tuple[Any, 
     """As torch.compile sees them: fake tensors, whose sizes may be symbolic."""
     call = getattr(torch.ops.ptq4cuda, op)
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        fake = [mode.from_tensor(a, static_shapes=False) if isinstance(a, Tensor) else a for a in arguments]
+        fake = tree_map_only(Tensor, lambda a: mode.from_tensor(a, static_shapes=False), arguments)
         said = refusal(call, tuple(fake), {})
     sizes = re.compile(r"\[[^]]*]|\bs\d+|-?\d+")  # they are formulas there
     assert sizes.sub("n", message) in sizes.sub("n", said)

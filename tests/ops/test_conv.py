@@ -99,17 +99,7 @@ class Case:
             "residual": None,
             "residual_scale": None,
             "residual_zero_point": None,
-            "out_scale": None,
-            "out_zero_point": None,
-            "out_bits": None,
-            "out_starts": None,
-            "out_bytes": 0,
-            "also_scale": None,
-            "also_zero_point": None,
-            "also_bits": None,
-            "also_starts": None,
-            "also_bytes": 0,
-            "dtype": torch.float32,
+            **oracle.outputs(values=torch.float32),
         }
 
 
@@ -118,13 +108,6 @@ def run(backend: Backend, x: Tensor, arguments: dict[str, Any]) -> Tensor:
     (result,) = backend.conv2d_integer(x, *arguments.values())
     assert isinstance(result, Tensor)
     return result
-
-
-def quantized(name: str, quantizer: Sequence[Tensor], layout: Nibbles | None = None) -> dict[str, Any]:
-    """Return the arguments of the output "out" or "also", packed where there is a layout."""
-    starts, size = (layout.starts, layout.bytes) if layout else (None, 0)
-    names = (f"{name}_{field}" for field in ("scale", "zero_point", "bits", "starts", "bytes"))
-    return dict(zip(names, (*quantizer, starts, size), strict=True))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -247,7 +230,7 @@ def test_epilogue(backend: Backend, name: str, activation: tuple[float, float]) 
             assert oracle.same(run(backend, x, a | {"dtype": dtype}), y.to(dtype))
         for few in (False, True):
             scale, zero_point, bits = (p[:1] if few else p for p in oracle.quantizer(case.outputs, 5))
-            codes = run(backend, x, a | quantized("out", (scale, zero_point, bits)))
+            codes = run(backend, x, a | oracle.outputs((scale, zero_point, bits)))
             assert oracle.same(codes, oracle.quantize(y, scale, zero_point, bits, 1))
             assert codes.movedim(1, -1).is_contiguous()
 
@@ -293,9 +276,9 @@ def test_two_outputs(backend: Backend, name: str, relu: bool) -> None:
         y = finished(case, sums, a, residual)
         for also in (second, tuple(p[:1] for p in second)):
             codes = oracle.quantize(y, *also, 1)
-            b = a | quantized("also", also)
-            calls = [(b | {"dtype": dtype}, y.to(dtype)) for dtype in oracle.DTYPES]
-            for arguments, expected in [*calls, (b | quantized("out", first), oracle.quantize(y, *first, 1))]:
+            calls = [(a | oracle.outputs(also, values=dtype), y.to(dtype)) for dtype in oracle.DTYPES]
+            calls.append((a | oracle.outputs(first, also), oracle.quantize(y, *first, 1)))
+            for arguments, expected in calls:
                 outputs = backend.conv2d_integer(x, *arguments.values())
                 assert len(outputs) == 2
                 assert oracle.same(outputs[0], expected)
@@ -334,17 +317,17 @@ def test_packed_outputs(backend: Backend, name: str, which: str) -> None:
     first, second = ((scale * k, zero_point, bits_of(case.outputs, which)) for k in (0.2, 0.1))
     one, other = (oracle.quantize(y, *quantizer, 1) for quantizer in (first, second))
     layout = Nibbles.of(first[2])
-    packed = a | quantized("out", first, layout)
-    assert_packed(backend.conv2d_integer(x, *packed.values()), [(one, layout)])
-    packed |= quantized("also", second)
-    assert_packed(backend.conv2d_integer(x, *packed.values()), [(one, layout), (other, None)])
-    packed |= quantized("also", second, layout)
-    assert_packed(backend.conv2d_integer(x, *packed.values()), [(one, layout), (other, layout)])
-    values = packed | dict.fromkeys(("out_scale", "out_zero_point", "out_bits", "out_starts"))
-    assert_packed(backend.conv2d_integer(x, *values.values()), [(y, None), (other, layout)])
+    for arguments, expected in (
+        (oracle.outputs(first, layouts=[layout]), [(one, layout)]),
+        (oracle.outputs(first, second, layouts=(layout, None)), [(one, layout), (other, None)]),
+        (oracle.outputs(first, second, layouts=(None, layout)), [(one, None), (other, layout)]),
+        (oracle.outputs(first, second, layouts=(layout, layout)), [(one, layout), (other, layout)]),
+        (oracle.outputs(second, layouts=[layout], values=torch.float32), [(y, None), (other, layout)]),
+    ):
+        assert_packed(backend.conv2d_integer(x, *(a | arguments).values()), expected)
     uniform = scale[:1], zero_point[:1], torch.full((1,), {"none": 4, "some": 5, "all": 8}[which]).to(torch.uint8)
     layout = Nibbles.of(uniform[2].expand(case.outputs))
-    outputs = backend.conv2d_integer(x, *(a | quantized("out", uniform, layout)).values())
+    outputs = backend.conv2d_integer(x, *(a | oracle.outputs(uniform, layouts=[layout])).values())
     assert_packed(outputs, [(oracle.quantize(y, *uniform, 1), layout)])
 
 
@@ -390,7 +373,8 @@ def test_empty_batch(backend: Backend, name: str) -> None:
     y = run(backend, channels_last(x)[:0], case.arguments(weight, zeros))
     assert y.shape[0] == 0
     assert y.shape[1] == case.outputs
-    arguments = case.arguments(weight, zeros) | quantized("also", oracle.quantizer(case.outputs))
+    arguments = case.arguments(weight, zeros)
+    arguments |= oracle.outputs(oracle.quantizer(case.outputs), values=torch.float32)
     outputs = backend.conv2d_integer(channels_last(x)[:0], *arguments.values())
     assert [output.dtype for output in outputs] == [torch.float32, torch.uint8]
     assert outputs[1].shape == y.shape
@@ -430,11 +414,11 @@ def test_small_outputs_share_out_the_columns(
     y, x = finishing(case, sums, a, 3), channels_last(x)
     quantizer = oracle.quantizer(case.outputs, 5)
     codes = oracle.quantize(y, *quantizer, 1)
-    b = a | quantized("also", quantizer)
+    b = a | oracle.outputs(quantizer, values=torch.float32)
     assert_packed(cuda_on_cpu.conv2d_integer(x, *b.values()), [(y, None), (codes, None)])
     if case.groups == 1:
         layout = Nibbles.of(quantizer[2])
-        b = a | quantized("out", quantizer, layout) | quantized("also", quantizer)
+        b = a | oracle.outputs(quantizer, quantizer, layouts=(layout, None))
         assert_packed(cuda_on_cpu.conv2d_integer(x, *b.values()), [(codes, layout), (codes, None)])
     assert execution_model.cuda_on_cpu_launches() - before == launches * (2 if case.groups > 1 else 3)
 
@@ -460,7 +444,7 @@ def test_every_tile(
     first, second = ((*oracle.quantizer(case.outputs, seed)[:2], bits_of(case.outputs, "some")) for seed in (5, 6))
     one, other = (oracle.quantize(y, *quantizer, 1) for quantizer in (first, second))
     layout = Nibbles.of(first[2])
-    packed_out = a | quantized("out", first, layout) | quantized("also", second)
+    packed_out = a | oracle.outputs(first, second, layouts=(layout, None))
     assert_packed(cuda_on_cpu.conv2d_integer(x, *packed_out.values()), [(one, layout), (other, None)])
     assert_packed(cuda_on_cpu.conv2d_integer(x, *(a | {"dtype": torch.float16}).values()), [(y.half(), None)])
 
@@ -504,15 +488,15 @@ def test_unusual_constants(request: pytest.FixtureRequest, which: str, name: str
     x = channels_last(x)
     if which == "reference" and what in ("infinite", "zero point", "scale"):
         with pytest.raises(ValueError, match=r"scale must be positive and finite|zero_point"):
-            run(backend, x, a | quantized("out", (scale, zero_point, bits)))
+            run(backend, x, a | oracle.outputs((scale, zero_point, bits)))
         return
     assert oracle.same(run(backend, x, a), y)
     with np.errstate(over="ignore"):
         codes = oracle.quantize(y, scale, zero_point, bits, 1)
-    assert oracle.same(run(backend, x, a | quantized("out", (scale, zero_point, bits))), codes)
+    assert oracle.same(run(backend, x, a | oracle.outputs((scale, zero_point, bits))), codes)
     layout = Nibbles.of(bits)
     if what != "slope":  # one activation is enough
-        b = a | quantized("out", (scale, zero_point, bits), layout) | quantized("also", (scale, zero_point, bits))
+        b = a | oracle.outputs(*[(scale, zero_point, bits)] * 2, layouts=(layout, None))
         assert_packed(backend.conv2d_integer(x, *b.values()), [(codes, layout), (codes, None)])
 
 
@@ -550,13 +534,9 @@ RESIDUAL = {
     "residual_scale": torch.ones(1),
     "residual_zero_point": torch.zeros(1, dtype=torch.int32),
 }
-OUT = {
-    "out_scale": torch.ones(18),
-    "out_zero_point": torch.zeros(18, dtype=torch.int32),
-    "out_bits": torch.full((1,), 4, dtype=torch.uint8),
-}
-PACKED = OUT | {"out_starts": torch.full((4,), 12, dtype=torch.int32), "out_bytes": 12}
-ALSO = {name.replace("out", "also"): parameter for name, parameter in OUT.items()}
+ONE = (torch.ones(18), torch.zeros(18, dtype=torch.int32), torch.full((1,), 4, dtype=torch.uint8))
+OUT = oracle.outputs(ONE)
+PACKED = OUT | {"out_starts": [torch.full((4,), 12, dtype=torch.int32)], "out_bytes": [12]}
 # What is wrong about a call of the 3x3 dilated convolution, and what the typed function says.
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(2, 8, 11, 10)}, "x must be a uint8 tensor"),
@@ -586,16 +566,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (RESIDUAL | {"residual": RESIDUAL["residual"].int()}, "residual must be torch.uint8"),
     (RESIDUAL | {"residual_scale": None}, "residual needs residual_scale"),
     (RESIDUAL | {"residual_scale": torch.ones(3)}, "scale must have the shape"),
-    (OUT | {"out_bits": None}, "out_scale needs out_zero_point and out_bits"),
-    (OUT | {"out_scale": torch.ones(17)}, "scale must have the shape"),
-    (OUT | {"out_zero_point": torch.zeros(18)}, "zero_point must be torch.int32"),
-    (ALSO | {"also_zero_point": None}, "also_scale needs also_zero_point and also_bits"),
-    (ALSO | {"also_bits": torch.ones(18)}, "bits must be torch.uint8"),
-    (ALSO | {"also_scale": torch.ones(2)}, "scale must have the shape"),
-    (PACKED | {"out_starts": OUT["out_zero_point"]}, r"out_starts must have the shape \[4\]"),
-    (PACKED | {"out_starts": OUT["out_scale"][:4]}, "out_starts must be torch.int32"),
-    (PACKED | {"out_bytes": 8}, "18 outputs in 1 groups are not packed in 8 bytes"),
-    (PACKED | {"out_bytes": 18}, "are not packed in 18 bytes"),
+    (OUT | {"out_bits": [None]}, "bits must be a tensor, got NoneType"),
+    (OUT | {"out_scale": [torch.ones(17)]}, "scale must have the shape"),
+    (OUT | {"out_zero_point": [torch.zeros(18)]}, "zero_point must be torch.int32"),
+    (oracle.outputs(ONE, (ONE[0], ONE[1], torch.ones(18))), "bits must be torch.uint8"),
+    (oracle.outputs((torch.ones(2), *ONE[1:]), values=torch.float32), "scale must have the shape"),
+    (oracle.outputs(ONE, ONE, ONE), "there are one or two outputs, got 3"),
+    (oracle.outputs(ONE, ONE, values=torch.float32), "there are one or two outputs, got 3"),
+    (oracle.outputs(), "there are one or two outputs"),
+    (PACKED | {"out_starts": [ONE[1]]}, r"out_starts\[0\] must have the shape \[4\]"),
+    (PACKED | {"out_starts": [ONE[0][:4]]}, r"out_starts\[0\] must be torch.int32"),
+    (PACKED | {"out_bytes": [8]}, "18 outputs in 1 groups are not packed in 8 bytes"),
+    (PACKED | {"out_bytes": [18]}, "are not packed in 18 bytes"),
     ({"dtype": torch.int32}, "dtype must be float32, float16 or bfloat16"),
 ]
 
@@ -614,7 +596,7 @@ def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:
     arguments = arguments | wrong
     x = arguments.pop("x", x)
     with pytest.raises((TypeError, ValueError), match=message):
-        ops.conv2d_integer(x, **arguments)
+        ops.conv2d_integer(x, **oracle.typed(arguments))
 
 
 @pytest.mark.parametrize("which", NATIVE)
@@ -642,6 +624,7 @@ FINGERPRINT = """
 import hashlib, torch, ptq4cuda.ops as ops
 from ptq4cuda import _native
 from ptq4cuda.ops import panels
+from ptq4cuda.quantizer import QuantParams
 digest = hashlib.sha256()
 g = torch.Generator().manual_seed(0)
 for channels, outputs, groups, bits in (
@@ -655,16 +638,16 @@ for channels, outputs, groups, bits in (
     span = panels.span_of_sums(weight, torch.full((channels,), (1 << bits) - 1), (3, 3), groups)
     zeros = torch.randint(-99, 99, (9, outputs), dtype=torch.int32, generator=g)
     residual = torch.randint(0, 256, (2, outputs, 9, 11), dtype=torch.uint8, generator=g)
-    quantizer = scale * 99, zeros[0].contiguous(), torch.randint(0, 9, (outputs,), dtype=torch.uint8, generator=g)
+    bits = torch.randint(0, 9, (outputs,), dtype=torch.uint8, generator=g)
+    quantizer = QuantParams(bits, scale * 99, zeros[0].contiguous())
     for slope, upper in ((1.0, float("inf")), (0.0, float("inf")), (0.2, 6.0)):
         for added in (None, residual):
-            for out in ((None, None, None), quantizer):
+            for out in (None, quantizer):
                 outputs = ops.conv2d_integer(
                     x, weight, scale, bias, (3, 3), (1, 1), (1, 1), (1, 1), groups, span=span, zero_sums=zeros,
                     negative_slope=slope, upper=upper, residual=added, residual_scale=scale,
                     residual_zero_point=zeros[1].contiguous(),
-                    out_scale=out[0], out_zero_point=out[1], out_bits=out[2],
-                    also_scale=scale, also_zero_point=zeros[2].contiguous(), also_bits=quantizer[2])
+                    outputs=(out, QuantParams(quantizer.bits, scale, zeros[2].contiguous())))
                 for y in outputs:
                     digest.update((y + 0).numpy().tobytes())
 print(_native.build_info["simd_level"], digest.hexdigest())

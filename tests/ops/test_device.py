@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ops import oracle
 from ops.backends import CUDA_SOURCES, Backend
-from ops.test_conv import Case, channels_last, packed_arguments, quantized
+from ops.test_conv import Case, channels_last, packed_arguments
 from ops.test_torch import OPERATORS, overload, samples
 from ptq4cuda.ops.nibbles import Nibbles
 
@@ -95,7 +95,7 @@ def test_every_size_and_path_gives_the_same_every_time(
     a |= {"negative_slope": 0.0, "residual": channels_last(residual)}
     a |= {"residual_scale": scale, "residual_zero_point": zero_point}
     packed = Nibbles.of(bits) if case.groups == 1 else None
-    a |= quantized("out", (scale, zero_point, bits), packed) | quantized("also", (scale * 2, zero_point, bits))
+    a |= oracle.outputs((scale, zero_point, bits), (scale * 2, zero_point, bits), layouts=(packed, None))
     x = channels_last(x)
     expected = cpu.conv2d_integer(x, *a.values())
     found = backend.conv2d_integer(x, *a.values())
@@ -103,7 +103,7 @@ def test_every_size_and_path_gives_the_same_every_time(
     assert len(found) == 2
     if which != "cuda":
         return
-    there = [v.cuda() if isinstance(v, Tensor) else v for v in (x, *a.values())]
+    there = tree_map_only(Tensor, Tensor.cuda, (x, *a.values()))
     first = torch.ops.ptq4cuda.conv2d_integer(*there)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(REPEATS):

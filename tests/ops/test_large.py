@@ -13,6 +13,7 @@ import ptq4cuda.ops
 from ops.backends import CUDA
 from ptq4cuda import _native
 from ptq4cuda.ops import panels
+from ptq4cuda.quantizer import QuantParams
 
 pytestmark = pytest.mark.xdist_group("large")  # one at a time
 
@@ -111,14 +112,13 @@ def test_conv2d_integer(memory: Tensor, groups: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-99, 99, (16, 1, 3, channels // groups), dtype=torch.int8, generator=generator)
     one, zero = torch.full((16,), 0.01), torch.zeros(16)
-    quantizer = {"out_scale": one, "out_zero_point": torch.full((1,), 99).int(), "out_bits": torch.tensor([8])}
-    quantizer["out_bits"] = quantizer["out_bits"].to(torch.uint8)
+    quantizer = QuantParams(torch.full((1,), 8, dtype=torch.uint8), one, torch.full((1,), 99).int())
 
     def convolution(x: Tensor) -> Tensor:
         tensors = (x, panels.weight_panels(weight, groups), one * 1e-3, zero)
-        there = {name: p.to(x.device) for name, p in quantizer.items()}
+        outputs = [quantizer.to(x.device)]
         (y,) = ptq4cuda.ops.conv2d_integer(
-            *(t.to(x.device) for t in tensors), (1, 3), (1, 1), (0, 1), (1, 1), groups, **there
+            *(t.to(x.device) for t in tensors), (1, 3), (1, 1), (0, 1), (1, 1), groups, outputs=outputs
         )
         return y
 

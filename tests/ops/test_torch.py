@@ -57,10 +57,12 @@ def convolution(x: Tensor, layout: str, dtype: torch.dtype) -> tuple[Any, ...]:
     rows = (x.shape[2] - 1) // 2 + 1
     residual = torch.randint(0, 16, (x.shape[0], 6, rows, x.shape[3] + 2), dtype=torch.uint8)
     packing = Nibbles.of(bits)
-    both: tuple[Any, ...] = (None, None, None, None, 0) * 2
+    outputs = oracle.outputs(values=dtype)
     if layout == "channels_last":
-        both = scale, zero_point, bits, None, 0, scale * 2, zero_point, bits, packing.starts, packing.bytes
-    return codes, weight, zeros, scale, scale, *geometry, 8, 0.0, 6.0, residual, scale, zero_point, *both, dtype
+        both = (scale, zero_point, bits), (scale * 2, zero_point, bits)
+        outputs = oracle.outputs(*both, layouts=(None, packing))
+    finish = 8, 0.0, 6.0, residual, scale, zero_point
+    return codes, weight, zeros, scale, scale, *geometry, *finish, *outputs.values()
 
 
 OPERATORS = list(samples("contiguous", torch.float32))
@@ -113,7 +115,7 @@ def test_meta_tensors_have_the_same_form(cpu: Backend, name: str) -> None:
     for layout in ("contiguous", "channels_last", "permuted", "strided"):
         for dtype in oracle.DTYPES:
             arguments = samples(layout, dtype)[name]
-            meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
+            meta = tree_map_only(Tensor, lambda a: a.to("meta"), arguments)
             expected = tree_leaves(overload("ptq4cuda", name)(*arguments))
             found = tree_leaves(overload("ptq4cuda", name)(*meta))
             for a, b in zip(found, expected, strict=True):
@@ -192,7 +194,7 @@ def test_compiled_training_has_the_straight_through_gradient() -> None:
 def test_cuda_graphs_capture_every_operator() -> None:
     for name, arguments in samples("contiguous", torch.float32, (4, 6, 32, 32)).items():
         named = arguments[-1] if isinstance(arguments[-1], dict) else {}
-        there = [a.cuda() if isinstance(a, Tensor) else a for a in arguments[: len(arguments) - bool(named)]]
+        there = tree_map_only(Tensor, Tensor.cuda, arguments[: len(arguments) - bool(named)])
         named = {key: value.cuda() for key, value in named.items()}
         op = overload("ptq4cuda", name)
         expected = op(*there, **named)
@@ -213,7 +215,7 @@ def test_cuda_device_that_is_not_the_current_one(device: str = "cuda:1") -> None
     for name, arguments in samples("channels_last", torch.float32).items():
         if name.endswith(".out"):
             continue
-        there = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+        there = tree_map_only(Tensor, lambda a: a.to(device), arguments)
         found, expected = (tree_leaves(overload("ptq4cuda", name)(*a)) for a in (there, arguments))
         assert all(tensor.device == torch.device(device) for tensor in found)
         for a, b in zip(found, expected, strict=True):
