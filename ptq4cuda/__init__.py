@@ -7,12 +7,13 @@ from ptq4cuda.artifact.report import report
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.execute.lowering import lower_layers
 from ptq4cuda.execute.program import program
-from ptq4cuda.nn import QuantConv2d, QuantLinear
+from ptq4cuda.nn import QuantConv1d, QuantConv2d, QuantLinear
 from ptq4cuda.pipeline import quantize
 from ptq4cuda.quantizer import QuantParams
 
 __all__ = [
     "QuantConfig",
+    "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
     "QuantParams",

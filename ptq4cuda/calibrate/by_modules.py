@@ -109,7 +109,9 @@ def _observe(network: nn.Module, kept: Kept, example: Any) -> tuple[dict[nn.Modu
             graph.leave(module, "other code than its own reads its parameters")
         for module in flow.watched:
             graph.leave(module, "its hooks tell it from a quantized layer")
-        if not flow.read and not flow.watched:
+        for module in flow.sized:
+            graph.leave(module, "it is called with an output_size")
+        if not flow.read and not flow.watched and not flow.sized:
             return names, flow
 
 

@@ -39,6 +39,7 @@ class Flow(TorchFunctionMode):
         order: layers in the order of their first call.
         functions: names of weighted functions that are called by other code than the layers'.
         read: layers whose parameters are read by other code than their own.
+        sized: layers that are called with more than an input.
         watched: layers with hooks that do something else on a quantized layer, which takes over hooks.
         output: of the network.
     """
@@ -50,6 +51,7 @@ class Flow(TorchFunctionMode):
         self.order: dict[nn.Module, None] = {}
         self.functions: dict[str, None] = {}
         self.read: dict[nn.Module, None] = {}
+        self.sized: dict[nn.Module, None] = {}
         self.watched: dict[nn.Module, None] = {}
         self.output: Any = None
         self._steps: list[Step] = []
@@ -77,7 +79,7 @@ class Flow(TorchFunctionMode):
         hooked = [module for module in self.names if hooks_of(module)]
         hooks = [m.register_forward_pre_hook(self._try_pre_hooks, with_kwargs=True, prepend=True) for m in hooked]
         hooks += [m.register_forward_hook(self._try_hooks, with_kwargs=True, prepend=True) for m in hooked]
-        hooks += [module.register_forward_pre_hook(self._on_entry) for module in self._watched]
+        hooks += [module.register_forward_pre_hook(self._on_entry, with_kwargs=True) for module in self._watched]
         hooks += [module.register_forward_hook(self._on_exit, prepend=True) for module in self._watched]
         try:
             with torch.no_grad(), self:
@@ -141,7 +143,9 @@ class Flow(TorchFunctionMode):
         if len(results) < 2 or not same(*results):
             self.watched[module] = None
 
-    def _on_entry(self, module: nn.Module, args: Any) -> None:
+    def _on_entry(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module in self.names and len(args) + len(kwargs) > 1:
+            self.sized[module] = None
         self._running.append(module)
 
     def _on_exit(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -51,14 +51,20 @@ class _Probe(Interpreter):
 
     def _axis(self, n: fx.Node, shape: torch.Size) -> int:
         """Return the channel axis: the last one beside linear layers, which take images as [N, H, W, C]."""
-        spec = self._spec(n)
-        if spec is not None and spec.dims and len(shape) > 1 - spec.axis:
-            return len(shape) + spec.axis
         beside = [spec for node in (n, *n.users) if (spec := self._spec(node)) is not None]
+        of_images = [spec for spec in beside if spec.dims and len(shape) == spec.dims + 2]
+        if of_images and of_images[0] is self._spec(n):
+            return 1
         if any(spec.dims == 0 for spec in beside):
             return len(shape) - 1
+        if of_images:
+            return 1
         usual = 1 if len(shape) in (2, 4) else len(shape) - 1
-        seen = (self.seen[node] for node in n.all_input_nodes if node in self.seen)
+        seen = [self.seen[node] for node in n.all_input_nodes if node in self.seen]
+        if len(shape) == 3 and any(
+            s.shape[:2] == shape[:2] or is_concatenation(n.target) for s in seen if s.axis == 1
+        ):
+            return 1  # of a sequence, as poolings and concatenations leave it
         return next((s.axis for s in seen if s.shape == shape), usual)
 
     def _spec(self, n: fx.Node) -> LayerSpec | None:
@@ -120,9 +126,10 @@ def _back(
         cost = cost * (_area(outputs, seen[node].axis) / _area(shape, axis))
         return cost if len(cost) == len(positive) else cost.sum().expand_as(positive)
     # Everything else: pooling, moving, adding. A value that several become one of counts for its share.
-    if len(shape) == 4:
-        area = _area(shape, axis) / (_area(outputs, seen[node].axis) if len(outputs) == 4 else 1)
-        flattened = len(outputs) == 2 and len(cost) == shape[1] * shape[2] * shape[3]
+    if _is_image(shape, axis):
+        left = _area(outputs, seen[node].axis) if _is_image(outputs, seen[node].axis) else 1
+        area = _area(shape, axis) / left
+        flattened = len(outputs) == 2 and len(cost) == math.prod(shape[1:])
         if area > 1 and not flattened:
             cost = cost / (area if is_maximum(node, network) else area**2)
     channels = len(positive)
@@ -133,6 +140,11 @@ def _back(
     if is_concatenation(node.target):
         return _part_of_concatenation(node, source, seen, cost)
     return torch.full_like(positive, float(cost.mean()))
+
+
+def _is_image(shape: torch.Size, axis: int) -> bool:
+    """Tell whether a tensor has channels first and positions behind: a tensor of rank 3 may be of tokens instead."""
+    return len(shape) == 4 or (len(shape) == 3 and axis == 1)
 
 
 def _area(shape: torch.Size, axis: int) -> int:

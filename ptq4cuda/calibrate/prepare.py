@@ -42,7 +42,7 @@ def check_has_convolution(network: nn.Module, model_name: str) -> None:
     if any((spec := graph.quantized_spec(module)) is not None and spec.dims for module in network.modules()):
         return
     left = [f": {name!r} stays, {why}" for name, m in network.named_modules() if (why := graph.why_left(m))]
-    raise ValueError(f"the model has no nn.Conv2d to quantize ({model_name}){''.join(left[:1])}")
+    raise ValueError(f"the model has no convolution to quantize ({model_name}){''.join(left[:1])}")
 
 
 def check_copy(model: nn.Module, network: nn.Module, inputs: Inputs) -> None:

@@ -21,7 +21,8 @@ from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.compat import HOOKS, tree_map
 from ptq4cuda.execute import program as steps
 from ptq4cuda.execute.program import Geometry, LayerProgram, Value, map_values, weight_unit, zero_sums
-from ptq4cuda.nn.conv import memory_format_of, misfit_of_window
+from ptq4cuda.nn.conv import misfit_of_window
+from ptq4cuda.nn.quant_module import memory_format_of
 from ptq4cuda.nn.quant_tensor import QuantizerState, tensor_of_values
 from ptq4cuda.ops import FLOATING, nibbles, panels
 from ptq4cuda.ops.nibbles import Nibbles

@@ -144,7 +144,7 @@ def why_float_call(node: fx.Node, network: fx.GraphModule) -> str | None:
         if isinstance(module, BATCH_NORMS):
             return _why_not_folded(node, module, network)
         if quantized_spec(module) is not None:
-            return ""
+            return "" if len(node.args) + len(node.kwargs) == 1 else "it is called with an output_size"
         # A module of torch.nn is one node with all that is in it.
         hidden = any(module.children()) and any(True for _ in module.parameters())
         return why_float(module) or (f"{type(module).__name__} is not supported" if hidden else None)

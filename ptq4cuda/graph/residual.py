@@ -34,12 +34,12 @@ def mark_residuals(network: fx.GraphModule, quantized: Callable[[str], bool]) ->
         if why_float_call(layer, network) != "" or not quantized(str(layer.target)) or readers(layer) != [addition]:
             continue
         spec = quantized_spec(network.get_submodule(str(layer.target)))
-        if spec is None or not spec.dims:
+        if spec is None or not spec.adds_codes:
             continue
         name = f"{addition.name}_residual"
         while hasattr(network, name):  # a name of the model's
             name += "_"
-        network.add_submodule(name, QuantTensor())
+        network.add_submodule(name, QuantTensor(spec.axis))
         with network.graph.inserting_after(other):
             marked = network.graph.call_module(name, (other,))
         addition.replace_input_with(other, marked)
@@ -63,7 +63,8 @@ def operands_as_codes(network: fx.GraphModule, args: tuple[Any, ...], kwargs: di
     probe.call(args, kwargs)
     found = set()
     for node in network.graph.nodes:
-        if node.op != "call_module" or not isinstance(network.get_submodule(str(node.target)), QuantTensor):
+        mark = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(mark, QuantTensor):
             continue
         (addition,) = node.users
         (layer,) = (operand for operand in addition.all_input_nodes if operand is not node)
@@ -71,7 +72,7 @@ def operands_as_codes(network: fx.GraphModule, args: tuple[Any, ...], kwargs: di
         # A constant has a batch of its own, which may be as large as this one by chance, as a pooled image may be.
         (source,) = node.all_input_nodes
         by_chance = constant(source, network) is not None or _is_broadcast(inferred.of(source), inferred.of(layer))
-        if not by_chance and shape is not None and len(shape) == 4 and shape == probe.shapes[layer]:
+        if not by_chance and shape is not None and len(shape) == 1 - mark.axis and shape == probe.shapes[layer]:
             found.add(node)
     return found
 

@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ptq4cuda.nn.conv import QuantConv2d
+from ptq4cuda.nn.conv1d import QuantConv1d
 from ptq4cuda.nn.conv_transpose import CONV_TRANSPOSE_1D, CONV_TRANSPOSE_2D, CONV_TRANSPOSE_3D
 from ptq4cuda.nn.linear import QuantLinear
 from ptq4cuda.nn.quant_module import QuantModule
@@ -13,6 +14,7 @@ from ptq4cuda.nn.spec import LayerSpec
 __all__ = [
     "SPECS",
     "LayerSpec",
+    "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
     "QuantModule",
@@ -21,12 +23,12 @@ __all__ = [
     "spec_of",
 ]
 
-_CONVOLUTION = "stride padding dilation groups"
 SPECS: tuple[LayerSpec, ...] = (
     QuantConv2d.spec,
     QuantLinear.spec,
-    LayerSpec(nn.Conv1d, 1, F.conv1d, _CONVOLUTION),
-    LayerSpec(nn.Conv3d, 3, F.conv3d, _CONVOLUTION),
+    QuantConv1d.spec,
+    # These stay in float; a BatchNorm is folded into them.
+    LayerSpec(nn.Conv3d, 3, F.conv3d),
     CONV_TRANSPOSE_1D,
     CONV_TRANSPOSE_2D,
     CONV_TRANSPOSE_3D,

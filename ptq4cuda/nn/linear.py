@@ -52,13 +52,7 @@ class QuantLinear(QuantModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product of the quantized input with the quantized weights."""
-        try:
-            if self.engine is None or not self.engine.plain:
-                return self._simulate(input, F.linear)
-            return self._integer_forward(input, self.engine)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-            self._refuse(input)
-            raise
+        return self._call(input, F.linear)
 
     def _misfit(self, x: Tensor) -> str:
         fits = x.dim() > 0 and x.shape[-1] == self.in_features

@@ -55,6 +55,12 @@ class IntegerEngine(Protocol):
         """Whether it computes the layer alone, from codes to values: else it is a step of a whole network."""
 
 
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Return the memory format that the convolution of x has in PyTorch: of a contiguous kernel, x's own."""
+    channels_last = x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]  # where C, H or W is one, too
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def input_scale_of_weights(scale: Tensor, weight_shape: torch.Size, groups: int) -> Tensor:
     """View the scale of each input channel ([C] or [1]) so that it broadcasts over weights [O, C / groups, ...]."""
     out_channels, per_group = weight_shape[0], weight_shape[1]
@@ -296,6 +302,19 @@ class QuantModule(QuantizerState):
         )
         y: Tensor = engine(codes)
         return y.to(x.dtype)
+
+    def _call(self, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """Compute from values, in integers or in floating point; `product` as for _simulate."""
+        try:
+            if self.engine is None or not self.engine.plain:
+                return self._simulate(x, product)
+            if self.spec.is_single(x):  # images by themselves are never channels_last
+                return self._integer_forward(x.unsqueeze(0), self.engine).squeeze(0).contiguous()
+            y = self._integer_forward(x, self.engine)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            self._refuse(x)
+            raise
+        return y.contiguous(memory_format=memory_format_of(x))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

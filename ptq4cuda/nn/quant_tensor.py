@@ -59,7 +59,10 @@ class QuantizerState(nn.Module):
 
 
 class QuantTensor(QuantizerState):
-    """Quantizes what passes through it, channel by channel of [N, C, H, W] or [C, H, W].
+    """Quantizes what passes through it, channel by channel.
+
+    Args:
+        axis: of the channels, counted from the back.
 
     Buffers:
         bits, scale, zero_point: QuantParams. While they are empty, as at first, everything passes as it is.
@@ -69,8 +72,9 @@ class QuantTensor(QuantizerState):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, axis: int = -3) -> None:
         super().__init__()
+        self.axis = axis
         self.register_buffer("bits", torch.zeros(0, dtype=torch.uint8, device="cpu"))
         self.register_buffer("scale", torch.zeros(0, dtype=torch.float32, device="cpu"))
         self.register_buffer("zero_point", torch.zeros(0, dtype=torch.int32, device="cpu"))
@@ -83,13 +87,13 @@ class QuantTensor(QuantizerState):
     @property
     def params(self) -> QuantParams:
         """The quantizer."""
-        return QuantParams(self.bits, self.scale, self.zero_point, axis=-3)
+        return QuantParams(self.bits, self.scale, self.zero_point, axis=self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the values of x's codes."""
         if not self.scale.numel():
             return x
-        return ops.fake_quantize(x, self.scale, self.zero_point, self.bits, -3)
+        return ops.fake_quantize(x, self.scale, self.zero_point, self.bits, self.axis)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]

@@ -31,6 +31,24 @@ def per_dim(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return given * dims if len(given) == 1 else given
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """The 2-d convolution that a layer is, of images [N, C, H, W]; the padding has the value zero.
+
+    Attributes:
+        stride, padding, dilation, groups: as in torch.nn.Conv2d.
+        phases: of each output channel it has phases[0] * phases[1], which are the pixels of blocks of this size.
+        start: the first of these pixels that the layer returns.
+    """
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    phases: tuple[int, ...] = (1, 1)
+    start: tuple[int, ...] = (0, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class LayerSpec:
     """A kind of layer.
@@ -58,6 +76,16 @@ class LayerSpec:
     def axis(self) -> int:
         """The channel axis of input and output, counted from the back."""
         return -1 - self.dims
+
+    @property
+    def form(self) -> str:
+        """The shape of its input, for people."""
+        return ("[*, C]", "[N, C, L]", "[N, C, H, W]", "[N, C, D, H, W]")[self.dims]
+
+    @property
+    def adds_codes(self) -> bool:
+        """Whether its integer form adds codes of another tensor to its sums, as those of a shortcut."""
+        return self.dims > 0
 
     @property
     def norm(self) -> type[nn.Module]:
@@ -147,7 +175,11 @@ class LayerSpec:
         groups = self.groups(layer)
         energy = squares.sum(tuple(range(2, squares.dim()))).view(groups, -1, squares.shape[1])  # [G, O / G, C / G]
         cost = (outputs.view(groups, -1, 1) * energy).sum(1).flatten()
-        return cost / math.prod(per_dim(layer.stride, self.dims))
+        return cost / self.inputs_per_window(layer)
+
+    def inputs_per_window(self, layer: Any) -> int:
+        """Return by how many positions of the input its windows move on, in all dimensions."""
+        return math.prod(per_dim(layer.stride, self.dims))
 
     def windows(self, layer: Any, x: Tensor) -> Tensor:
         """View what a quantized layer's outputs read of x [N, C, *size] ([*, C] without dimensions).
@@ -161,6 +193,52 @@ class LayerSpec:
         padding = layer.explicit_padding
         x = F.pad(x, padding, mode=mode) if any(padding) else x
         return sliding_windows(x, layer.kernel_size, layer.stride, layer.dilation)
+
+    # --- as a 2-d convolution -----------------------------------------------------------------------------------
+
+    def geometry(self, layer: Any) -> Geometry:
+        """Return the geometry of the 2-d convolution that a quantized layer is.
+
+        Raises:
+            ValueError: it is none; the message says why.
+        """
+        if not self.dims:
+            return Geometry()
+        if layer.padding_mode != "zeros":
+            raise ValueError(f"its padding has the mode {layer.padding_mode!r}")
+        padding = layer.padding
+        if isinstance(padding, str):
+            total = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+            if padding == "same" and any(t % 2 for t in total):
+                raise ValueError("its padding 'same' is wider on one side, as its kernel has an even size")
+            padding = [t // 2 if padding == "same" else 0 for t in total]
+        return Geometry(
+            self._in_2d(layer.stride, 1), self._in_2d(padding, 0), self._in_2d(layer.dilation, 1), layer.groups
+        )
+
+    def _in_2d(self, values: Sequence[int], missing: int) -> tuple[int, ...]:
+        return (missing,) * (2 - self.dims) + tuple(values)
+
+    def to_2d(self, layer: Any, weight: Tensor) -> Tensor:
+        """Return weights [O, *kernel, C / groups] as those of the 2-d convolution, [O * phases, R, S, C / groups]."""
+        outputs, *kernel, inputs = weight.shape
+        return weight.reshape(outputs, *self._in_2d(kernel, 1), inputs)
+
+    def from_2d(self, layer: Any, weight: Tensor) -> Tensor:
+        """Undo to_2d."""
+        return weight.reshape(len(weight), *weight.shape[3 - self.dims : 3], weight.shape[-1])
+
+    def images(self, x: Tensor) -> Tensor:
+        """View the input of a layer as images [N, C, H, W]."""
+        if not self.dims:
+            return x.reshape(-1, x.shape[-1], 1, 1)
+        return x.unsqueeze(-2) if self.dims == 1 else x
+
+    def outputs(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
+        """Return what a layer makes of its input x, given what the 2-d convolution returns, [N, O * phases, A, B]."""
+        if not self.dims:
+            return y.view(*x.shape[:-1], y.shape[1])
+        return y.squeeze(-2) if self.dims == 1 else y
 
 
 def sliding_windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

@@ -161,7 +161,7 @@ def rename(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 EDITS: dict[str, tuple[Change, str]] = {
     "module renamed": (rename, "in the file 'other' is a Conv2d, in the model it is not"),
     "another kind": (lambda h, t: h["modules"]["stem"].update(kind="Linear"), "in the file 'stem' is a Linear"),
-    "unknown kind": (lambda h, t: h["modules"]["stem"].update(kind="Conv1d"), "is damaged: KeyError: 'Conv1d'"),
+    "unknown kind": (lambda h, t: h["modules"]["stem"].update(kind="Conv3d"), "is damaged: KeyError: 'Conv3d'"),
     "a flag that is none": (lambda h, t: h["modules"]["stem"].update(folded=1), "must be true or false"),
     "a layer less": (lambda h, t: h["modules"].pop("stem"), "does not fit the model.*stem"),
     "input not quantized": (lambda h, t: h["modules"]["stem"].update(quantized_input=False), "stem.activation_bits"),

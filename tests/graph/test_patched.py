@@ -307,8 +307,8 @@ def test_a_method_of_convolutions_that_was_replaced(
     expected = network(images)
     old = getattr(nn.Conv2d, method)
     monkeypatch.setattr(nn.Conv2d, method, lambda self, *args: 2.0 * old(self, *args))
-    assert torch.equal(network(images), expected)  # its layers are no nn.Conv2d
-    with pytest.raises(ValueError, match=f"no nn.Conv2d to quantize .*'conv1' stays, Conv2d.{method} was replaced"):
+    assert torch.equal(network(images), expected)  # its layers are no convolutions
+    with pytest.raises(ValueError, match=f"no convolution to quantize .*'conv1' stays, Conv2d.{method} was replaced"):
         quantize(net, [images], progress=False)
 
 
