@@ -81,6 +81,13 @@ class QuantParams:
         zero_point = torch.where(bits == 0, -constant.sign() * steps, zero_point)
         return cls(bits.to(torch.uint8), step.float(), zero_point.to(torch.int32), axis)
 
+    def repeated(self, times: int) -> QuantParams:
+        """Return the quantizer of each channel several times, one after the other."""
+        bits, scale, zero_point = (
+            p if p.numel() == 1 else p.repeat_interleave(times) for p in (self.bits, self.scale, self.zero_point)
+        )
+        return QuantParams(bits, scale, zero_point, self.axis)
+
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Return value(code(x)) with x's shape, dtype and strides."""
         return ops.fake_quantize(x, self.scale, self.zero_point, self.bits, self.axis)

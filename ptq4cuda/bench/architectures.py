@@ -54,6 +54,16 @@ def images(n: int, size: int = 224, seed: int = 0) -> Tensor:
     return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
 
 
+def waves(n: int, length: int = 4000, seed: int = 0) -> Tensor:
+    """Return random sounds [n, 1, length] of mean 0 and standard deviation 1: tones that die away, and some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    period, phase, start, decay = torch.rand(4, n, 6, 1, generator=generator)
+    t = torch.arange(length) / length - 0.8 * start
+    tones = (2 * math.pi * t * 200.0 ** (0.3 + 0.7 * period) + 6.28 * phase).sin() * (-(2 + 20 * decay) * t).exp()
+    x = (tones * (t > 0)).sum(1, keepdim=True) + 0.05 * torch.randn(n, 1, length, generator=generator)
+    return (x - x.mean()) / x.std()
+
+
 @torch.no_grad()
 def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
     """Draw all weights anew, as the docstring of this file says; return the network."""
@@ -63,7 +73,7 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
         return torch.randn(shape or like.shape, generator=generator)
 
     for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             weight = module.weight
             fan_in = module.in_channels if isinstance(module, nn.ConvTranspose2d) else weight[0].numel()
             weight.copy_(normal(weight))
@@ -72,13 +82,13 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
             weight.mul_(math.sqrt(2.0 / fan_in))
             if module.bias is not None:
                 module.bias.copy_(0.1 * normal(module.bias))
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, BatchNorm):
             module.weight.copy_((0.5 * normal(module.weight)).exp())
             module.bias.copy_(module.weight * (0.4 + 0.6 * normal(module.bias)))
     for module in net.modules():
         branch = getattr(module, "branch", None)
         if isinstance(branch, nn.Module) and getattr(module, "residual", True):
-            last = [norm for norm in branch.modules() if isinstance(norm, nn.BatchNorm2d)][-1]
+            last = [norm for norm in branch.modules() if isinstance(norm, BatchNorm)][-1]
             last.weight.mul_(0.3)
             last.bias.mul_(0.3)
     return net
@@ -469,6 +479,38 @@ class UNet(nn.Module):
 def build_unet(num_classes: int = 21, width: float = 1.0) -> nn.Module:
     """A U-Net (Ronneberger et al. 2015) with BatchNorm, four steps down and up."""
     return randomize(UNet(num_classes, [_channels(c, width) for c in (64, 128, 256, 512, 512)]))
+
+
+# --- sound ------------------------------------------------------------------------------------------------------
+
+
+def _conv1d_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv1d(cin, cout, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm1d(cout), nn.ReLU(inplace=True))
+
+
+class Residual1d(nn.Module):
+    """Two convolutions along time, beside a shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        last = nn.Conv1d(channels, channels, 3, padding=1, bias=False)
+        self.branch = nn.Sequential(_conv1d_bn(channels, channels), last, nn.BatchNorm1d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block."""
+        return F.relu(x + self.branch(x))
+
+
+def build_audio(num_classes: int = 35, width: float = 1.0) -> nn.Module:
+    """A network on waveforms [N, 1, L] (after M5, Dai et al. 2017) with BatchNorm and residual blocks."""
+    channels = _channels(64, width)
+    layers: list[nn.Module] = [_conv1d_bn(1, channels, 31, 4), nn.MaxPool1d(4)]
+    for _ in range(3):
+        layers += [Residual1d(channels), _conv1d_bn(channels, 2 * channels), nn.MaxPool1d(4)]
+        channels *= 2
+    head = [nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
+    return randomize(nn.Sequential(*layers, *head))
 
 
 ARCHITECTURES: dict[str, Builder] = {

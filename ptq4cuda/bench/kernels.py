@@ -35,7 +35,7 @@ from ptq4cuda import _native, ops
 from ptq4cuda.artifact.report import DASH, table
 from ptq4cuda.bench.timing import captured
 from ptq4cuda.execute.engines import IntegerConv2d, Packing
-from ptq4cuda.execute.program import Geometry
+from ptq4cuda.nn.spec import Geometry
 from ptq4cuda.ops import reference
 from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.quantizer import QuantParams

@@ -8,6 +8,7 @@ bytes. A weight is held once: by the engine, of which the quantized layer reads 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from ptq4cuda import _native, ops
 from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.compat import HOOKS, tree_map
 from ptq4cuda.execute import program as steps
-from ptq4cuda.execute.program import Geometry, LayerProgram, Value, map_values, weight_unit, zero_sums
+from ptq4cuda.execute.program import LayerProgram, Value, map_values, weight_unit, zero_sums
+from ptq4cuda.nn import QuantModule
 from ptq4cuda.nn.conv import misfit_of_window
 from ptq4cuda.nn.quant_module import memory_format_of
 from ptq4cuda.nn.quant_tensor import QuantizerState, tensor_of_values
+from ptq4cuda.nn.spec import Geometry, pair_text
 from ptq4cuda.ops import FLOATING, nibbles, panels
 from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.quantizer import QuantParams
@@ -142,16 +145,18 @@ class IntegerConv2d(QuantizerState):
             NotExecutable: the layer cannot be executed in integers; the message says why.
         """
         weight, scale = step.weight()
+        geometry = step.geometry or Geometry()
+        phases = math.prod(geometry.phases)
         assert step.source.quantizer is not None
         return cls(
             weight if step.geometry is not None else weight[:, None, None],
-            scale,
-            step.bias,
+            scale.repeat_interleave(phases),
+            None if step.bias is None else step.bias.repeat_interleave(phases),
             step.source.quantizer,
-            step.geometry or Geometry(),
+            geometry,
             activation=step.activation,
             residual=None if step.residual is None else step.residual.quantizer,
-            outputs=[output.quantizer for output in step.outputs],
+            outputs=[output.quantizer and output.quantizer.repeated(phases) for output in step.outputs],
             packing=packing,
             dtype=dtype,
         )
@@ -249,10 +254,11 @@ class IntegerConv2d(QuantizerState):
             self.dtype if self.has_values else None,
         )
 
-    def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
-        """Return the codes [O, R, S, C / groups] that weight_bytes made bytes of."""
-        shape = (-1, 1, 1, 1)
-        codes = self.weight_bytes().double() * weight_unit(bits).view(shape) - offset.double().view(shape)
+    def weight_codes(self, layer: QuantModule) -> Tensor:
+        """Return the codes [O, *kernel, C / groups] of its layer, that weight_bytes made bytes of."""
+        weight = layer.spec.from_2d(layer, self.weight_bytes()).double()
+        shape = (-1,) + (1,) * (weight.dim() - 1)
+        codes = weight * weight_unit(layer.weight_bits).view(shape) - layer.weight_offset.double().view(shape)
         return codes.to(torch.uint8)
 
     @property
@@ -265,7 +271,7 @@ class IntegerConv2d(QuantizerState):
     def kernel(self) -> str:
         """What computes the layer: kernel size and stride, how products are summed, what is fused."""
         size, groups = f"{self.kernel_size[0]}x{self.kernel_size[1]}", self.geometry.groups
-        parts = [size if max(self.geometry.stride) == 1 else f"{size}/{self.geometry.stride[0]}"]
+        parts = [size if max(self.geometry.stride) == 1 else f"{size}/{pair_text(self.geometry.stride)}"]
         depthwise = panels.is_depthwise(len(self.scale), self.channels, groups)
         if groups > 1:
             parts.append("depthwise" if depthwise else f"{groups} groups")
@@ -276,6 +282,8 @@ class IntegerConv2d(QuantizerState):
             parts.append(
                 "32-bit sums" if not narrow else "8-bit codes" if (self.span or -1) < 0 else f"span {self.span}"
             )
+        if self.geometry.extra is not None:
+            parts.append(f"blocks of {pair_text(self.geometry.phases)}")
         if self.residual_scale is not None:
             parts.append("residual")
         if self.has_values + self.coded > 1:
@@ -291,30 +299,35 @@ class IntegerConv2d(QuantizerState):
         )
 
 
-class IntegerLinear(nn.Module):
-    """A fully connected layer in integers: a convolution of one pixel."""
+class IntegerLayer(nn.Module):
+    """A layer that is a convolution of images in another view: a linear, a 1-d or a transposed one."""
 
-    def __init__(self, convolution: IntegerConv2d) -> None:
+    def __init__(self, convolution: IntegerConv2d, kind: type[QuantModule]) -> None:
         super().__init__()
-        self.convolution = convolution
+        self.convolution, self.kind = convolution, kind
 
     @classmethod
-    def of(cls, step: steps.Layer, dtype: torch.dtype = torch.float32) -> IntegerLinear:
+    def of(cls, step: steps.Layer, dtype: torch.dtype = torch.float32, packing: Packing = Packing()) -> IntegerLayer:
         """Prepare a step, see IntegerConv2d.of."""
-        return cls(IntegerConv2d.of(step, dtype))
+        return cls(IntegerConv2d.of(step, dtype, packing), type(step.module))
 
-    def forward(self, x: Tensor) -> Outputs:
-        """Return the layer's output for codes [*, C]."""
-        features = self.convolution.source_channels
-        if x.shape[-1] != features:
-            misfit = f"and the layer takes {features} features along the last dimension"
-            raise RuntimeError(f"the input has the shape {list(x.shape)}, {misfit}")
-        y = self.convolution(x.reshape(-1, features, 1, 1))
-        return tree_map(lambda t: t.view(*x.shape[:-1], t.shape[1]), y)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Outputs:
+        """Return the layer's output for codes."""
+        spec, channels, geometry = self.kind.spec, self.convolution.source_channels, self.convolution.geometry
+        found = f"the input has the shape {list(x.shape)}"
+        if spec.dims and x.dim() != spec.dims + 2:
+            raise RuntimeError(f"{found}, and the convolution takes {spec.form}")
+        if x.shape[spec.axis] != channels:
+            takes = f"convolution takes {channels} channels" if spec.dims else ""
+            takes = takes or f"layer takes {channels} features along the last dimension"
+            raise RuntimeError(f"{found}, and the {takes}")
+        images = spec.images(x)
+        y = self.convolution(images, None if residual is None else spec.images(residual))
+        return tree_map(lambda t: spec.outputs(geometry.arranged(t, images), x), y)  # type: ignore[no-any-return]
 
-    def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
-        """Return the codes [O, C]."""
-        return self.convolution.weight_codes(bits, offset)[:, 0, 0]
+    def weight_codes(self, layer: QuantModule) -> Tensor:
+        """See IntegerConv2d.weight_codes."""
+        return self.convolution.weight_codes(layer)
 
     @property
     def plain(self) -> bool:
@@ -343,7 +356,7 @@ class Quantize(QuantizerState):
     def forward(self, x: Tensor) -> Tensor:
         """Return uint8 codes."""
         try:
-            if self.axis == -3 and x.dim() != 4:
+            if self.axis < -1 and x.dim() != 1 - self.axis:
                 raise ValueError("no batch")
             return ops.quantize(x, self.scale, self.zero_point, self.bits, self.axis)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
@@ -354,11 +367,12 @@ class Quantize(QuantizerState):
         """Raise, in one sentence, where an input is to blame for what failed."""
         x = tensor_of_values(x)
         found = f"the input has the shape {list(x.shape)}"
-        if self.axis == -3 and x.dim() != 4:
-            raise RuntimeError(f"{found}, and the network in integers takes batches [N, C, H, W]")
+        if self.axis < -1 and x.dim() != 1 - self.axis:
+            form = "[N, C, H, W]" if self.axis == -3 else "[N, C, L]"
+            raise RuntimeError(f"{found}, and the network in integers takes batches {form}")
         channels = max(getattr(self, name).numel() for name in _FIELDS)
         if x.dim() < -self.axis or channels not in (1, x.shape[self.axis]):
-            kind = "channels" if self.axis == -3 else "features along the last dimension"
+            kind = "channels" if self.axis < -1 else "features along the last dimension"
             raise RuntimeError(f"{found}, and the network takes {channels} {kind}")
 
 
@@ -369,9 +383,10 @@ def engine_of(
     step: steps.Layer,
     dtype: torch.dtype,
     packing: Packing = Packing(),
-) -> IntegerConv2d | IntegerLinear:
+) -> IntegerConv2d | IntegerLayer:
     """Prepare a layer."""
-    return IntegerLinear.of(step, dtype) if step.geometry is None else IntegerConv2d.of(step, dtype, packing)
+    images = step.module.spec.dims == 2 and step.geometry is not None and step.geometry.extra is None
+    return IntegerConv2d.of(step, dtype, packing) if images else IntegerLayer.of(step, dtype, packing)
 
 
 def packed_values(program: LayerProgram) -> set[Value]:
@@ -380,16 +395,17 @@ def packed_values(program: LayerProgram) -> set[Value]:
     returned = set[Value]()
     map_values(returned.add, program.result)
     for step in program:
-        if not isinstance(step, steps.Layer) or step.geometry is None:
+        if not isinstance(step, steps.Layer) or step.module.spec.dims < 2 or step.geometry is None:
             continue
         outputs, per_group = step.module.weight_shape[:2]
-        if not panels.whole_octets(outputs, per_group, step.geometry.groups):
+        if step.geometry.extra is not None or not panels.whole_octets(outputs, per_group, step.geometry.groups):
             continue
         for value in step.outputs:
             if value.quantizer is None or value in returned:
                 continue
             dense = all(
                 isinstance(r, steps.Layer)
+                and r.module.spec.dims == 2
                 and r.geometry is not None
                 and r.geometry.groups == 1
                 and r.residual is not value
@@ -465,8 +481,10 @@ def install(program: LayerProgram, network: fx.GraphModule, dtype: torch.dtype, 
         elif isinstance(step, steps.Quantize):
             made[value] = graph.call_module(_add_quantize(network, step), argument(step.sources))
         elif isinstance(step, steps.MaxPool):
-            window = (step.kernel_size, step.stride, step.padding, step.dilation, step.ceil_mode)
-            made[value] = graph.call_function(ops.max_pool_codes, (made[step.source], *window))
+            flat = value.quantizer is not None and value.quantizer.axis == -2  # sequences: images of height one
+            x = graph.call_method("unsqueeze", (made[step.source], -2)) if flat else made[step.source]
+            y = graph.call_function(ops.max_pool_codes, (x, *step.window))
+            made[value] = graph.call_method("squeeze", (y, -2)) if flat else y
         elif isinstance(step, steps.Concatenate):  # a tensor may be in it twice, in other codes
             made[value] = graph.call_function(torch.cat, ([made[source] for source in step.sources], 1))
         elif isinstance(step, steps.Reshape):

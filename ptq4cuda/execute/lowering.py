@@ -30,7 +30,7 @@ from ptq4cuda.graph.layers import activation_of, call_name, is_addition, is_conc
 from ptq4cuda.graph.readers import reads_shape
 from ptq4cuda.graph.shapes import name_of, source_of
 from ptq4cuda.graph.tracer import expect
-from ptq4cuda.nn import QuantConv2d, QuantModule, QuantTensor
+from ptq4cuda.nn import QuantModule, QuantTensor
 from ptq4cuda.nn.quant_module import STATE_IS_REFUSED
 from ptq4cuda.nn.spec import per_dim
 from ptq4cuda.quantizer import QuantParams
@@ -110,11 +110,16 @@ Key = tuple[bytes | int, ...]
 _CHANNELS = -3  # the axis of the quantizers of images
 
 
+def _of_images(params: QuantParams) -> bool:
+    """Tell whether a quantizer's channels are those of images or of sequences."""
+    return params.axis == 1 or params.axis < -1
+
+
 def _key(params: QuantParams | None) -> Key | None:
     """Identify a quantizer by its values and, if channels differ, their axis; and values by None."""
     if params is None:
         return None
-    axis = 0 if _channels_of(params) == 1 else 1 if params.axis == _CHANNELS else params.axis
+    axis = 0 if _channels_of(params) == 1 else 1 if params.axis < -1 else params.axis
     return (axis, *(t.cpu().numpy().tobytes() for t in (params.bits, params.scale, params.zero_point)))
 
 
@@ -208,7 +213,7 @@ class _Lowering:
             chain.end = end
 
         reader = only_reader()
-        if reader is not None and isinstance(layer, QuantConv2d) and is_addition(reader):
+        if reader is not None and layer.spec.adds_codes and is_addition(reader):
             others = [n for n in reader.all_input_nodes if n is not node]
             marked = self._module(others[0]) if len(others) == 1 else None
             if isinstance(marked, QuantTensor) and marked.scale.numel() and not _depends_on_shape(others[0], node):
@@ -258,16 +263,17 @@ class _Lowering:
     @staticmethod
     def _returns(chain: _Chain, params: QuantParams | None) -> bool:
         """Tell whether a layer can return these codes, or values: those of its own channels."""
-        axes = (1, _CHANNELS) if isinstance(chain.layer, QuantConv2d) else (-1,)
+        spec = chain.layer.spec
+        axes = (1, spec.axis) if spec.dims else (-1,)
         return params is None or _channels_of(params) == 1 or params.axis in axes
 
     def _operands(self, node: fx.Node, params: QuantParams) -> list[tuple[fx.Node, QuantParams]] | None:
         """Return the codes from which a node makes codes by computing as it does with values; None if it cannot."""
         if node in self.chains:
             return None
-        if params.axis == _CHANNELS and self._max_pool(node) is not None:
+        if params.axis < -1 and self._max_pool(node) is not None:
             return [(source_of(node), params)]
-        if params.axis in (1, _CHANNELS) and is_concatenation(node.target):
+        if _of_images(params) and is_concatenation(node.target):
             return self._concatenated(node, params)
         moved = self._moved(node, params)
         return [moved] if moved is not None and self._gives(*moved) else None
@@ -281,12 +287,14 @@ class _Lowering:
         """Return the arguments of a max pooling that works on codes too, or None."""
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         module = self._module(node)
-        if type(module) is nn.MaxPool2d:
+        if type(module) in (nn.MaxPool1d, nn.MaxPool2d):
             given = {name: getattr(module, name) for name in names}
-        elif node.target is F.max_pool2d:
+            given["dims"] = 1 if type(module) is nn.MaxPool1d else 2
+        elif node.target in (F.max_pool1d, F.max_pool2d):
             given = dict(zip(names, node.args[1:], strict=False)) | {
                 k: v for k, v in node.kwargs.items() if k != "input"
             }
+            given["dims"] = 1 if node.target is F.max_pool1d else 2
         else:
             return None
         return None if given.pop("return_indices", False) else given
@@ -294,7 +302,7 @@ class _Lowering:
     def _concatenated(self, node: fx.Node, params: QuantParams) -> list[tuple[fx.Node, QuantParams]] | None:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         operands = node.args[0]
-        if not (dim == 1 or (dim == params.axis == _CHANNELS)) or not isinstance(operands, (list, tuple)):
+        if not (dim == 1 or (dim == params.axis < -1)) or not isinstance(operands, (list, tuple)):
             return None
         if _channels_of(params) == 1:
             return [(n, params) for n in operands if isinstance(n, fx.Node)]
@@ -312,7 +320,7 @@ class _Lowering:
     def _moved(self, node: fx.Node, params: QuantParams) -> tuple[fx.Node, QuantParams] | None:
         """Return the codes that a node moves to give these, or None."""
         factor = self._pixel_shuffle(node)
-        if factor and (_channels_of(params) == 1 or params.axis in (1, _CHANNELS)):
+        if factor and (_channels_of(params) == 1 or _of_images(params)):
             return source_of(node), _each(params, lambda p: p.repeat_interleave(factor * factor), _CHANNELS)
         reshape = self._reshape(node)
         if reshape is None:
@@ -321,7 +329,7 @@ class _Lowering:
         axis = _CHANNELS if self._rank(source) == 4 else 1
         if reshape[0] != "flatten":
             last = params.axis == -1 and self._rank(node) == 2
-            by_channel = last or _channels_of(params) == 1 or params.axis in (1, _CHANNELS)
+            by_channel = last or _channels_of(params) == 1 or _of_images(params)
             return (source, _each(params, lambda p: p, axis)) if by_channel else None
         channels = self._channels(source)
         if channels is None or params.axis not in (1, -1):
@@ -376,7 +384,7 @@ class _Lowering:
         """Return the number of dimensions of a node, None where it is not certain."""
         chain = self.chains.get(node)
         if chain is not None:
-            return 4 if isinstance(chain.layer, QuantConv2d) else None
+            return chain.layer.spec.dims + 2 if chain.layer.spec.dims else None
         if self._pixel_shuffle(node) or self._max_pool(node) is not None:
             return self._rank(source_of(node))
         if is_concatenation(node.target):
@@ -531,12 +539,14 @@ def _each(params: QuantParams, function: Callable[[Tensor], Tensor], axis: int |
 
 
 def _window(
-    kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+    dims: int, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> dict[str, Any]:
     """Return the arguments of a max pooling in their full form."""
     stride = kernel_size if stride is None or stride == [] else stride
     sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
-    return {**{name: per_dim(value, 2) for name, value in sizes.items()}, "ceil_mode": bool(ceil_mode)}
+    of_height_one = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+    pairs = {name: (of_height_one[name],) * (2 - dims) + per_dim(value, dims) for name, value in sizes.items()}
+    return {**pairs, "ceil_mode": bool(ceil_mode)}
 
 
 def _is_batch_size(size: object, tensor: fx.Node) -> bool:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.compat import tree_map
-from ptq4cuda.nn import QuantConv2d, QuantLinear, QuantModule
+from ptq4cuda.nn import QuantModule
+from ptq4cuda.nn.spec import Geometry, pair_text
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 
 
@@ -84,44 +85,6 @@ def zero_sums(weight: Tensor, source: QuantParams, groups: int) -> Tensor:
     return sums
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How the window of a convolution moves, as in torch.nn.Conv2d; the padding has the value zero, on both sides."""
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    @classmethod
-    def of(cls, layer: QuantConv2d) -> Geometry:
-        """Return that of a layer.
-
-        Raises:
-            NotExecutable: it pads in another way.
-        """
-        if layer.padding_mode != "zeros":
-            raise NotExecutable(f"its padding has the mode {layer.padding_mode!r}")
-        padding: tuple[int, ...] = (0, 0)
-        if layer.padding == "same":
-            total = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-            if any(t % 2 for t in total):
-                raise NotExecutable("its padding 'same' is wider on one side, as its kernel has an even size")
-            padding = tuple(t // 2 for t in total)
-        elif not isinstance(layer.padding, str):
-            padding = layer.padding
-        return cls(layer.stride, padding, layer.dilation, layer.groups)  # type: ignore[arg-type]
-
-    def __str__(self) -> str:
-        parts = [
-            "" if max(self.stride) == 1 else f"stride {_pair(self.stride)}",
-            "" if max(self.padding) == 0 else f"padding {_pair(self.padding)}",
-            "" if max(self.dilation) == 1 else f"dilation {_pair(self.dilation)}",
-            "" if self.groups == 1 else f"{self.groups} groups",
-        ]
-        return ", ".join(filter(None, parts))
-
-
 # --- steps ----------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +108,8 @@ class Value:
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A convolution of codes [N, C, H, W], or a fully connected layer of codes [*, C].
+
+    One of codes [N, C, L] is one of height one.
 
     Attributes:
         name: of the module.
@@ -171,11 +136,12 @@ class Layer:
         Raises:
             NotExecutable: the layer cannot be executed in integers.
         """
-        if not isinstance(module, (QuantConv2d, QuantLinear)):
-            raise NotExecutable(f"{type(module).__name__} has no integer form")
         if module.activation is None:
             raise NotExecutable("its input is not quantized")
-        geometry = Geometry.of(module) if isinstance(module, QuantConv2d) else None
+        try:
+            geometry = module.spec.geometry(module)
+        except ValueError as reason:
+            raise NotExecutable(str(reason)) from None
         given = {"source": Value("input", module.activation), "outputs": (Value("output"),), **fields}
         return cls(name, module, geometry, **given)
 
@@ -190,7 +156,9 @@ class Layer:
         return self.module.bias
 
     def weight(self) -> tuple[Tensor, Tensor]:
-        """Return the weights, int8 [O, R, S, C / groups] or [O, C], and what a product with a code is worth [O].
+        """Return the weights, int8, and what a product with a code is worth [O].
+
+        They are [O, C] without a geometry, else those of the 2-d convolution, [O * phases, R, S, C / groups].
 
         Raises:
             NotExecutable: the layer cannot be executed in integers.
@@ -198,7 +166,8 @@ class Layer:
         scale = self.module.product_scale
         if scale is None:
             raise NotExecutable("its input has a scale per channel, which is not folded into the weights")
-        return weight_bytes(replace(self.module.quantized_weight(), scale=scale))
+        weight, scale = weight_bytes(replace(self.module.quantized_weight(), scale=scale))
+        return self.module.spec.to_2d(self.module, weight) if self.geometry is not None else weight, scale
 
     def check(self) -> None:
         """Raise NotExecutable unless weights are bytes and sums have 32 bits."""
@@ -246,7 +215,10 @@ class Quantize(_Map):
 
 @dataclass(frozen=True, eq=False)
 class MaxPool(_Map):
-    """The largest code of each window, arguments as of torch.nn.MaxPool2d; padding is with the least code, 0."""
+    """The largest code of each window, arguments as of torch.nn.MaxPool2d; padding is with the least code, 0.
+
+    Of sequences [N, C, L] it is that of images of height one.
+    """
 
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
@@ -254,9 +226,14 @@ class MaxPool(_Map):
     dilation: tuple[int, int] = (1, 1)
     ceil_mode: bool = False
 
+    @property
+    def window(self) -> tuple[Any, ...]:
+        """The arguments, in their order."""
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+
     def __str__(self) -> str:
         window = str(Geometry(self.stride, self.padding, self.dilation))
-        return f"max_pool({self.source}): {', '.join(filter(None, (_pair(self.kernel_size), window)))}"
+        return f"max_pool({self.source}): {', '.join(filter(None, (pair_text(self.kernel_size), window)))}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -436,10 +413,6 @@ def map_values(function: Callable[[Value], Any], arguments: Any) -> Any:
 
 def _is_slice(item: Any) -> bool:
     return isinstance(item, slice)
-
-
-def _pair(pair: tuple[int, int]) -> str:
-    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
 
 
 def _bits_of(bits: Tensor, of: str) -> str:

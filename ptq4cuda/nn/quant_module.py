@@ -43,8 +43,8 @@ class IntegerEngine(Protocol):
     def __call__(self, x: Tensor) -> Any:
         """Return values, or the codes of the next layers."""
 
-    def weight_codes(self, bits: Tensor, offset: Tensor) -> Tensor:
-        """Return the weights as codes uint8 [O, *kernel, C / groups]."""
+    def weight_codes(self, layer: QuantModule) -> Tensor:
+        """Return the weights of its layer as codes uint8 [O, *kernel, C / groups]."""
 
     @property
     def kernel(self) -> str:
@@ -314,7 +314,7 @@ class QuantModule(QuantizerState):
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             self._refuse(x)
             raise
-        return y.contiguous(memory_format=memory_format_of(x))
+        return y.contiguous(memory_format=memory_format_of(x)) if self.spec.dims else y
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -334,7 +334,7 @@ class QuantModule(QuantizerState):
     def quantized_weight(self) -> QuantizedWeight:
         """Return the unpacked weights, codes [O, *kernel, C / groups]."""
         if self.engine is not None:
-            codes = self.engine.weight_codes(self.weight_bits, self.weight_offset)
+            codes = self.engine.weight_codes(self)
         else:
             codes = ops.unpack_codes(self.weight_packed, self.weight_bits, self._row_length, self._row_offsets)
         shape = (self.weight_shape[0], *self.weight_shape[2:], self.weight_shape[1])

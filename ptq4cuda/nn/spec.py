@@ -31,22 +31,52 @@ def per_dim(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return given * dims if len(given) == 1 else given
 
 
+Pair = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """The 2-d convolution that a layer is, of images [N, C, H, W]; the padding has the value zero.
+    """How the window of a 2-d convolution moves, as in torch.nn.Conv2d; zeros are on both sides.
 
     Attributes:
         stride, padding, dilation, groups: as in torch.nn.Conv2d.
-        phases: of each output channel it has phases[0] * phases[1], which are the pixels of blocks of this size.
+        phases: the convolution has phases[0] * phases[1] outputs for each of the layer's, a block of pixels of it.
         start: the first of these pixels that the layer returns.
+        extra: how many it returns beyond phases times those of the input; None for all.
     """
 
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] = (0, 0)
-    dilation: tuple[int, ...] = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
     groups: int = 1
-    phases: tuple[int, ...] = (1, 1)
-    start: tuple[int, ...] = (0, 0)
+    phases: Pair = (1, 1)
+    start: Pair = (0, 0)
+    extra: Pair | None = None
+
+    def arranged(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return images [N, O, H, W] of what the convolution makes of images x, y [N, O * phases, A, B]."""
+        if self.extra is None:
+            return y
+        (n, _, a, b), (v, h), (top, left) = y.shape, self.phases, self.start
+        blocks = y.permute(0, 2, 3, 1).reshape(n, a, b, -1, v, h).permute(0, 1, 4, 2, 5, 3)
+        height, width = (size * p + e for size, p, e in zip(x.shape[2:], self.phases, self.extra, strict=True))
+        pixels = blocks.reshape(n, a * v, b * h, -1)[:, top : top + height, left : left + width]
+        return pixels.permute(0, 3, 1, 2)
+
+    def __str__(self) -> str:
+        parts = [
+            "" if max(self.stride) == 1 else f"stride {pair_text(self.stride)}",
+            "" if max(self.padding) == 0 else f"padding {pair_text(self.padding)}",
+            "" if max(self.dilation) == 1 else f"dilation {pair_text(self.dilation)}",
+            "" if self.groups == 1 else f"{self.groups} groups",
+            "" if max(self.phases) == 1 else f"blocks of {pair_text(self.phases)}",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+def pair_text(pair: Pair) -> str:
+    """Return a pair as text, one number where both are the same."""
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,14 +226,14 @@ class LayerSpec:
 
     # --- as a 2-d convolution -----------------------------------------------------------------------------------
 
-    def geometry(self, layer: Any) -> Geometry:
-        """Return the geometry of the 2-d convolution that a quantized layer is.
+    def geometry(self, layer: Any) -> Geometry | None:
+        """Return the geometry of the 2-d convolution that a quantized layer is; None for one without images.
 
         Raises:
             ValueError: it is none; the message says why.
         """
         if not self.dims:
-            return Geometry()
+            return None
         if layer.padding_mode != "zeros":
             raise ValueError(f"its padding has the mode {layer.padding_mode!r}")
         padding = layer.padding
@@ -216,8 +246,9 @@ class LayerSpec:
             self._in_2d(layer.stride, 1), self._in_2d(padding, 0), self._in_2d(layer.dilation, 1), layer.groups
         )
 
-    def _in_2d(self, values: Sequence[int], missing: int) -> tuple[int, ...]:
-        return (missing,) * (2 - self.dims) + tuple(values)
+    def _in_2d(self, values: Sequence[int], missing: int) -> Pair:
+        above, right = (missing,) * (2 - self.dims) + tuple(values)
+        return above, right
 
     def to_2d(self, layer: Any, weight: Tensor) -> Tensor:
         """Return weights [O, *kernel, C / groups] as those of the 2-d convolution, [O * phases, R, S, C / groups]."""
@@ -234,8 +265,8 @@ class LayerSpec:
             return x.reshape(-1, x.shape[-1], 1, 1)
         return x.unsqueeze(-2) if self.dims == 1 else x
 
-    def outputs(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
-        """Return what a layer makes of its input x, given what the 2-d convolution returns, [N, O * phases, A, B]."""
+    def outputs(self, y: Tensor, x: Tensor) -> Tensor:
+        """View images as what a layer returns for its input x."""
         if not self.dims:
             return y.view(*x.shape[:-1], y.shape[1])
         return y.squeeze(-2) if self.dims == 1 else y

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda.activation import IDENTITY, Activation
-from ptq4cuda.execute.engines import IntegerConv2d, IntegerLinear
-from ptq4cuda.execute.program import Geometry, Layer, Value, weight_bytes
+from ptq4cuda.execute.engines import IntegerConv2d, IntegerLayer
+from ptq4cuda.execute.program import Layer, Value, weight_bytes
 from ptq4cuda.nn import QuantConv2d, QuantLinear
+from ptq4cuda.nn.spec import Geometry
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 
 
@@ -114,7 +115,7 @@ def test_two_outputs() -> None:
     linear.weight_offset = torch.full_like(linear.weight_offset, -8.0)
     x = torch.randint(0, 256, (2, 5, 16), dtype=torch.uint8)
     step = Layer.alone(linear, outputs=(Value("values"), Value("codes", replace(second, axis=-1))))
-    outputs = IntegerLinear.of(step)(x)
+    outputs = IntegerLayer.of(step)(x)
     assert [tuple(output.shape) for output in outputs] == [(2, 5, 24)] * 2
 
 

@@ -53,8 +53,14 @@ def interpret(program: LayerProgram, network: nn.Module, *inputs: Tensor) -> Any
         if step.geometry is None:
             y = F.linear(x, weight.double())
         else:
-            g = step.geometry
+            g, flat = step.geometry, x.dim() == 3
+            x = x.unsqueeze(2) if flat else x  # a sequence is an image of height one
             y = torch.conv2d(x, weight.double().movedim(-1, 1), None, g.stride, g.padding, g.dilation, g.groups)
+            if g.extra is not None:  # outputs are blocks of pixels
+                y = y.unflatten(1, (-1, *g.phases)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+                for dim, (size, p, e, first) in enumerate(zip(x.shape[2:], g.phases, g.extra, g.start, strict=True)):
+                    y = y.narrow(2 + dim, first, size * p + e)
+            y = y.squeeze(2) if flat else y
         axis = 1 if step.geometry else -1
         y = y.float() * vector(scale, axis, y.dim())
         y = y if step.bias is None else y + vector(step.bias, axis, y.dim())
@@ -75,7 +81,9 @@ def interpret(program: LayerProgram, network: nn.Module, *inputs: Tensor) -> Any
             found[output] = output.quantizer.quantize(sources[0])
         elif isinstance(step, steps.MaxPool):
             window = (step.kernel_size, step.stride, step.padding, step.dilation, step.ceil_mode)
-            found[output] = F.max_pool2d(sources[0].float(), *window).to(torch.uint8)
+            x = sources[0].unsqueeze(2) if sources[0].dim() == 3 else sources[0]
+            y = F.max_pool2d(x.float(), *window).to(torch.uint8)
+            found[output] = y.squeeze(2) if x is not sources[0] else y
         elif isinstance(step, steps.Concatenate):
             found[output] = torch.cat(sources, 1)
         elif isinstance(step, steps.Reshape):
@@ -93,12 +101,13 @@ def interpret(program: LayerProgram, network: nn.Module, *inputs: Tensor) -> Any
     return map_values(found.__getitem__, program.result)
 
 
-@pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
+@pytest.mark.parametrize("name", [*sorted(architectures.ARCHITECTURES), "audio"])
 @torch.no_grad()
 def test_a_program_is_all_that_a_target_needs(name: str) -> None:
-    batch = architectures.images(2, 64, seed=1)
-    net = architectures.ARCHITECTURES[name](num_classes=10, width=0.25)
-    net = architectures.calibrate_batch_norm(net, architectures.images(4, 64)).eval()
+    make, size = (architectures.waves, 2000) if name == "audio" else (architectures.images, 64)
+    build = architectures.build_audio if name == "audio" else architectures.ARCHITECTURES[name]
+    batch, net = make(2, size, seed=1), build(num_classes=10, width=0.25)
+    net = architectures.calibrate_batch_norm(net, make(4, size)).eval()
     network = quantize(net, [batch], FAST, progress=False)
     expected = network(batch)
     found = interpret(ptq4cuda.program(network), network, batch)
