@@ -7,7 +7,7 @@ from ptq4cuda.artifact.report import report
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.execute.lowering import lower_layers
 from ptq4cuda.execute.program import program
-from ptq4cuda.nn import QuantConv1d, QuantConv2d, QuantLinear
+from ptq4cuda.nn import QuantConv1d, QuantConv2d, QuantConvTranspose1d, QuantConvTranspose2d, QuantLinear
 from ptq4cuda.pipeline import quantize
 from ptq4cuda.quantizer import QuantParams
 
@@ -15,6 +15,8 @@ __all__ = [
     "QuantConfig",
     "QuantConv1d",
     "QuantConv2d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
     "QuantLinear",
     "QuantParams",
     "__version__",

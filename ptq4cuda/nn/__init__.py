@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from ptq4cuda.nn.conv import QuantConv2d
 from ptq4cuda.nn.conv1d import QuantConv1d
-from ptq4cuda.nn.conv_transpose import CONV_TRANSPOSE_1D, CONV_TRANSPOSE_2D, CONV_TRANSPOSE_3D
+from ptq4cuda.nn.conv_transpose import CONV_TRANSPOSE_3D, QuantConvTranspose1d, QuantConvTranspose2d
 from ptq4cuda.nn.linear import QuantLinear
 from ptq4cuda.nn.quant_module import QuantModule
 from ptq4cuda.nn.quant_tensor import QuantTensor
@@ -16,6 +16,8 @@ __all__ = [
     "LayerSpec",
     "QuantConv1d",
     "QuantConv2d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
     "QuantLinear",
     "QuantModule",
     "QuantTensor",
@@ -27,10 +29,10 @@ SPECS: tuple[LayerSpec, ...] = (
     QuantConv2d.spec,
     QuantLinear.spec,
     QuantConv1d.spec,
+    QuantConvTranspose2d.spec,
+    QuantConvTranspose1d.spec,
     # These stay in float; a BatchNorm is folded into them.
     LayerSpec(nn.Conv3d, 3, F.conv3d),
-    CONV_TRANSPOSE_1D,
-    CONV_TRANSPOSE_2D,
     CONV_TRANSPOSE_3D,
 )
 _QUANTIZED = {spec.name: spec.quantized for spec in SPECS if spec.quantized is not None}

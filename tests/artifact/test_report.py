@@ -68,14 +68,14 @@ def test_weight_only_rows_do_not_break(model: nn.Module, images: Tensor) -> None
     class WithUp(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.up = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 2, 2, 2)
+            self.conv, self.up = nn.Conv2d(3, 4, 1), nn.ConvTranspose3d(4, 2, 2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.up(self.conv(x))
+            return self.up(self.conv(x)[:, :, None])
 
     torch.manual_seed(0)
     text = ptq4cuda.report(quantize(WithUp().eval(), [images], progress=False))
     line = next(line for line in text.split("\n") if line.startswith("up"))
     assert "float" in line
-    assert "ConvTranspose2d is not supported" in line
+    assert "ConvTranspose3d is not supported" in line
     assert "reason" in text.split("\n")[0]

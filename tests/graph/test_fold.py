@@ -116,4 +116,4 @@ def test_a_subclass_with_its_own_forward_is_left_alone() -> None:
     assert graph.quantized_spec(Standardized(1, 1, 1)) is None
     assert "forward of its own" in str(graph.why_float(Standardized(1, 1, 1)))
     assert graph.quantized_spec(Renamed(1, 1, 1)) is QuantConv2d.spec
-    assert "ConvTranspose2d" in str(graph.why_float(nn.ConvTranspose2d(1, 1, 1)))
+    assert "ConvTranspose3d" in str(graph.why_float(nn.ConvTranspose3d(1, 1, 1)))
