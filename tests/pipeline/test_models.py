@@ -18,7 +18,6 @@ from ptq4cuda import QuantConfig, QuantConv2d, graph, quantize
 from ptq4cuda.activation import IDENTITY
 from ptq4cuda.artifact.record import LayerRecord, record_of
 from ptq4cuda.bench import architectures
-from ptq4cuda.calibrate import by_graph, by_modules
 from ptq4cuda.calibrate.signals import LayerCall
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
@@ -62,9 +61,10 @@ def sqnr(expected: Any, found: Any) -> float:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[LayerCall]:
     """Check what a solver is told about every layer's input, and list the calls."""
     made: list[LayerCall] = []
+    of = LayerCall.of
 
     def checked(*args: Any, **kwargs: Any) -> LayerCall:
-        call = LayerCall(*args, **kwargs)
+        call = of(*args, **kwargs)
         signal = call.signal
         if signal.before is None:
             assert signal.activation == IDENTITY, call.name
@@ -74,8 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[LayerCall]:
         made.append(copy.copy(call))
         return call
 
-    for walk in (by_graph, by_modules):
-        monkeypatch.setattr(walk, "LayerCall", checked)
+    monkeypatch.setattr(LayerCall, "of", checked)
     return made
 
 
