@@ -63,31 +63,6 @@ PTQ_INLINE int32_t int_code(float x, const Quantizer& q) {
 }
 PTQ_INLINE uint8_t code(float x, const Quantizer& q) { return static_cast<uint8_t>(int_code(x, q)); }
 
-// The same in fewer instructions, for a quantizer whose zero point is at most kSmallZeroPoint and values that are not
-// NaN. A float of this size has no room for fractions: the sum is rounded to an integer, half to even, and its lowest
-// bits are that integer. What is clamped before is clamped after, since the limits survive the rounding.
-constexpr float kSmallZeroPoint = 1 << 21;
-constexpr float kRoundingShift = 3 << 22;
-constexpr uint32_t kRoundingBits = 0x4b400000;  // of kRoundingShift
-
-struct CodeRange {
-    float inv_scale;
-    float least, largest;  // of code - zero_point, after an activation that only clamps too
-};
-
-// Clamps to the limits of a quantizer and before that, in units of its steps, to [low, high].
-PTQ_INLINE CodeRange code_range(const Quantizer& q, float low, float high) {
-    const float least = 0.0f - q.zero_point, largest = q.qmax - q.zero_point;
-    const auto clamp = [&](float x) { return fminf(fmaxf(x, least), largest); };
-    return {q.inv_scale, clamp(fminf(low, high)), clamp(high)};
-}
-
-// code - zero_point + kRoundingBits
-PTQ_INLINE uint32_t shifted_code(float x, const CodeRange& range) {
-    const float t = fminf(fmaxf(x * range.inv_scale, range.least), range.largest);
-    return std::bit_cast<uint32_t>(t + kRoundingShift);
-}
-
 PTQ_INLINE float value(float code, const Quantizer& q) { return (code - q.zero_point) * q.scale; }
 
 // Quantize and dequantize; NaN stays NaN.

@@ -19,7 +19,10 @@ def test_resnet50_by_count() -> None:
 
 def test_the_slower_bound_decides_and_codes_of_few_bits_cost_less() -> None:
     tiles = [(strips, warps) for strips in (1, 2) for warps in (1, 2, 4)]
-    kernels = {f"conv_kernel<{strips}, {warps}, 16, true>": {"slots": 70.0} for strips, warps in tiles}
+    kernels = {
+        f"conv_kernel<{strips}, {warps}, 16, true>": {"slots": 70.0, "prologue": 900.0} for strips, warps in tiles
+    }
+    kernels["finish_kernel<Packed, None, None>"] = {"finish": 10.0}
     layer = conv_estimate.Layer("conv", 256, 256, 28, 3)
     wide, narrow = (conv_estimate.estimate(layer, 64, high, kernels) for high in (0.5, 0.0))
     assert wide.seconds == max(wide.issue, wide.memory)

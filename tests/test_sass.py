@@ -86,6 +86,29 @@ def test_of_several_loops_those_that_move_most_are_the_main_ones():
     assert [opcodes(path) for path in paths] == [["IMMA", "BRA"], ["LDS", "STG", "BRA"], ["LDG", "BRA"]]
 
 
+def test_the_longest_ways_before_a_loop_and_through_it() -> None:
+    listing = """
+        Function : kernel
+        /*0000*/               @P0 BRA 0x20 ;
+        /*0010*/                   MOV R1, R2 ;
+        /*0020*/                   LDS R1, [R2] ;
+        /*0030*/               @P1 BRA 0x20 ;
+        /*0040*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0050*/               @P2 BRA 0xa0 ;
+        /*0060*/                   FADD R4, R4, R8 ;
+        /*0070*/               @P3 BRA 0xa0 ;
+        /*0080*/                   STG.E.U8 desc[UR4][R2.64], RZ ;
+        /*0090*/               @P4 BRA 0x80 ;
+        /*00a0*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*00b0*/               @P5 BRA 0x40 ;
+        /*00c0*/                   EXIT ;
+    """
+    code = sass.Code(sass.parse(listing)["kernel"])
+    path = code.finishing()
+    assert opcodes(path) == ["LDG", "BRA", "FADD", "BRA", "STG", "BRA"]  # without what fills up
+    assert opcodes(code.before(path)) == ["BRA", "MOV", "LDS", "BRA"]
+
+
 @pytest.mark.parametrize(
     ("threads", "registers", "shared", "blocks"),
     [(256, 32, 0, 8), (256, 64, 0, 4), (256, 65, 0, 3), (512, 128, 0, 1), (128, 16, 0, 16), (32, 16, 0, 32),
@@ -95,7 +118,8 @@ def test_blocks_of_a_multiprocessor(threads, registers, shared, blocks):
     assert sass.resident_blocks(threads, registers, shared) == blocks
 
 
-ROW = {"registers": 40, "stack": 0, "blocks": 4, "divisions": 1, "loads": "16", "stores": "16 4", "instructions": 9.5}
+ROW = {"registers": 40, "stack": 0, "blocks": 4, "divisions": 1, "loads": "16", "stores": "16 4", "instructions": 9.5,
+       "finish": 20.0, "prologue": 900}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -108,6 +132,8 @@ ROW = {"registers": 40, "stack": 0, "blocks": 4, "divisions": 1, "loads": "16", 
         ({"stack": 8}, "stack 0 -> 8"),
         ({"blocks": 3}, "blocks 4 -> 3"),
         ({"divisions": 2}, "divisions 1 -> 2"),
+        ({"finish": 20.5}, "finish 20.0 -> 20.5"),
+        ({"prologue": 901}, "prologue 900 -> 901"),
         ({"loads": "16 2"}, "loads of 16 bytes -> 16 2"),
     ],
 )

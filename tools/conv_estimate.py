@@ -2,7 +2,8 @@
 
     python tools/conv_estimate.py [--batch 64] [--high 0.3]
 
-The issue slots of a main loop are those of benchmarks/sass.json, the blocks those of the plan that the host makes. A
+The issue slots of a main loop, of what is before it and of finishing an output are those of benchmarks/sass.json, the
+blocks those of the plan that the host makes. A
 layer takes as long as the multiprocessor with most blocks issues them, at 60 % of its slots, or as its bytes take at
 the pace of a copy, whichever is more. It is a bound from counting and no time: latency, bank conflicts and the
 second-level cache are not in it.
@@ -24,11 +25,6 @@ from ptq4cuda.ops.plan import conv_plan  # noqa: E402
 
 MULTIPROCESSORS, CLOCK, ISSUE, COPY = 132, 1.75e9, 0.6, 3.0e12
 LAUNCH = 3e-6  # seconds, of the kernel that adds up shares
-PROLOGUE = 700  # instructions of a warp before its first chunk, constants of the block included
-# Instructions for an output, counted in finish_octet compiled for each kind alone: (residual, second output) with
-# packed codes that have high nibbles, and float values.
-PACKED = {(False, False): 14.9, (True, False): 20.2, (False, True): 21.8, (True, True): 27.7}
-VALUES = 5.7
 
 
 @dataclass(frozen=True)
@@ -96,8 +92,12 @@ def estimate(layer: Layer, batch: int, high: float, kernels: dict[str, dict[str,
     plan = conv_plan(pixels, layer.outputs, 1, chunks, layer.packed, vectors, MULTIPROCESSORS)
     strips, warps = plan.tile[0] // 64, plan.tile[1] // 32
     kernel = f"conv_kernel<{strips}, {warps}, {16 if vectors else 4}, {str(layer.packed).lower()}>"
-    finish = VALUES if layer.name == "fc" else PACKED[layer.residual, layer.second]
-    slots = PROLOGUE + -(-chunks // plan.splits) * 2 * kernels[kernel]["slots"] + 64 * finish
+    out = "float" if layer.name == "fc" else "Packed"
+    finisher = (
+        f"finish_kernel<{out}, {'Residual' if layer.residual else 'None'}, {'Bytes' if layer.second else 'None'}>"
+    )
+    slots = kernels[kernel]["prologue"] + 64 * kernels[finisher]["finish"]
+    slots += -(-chunks // plan.splits) * 2 * kernels[kernel]["slots"]
     issue = plan.busiest * strips * warps * slots / (4 * ISSUE * CLOCK)
     outputs = pixels * layer.outputs
     out = 4 * outputs if layer.name == "fc" else pixels * pixel_bytes(layer.outputs)

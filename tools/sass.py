@@ -12,8 +12,10 @@ How it counts. The instructions of a kernel form blocks and loops. A main loop i
 the loads and stores of global memory, or the matrix products. An iteration takes the path that moves most bytes in
 the widest accesses, which are whole vectors, and of such paths the longest: no instruction is left out that a usual
 iteration might need. How many values it handles follows from the bytes that it loads or stores. A kernel of several
-loops, each of which handles all values, costs their sum. Nothing here is a time: memory latency, bank conflicts and
-the cache are not counted.
+loops, each of which handles all values, costs their sum. What a convolution does before its main loop is the longest
+way there, each loop on it taken once; what it does with its sums is counted in the kernels of tools/conv_finish.cu,
+on the longest way through, where every channel has high nibbles. Nothing here is a time: memory latency, bank
+conflicts and the cache are not counted.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ import build_config
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "sass.json"
 DOCUMENT = ROOT / "docs" / "performance.md"
+FINISH = ROOT / "tools" / "conv_finish.cu"  # kernels that are only counted
 ARCHITECTURE = "sm_90"
 
 # --- the machine: an H100 SXM, by data sheet but for the copy, which is measured ------------------------------------
@@ -96,6 +99,7 @@ class Work:
         written: the same of what is written.
         loops: how many loops handle all values, one after the other.
         rare_cases: an iteration of the main loop branches only into cases that are rare: its shortest path counts.
+        finishes: an iteration finishes sums, which it loads 16 bytes at a time.
         shared: bytes of shared memory that a launch asks for, from the match of the name.
     """
 
@@ -104,6 +108,7 @@ class Work:
     written: float = 0.0
     loops: int = 1
     rare_cases: bool = False
+    finishes: bool = False
     shared: Callable[[re.Match[str]], int] = lambda match: 0
 
     def bytes_of_value(self, match: re.Match[str]) -> tuple[float, float]:
@@ -144,6 +149,7 @@ WORK = (
     Work(r"(rows|columns)_kernel<(?P<read>\w+), (?P<vector>\d+), \w+, \w+>"),
     Work(r"histogram_(rows|columns)_kernel<(?P<read>\w+), (?P<vector>\d+)>", shared=lambda match: 48 << 10),
     Work(r"conv_kernel<(?P<strips>\d+), (?P<warps>\d+), \d+, (?P<packed>\w+)>", rare_cases=True, shared=_conv_shared),
+    Work(r"finish_kernel<\w+, \w+, \w+>", finishes=True),
 )
 
 
@@ -402,6 +408,44 @@ class Code:
             address = best[address][2]
         return [i for a in reversed(blocks) for i in self.blocks[a].instructions]
 
+    def longest_way(self, start: int, ends: Iterable[int], blocks: Iterable[int]) -> list[Instruction]:
+        """Return the instructions of the longest way from one block to one of others through `blocks`."""
+        place = {address: i for i, address in enumerate(self._order)}
+        allowed = {*blocks, *ends}
+        ways = {start: (len(self.blocks[start].instructions), -1)}  # instructions, predecessor
+        for address in self._order:
+            if address not in ways or (address in ends and address != start):
+                continue
+            for successor in self.blocks[address].successors:
+                length = ways[address][0] + len(self.blocks[successor].instructions)
+                forward = place[successor] > place[address]
+                if successor in allowed and forward and length > ways.get(successor, (0, -1))[0]:
+                    ways[successor] = length, address
+        address = max((end for end in ends if end in ways), key=lambda end: ways[end][0])
+        way: list[int] = []
+        while address != -1:
+            way.append(address)
+            address = ways[address][1]
+        return [i for a in reversed(way) for i in self.blocks[a].instructions]
+
+    def before(self, path: Sequence[Instruction]) -> list[Instruction]:
+        """Return the instructions of the longest way to the first one of a path, each loop taken once."""
+        first = path[0].address
+        way = self.longest_way(self.instructions[0].address, [first], self.blocks)
+        return [i for i in way if i.address not in {i.address for i in self.blocks[first].instructions}]
+
+    def finishing(self) -> list[Instruction]:
+        """Return the longest way through the loop with most loads of 16 bytes, loops inside of it left out."""
+
+        def loads(loop: Loop) -> int:
+            own = (i for a in loop.blocks - loop.inner for i in self.blocks[a].instructions)
+            return sum(i.loads and i.bytes == 16 for i in own)
+
+        loop = max(self.loops, key=loads)
+        own = loop.blocks - loop.inner
+        latches = [a for a in own if loop.header in self.blocks[a].successors]
+        return self.longest_way(loop.header, latches, own)
+
     def main_loops(
         self, count: int, shortest: bool = False, widths: Mapping[bool, int] | None = None
     ) -> list[list[Instruction]]:
@@ -548,6 +592,11 @@ def figures(kernel: Kernel) -> dict[str, Any]:
         "blocks": resident_blocks(kernel.threads, kernel.registers, shared),
         "divisions": kernel.divisions,
     }
+    if work.finishes:
+        path = code.finishing()
+        sums = sum(i.loads and i.bytes == 16 for i in path)
+        row["finish"] = round((len(path) - sums) / (4 * sums), 2)
+        return row
     paths = kernel.main_loops
     row["loads"] = kernel.widths(loads=True)
     row["stores"] = kernel.widths(loads=False)
@@ -556,6 +605,7 @@ def figures(kernel: Kernel) -> dict[str, Any]:
     products = sum(i.base in MMA for i in paths[0])
     if products:
         row["slots"] = round(16 * len(paths[0]) / products, 1)
+        row["prologue"] = len(code.before(paths[0]))
         return row
     read, written = work.bytes_of_value(match)
     instructions, cycles = 0.0, 0.0
@@ -611,8 +661,13 @@ def table(kernels: Mapping[str, Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     products = [
-        "| kernel | registers | stack | shared | blocks | 64-bit divisions | slots / 16 products | tensor cores |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | registers | stack | shared | blocks | 64-bit divisions | before the main loop | "
+        "slots / 16 products | tensor cores |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    finish = [
+        "| finish_kernel: output, residual, second output | instr. / output |",
+        "|---|---|",
     ]
     for name, row in kernels.items():
         if "BFloat16" in name:
@@ -625,10 +680,12 @@ def table(kernels: Mapping[str, Mapping[str, Any]]) -> str:
             )
         elif "slots" in row:
             products.append(
-                f"{begin} {row['shared']} | {row['blocks']} | {row['divisions']} | {row['slots']:.0f} | "
-                f"{tensor_share(row):.0%} |"
+                f"{begin} {row['shared']} | {row['blocks']} | {row['divisions']} | {row['prologue']} | "
+                f"{row['slots']:.0f} | {tensor_share(row):.0%} |"
             )
-    return "\n".join([*memory, "", *products])
+        elif "finish" in row:
+            finish.append(f"| `{name}` | {row['finish']:.1f} |")
+    return "\n".join([*memory, "", *products, "", *finish])
 
 
 # --- the expectation -----------------------------------------------------------------------------------------------
@@ -640,13 +697,13 @@ def worse(name: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> l
     More registers are worse only where fewer blocks fit for them, and so is more shared memory.
     """
     sentences = []
-    for key in ("stack", "divisions", "instructions", "units", "slots"):
+    for key in ("stack", "divisions", "instructions", "units", "slots", "prologue", "finish"):
         if key in expected and found.get(key, 0) > expected[key]:
             sentences.append(f"{name}: {key} {expected[key]} -> {found[key]}")
     if found["blocks"] < expected["blocks"]:
         sentences.append(f"{name}: blocks {expected['blocks']} -> {found['blocks']}")
     for key in ("loads", "stores"):
-        narrowest = [min(map(int, row[key].split()), default=16) for row in (expected, found)]
+        narrowest = [min(map(int, row.get(key, "").split()), default=16) for row in (expected, found)]
         if narrowest[1] < narrowest[0]:
             sentences.append(f"{name}: {key} of {expected[key]} bytes -> {found[key]}")
     return sentences
@@ -685,7 +742,7 @@ def compile_kernels(folder: Path) -> None:
     from torch.utils import cpp_extension
 
     includes = [f"-I{path}" for path in [str(ROOT / "csrc"), *cpp_extension.include_paths()]]
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for source in [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), FINISH]:
         architecture = f"-gencode=arch={ARCHITECTURE.replace('sm', 'compute')},code={ARCHITECTURE}"
         flags = [*build_config.NVCC_FLAGS, *includes, "-Xcompiler=-fPIC", architecture]
         _run([_tool("nvcc"), "-c", *flags, str(source), "-o", str(folder / f"{source.stem}.o")])

@@ -300,14 +300,9 @@ __global__ void __launch_bounds__(Tile<kStrips, kPixelWarps, kUnit, packed>::thr
     if (has_zeros)
         subtract_zeros<kPixels>(problem, window, constants[warp_strip], octet, pixel, group_output + mine, count, sum,
                                 place);
-    if (!is_share) {
-#pragma unroll
-        for (int half = 0; half < kPixels; half += kPixels / 2)  // fewer registers
-            finish<kPixels / 2>(
-                problem, output, constants[warp_strip], octet, pixel, window.pixels, group_output + mine, count,
-                [&](int j, int p) -> int& { return sum(j, p + half); }, [&](int p) { return place(p + half); });
-        return;
-    }
+    if (!is_share)
+        return finish<kPixels>(problem, output, constants[warp_strip], octet, pixel, window.pixels,
+                               group_output + mine, count, sum, place);
     if (count <= 0) return;
     int32_t* share =
         static_cast<int32_t*>(output.y) + split * product.share_sums + group * product.share_outputs + mine;
@@ -368,14 +363,15 @@ __global__ void __launch_bounds__(kStripThreads)
     int sums[kOctet][kStripPixels] = {};
     if (my.output >= strips.group_outputs) return;
     const int share_row = product.share_outputs * static_cast<int>(strips.groups.divisor);
-    const int32_t* share = shares + int64_t{my.pixel} * share_row + my.group * product.share_outputs + my.output;
+    const int32_t* share = shares + my.group * product.share_outputs + my.output;
     for (int split = 0; split < static_cast<int>(product.splits.divisor); ++split, share += product.share_sums)
 #pragma unroll
         for (int p = 0; p < kStripPixels; ++p) {
-            if (my.pixel + p * kPixelStep >= product.window.pixels) continue;
+            const int32_t* of_pixel =
+                row_of(share, min(my.pixel + p * kPixelStep, product.window.pixels - 1), share_row);
 #pragma unroll
             for (int j = 0; j < kOctet; j += 4) {
-                const Vector<int32_t, 4> four = load<4>(share + int64_t{p * kPixelStep} * share_row + j, true);
+                const Vector<int32_t, 4> four = load<4>(of_pixel + j, true);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sums[j + i][p] += four.at[i];
             }
@@ -497,17 +493,19 @@ struct Cuda {
         // Pixels of a launch are counted in 31 bits.
         const int64_t images = std::max<int64_t>(1, (2 * limit - 1024) / std::max(s.out.area(), s.in.area()));
         ConvProblem part = problem;
+        part.out_packing.bytes = bytes_of(problem.out_packing, s.out_channels);
+        part.also_packing.bytes = bytes_of(problem.also_packing, s.out_channels);
         for (int64_t first = 0; first < s.batch; first += images) {
             part.shape.batch = std::min(images, s.batch - first);
             const auto behind = [&](auto*& p, int64_t bytes) {
                 if (p) p += first * bytes;
             };
             part.x = problem.x + first * s.in.area() * s.pixel_bytes();
-            output.y = y + first * s.out.area() * row_of(problem.out_packing, s.out_channels);
+            output.y = y + first * s.out.area() * part.out_packing.bytes;
             part.residual = problem.residual;
             part.also = problem.also;
             behind(part.residual, s.out.area() * s.out_channels);
-            behind(part.also, s.out.area() * row_of(problem.also_packing, s.out_channels));
+            behind(part.also, s.out.area() * part.also_packing.bytes);
             if (s.depthwise()) {
                 depthwise(part, output, stream);
             } else {
@@ -517,8 +515,8 @@ struct Cuda {
     }
 
 private:
-    static int64_t row_of(const Packing& packing, int64_t channels) {
-        return packing.starts ? packing.bytes : channels;
+    static int32_t bytes_of(const Packing& packing, int64_t channels) {
+        return packing.starts ? packing.bytes : static_cast<int32_t>(channels);
     }
 
     // Bytes of a pixel when groups are filled up to words.

@@ -1,9 +1,10 @@
 // What becomes of the sums of a convolution: values or codes, packed or not, after a residual and an activation.
 //
-// A thread finishes an octet of channels for some pixels. It takes the octet channel by channel: what the channel
-// needs is read from shared memory once and serves all of the pixels. Branches on what a layer has, which are the
-// same for all threads, are taken once for them too. Codes gather in two words a pixel, as bytes, those of the even
-// channels and those of the odd ones: a shift and a mask make of them the nibbles of a packed octet.
+// A thread finishes an octet of channels for some pixels, step by step: all values are scaled, then all residuals
+// added, and so on, in the registers of the sums. Whether a layer has a step is asked once, and what the step needs
+// of a channel is read from shared memory once for all of the pixels. Codes gather in two words a pixel, as bytes,
+// those of the even channels and those of the odd ones: a shift and a mask make of them the nibbles of a packed
+// octet.
 //
 // The constants of a strip of 64 outputs are worked out by the block before its sums are ready. Where one of them is
 // such that a short cut would not be exact (numerics.h), where an octet is not whole or memory not aligned, the octet
@@ -26,9 +27,34 @@ struct Output {
     bool clamps;   // all outputs are codes, and the activation does nothing but clamp
 };
 
+// The code of a value in three instructions, for a quantizer whose zero point is at most kSmallZeroPoint and values
+// that are not NaN. In units of 2^-24 a code is the last bits of a float from 0.5 to 1, where there is no room for
+// fractions: the sum with 0.75 is rounded to an integer, half to even. All that is beyond becomes 0 or 1 with it.
+constexpr float kSmallZeroPoint = 1 << 21;
+constexpr int32_t kRoundingBits = 0x3f400000;  // of 0.75
+
+struct alignas(16) CodeRange {
+    float factor;             // 2^-24 / scale
+    int32_t offset, largest;  // from the bits of the sum to the code, and the largest code
+
+    static constexpr float kLeastInverse = 0x1p-100f;  // of a scale: its product with 2^-24 is exact
+
+    CodeRange() = default;
+    // Clamps to the limits of a quantizer and before that, in units of its steps, to `high`. (What is clamped before
+    // it is rounded is clamped after, since limits are rounded as values are.)
+    __device__ __forceinline__ CodeRange(const Quantizer& q, float high) : factor(q.inv_scale * 0x1p-24f) {
+        const int32_t zero_point = static_cast<int32_t>(q.zero_point);
+        offset = zero_point - kRoundingBits;
+        largest =
+            static_cast<int32_t>(rintf(fminf(fmaxf(high, 0.0f - q.zero_point), q.qmax - q.zero_point))) + zero_point;
+    }
+    __device__ __forceinline__ uint32_t operator()(float x) const {
+        return add_clamped(std::bit_cast<int32_t>(__saturatef(x * factor + 0.75f)), offset, largest);
+    }
+};
+
 // How the codes of an octet are put together and where they go.
 struct alignas(16) OctetCodes {
-    uint32_t even, odd;      // what the words of the codes begin with: minus what shifted_code adds to them
     uint32_t first, second;  // which bytes of the two words have the high nibbles at even places, at odd places
     uint32_t first_mask, second_mask;  // which of these places there are
     int32_t begin, bytes;              // of a pixel: where they are
@@ -36,19 +62,16 @@ struct alignas(16) OctetCodes {
 
 // A strip's constants by [channel of the octet][octet], so that the lanes of a warp read them from different banks.
 struct Constants {
-    using Four = Vector<float, 4>;
-    Four affine[kOctet][kOctets];  // scale, bias, minus shifted zero point and scale of the residual
-    Four out[kOctet][kOctets], also[kOctet][kOctets];  // CodeRange
+    using Pair = Vector<float, 2>;
+    Pair affine[kOctet][kOctets], residual[kOctet][kOctets];  // scale, bias; minus shifted zero point, scale
+    CodeRange out[kOctet][kOctets], also[kOctet][kOctets];
     OctetCodes out_codes[kOctets], also_codes[kOctets];
     int32_t zeros[kOctet][kOctets];  // zero_sums of all taps
     int32_t careful[kOctets];        // whether the octet is finished value by value
+    int32_t activates[kOctets];      // whether its codes do not clamp as a ReLU does
     uint32_t
         byte_bits;  // kByteBits, where the compiler cannot know it: it would bring it to a register for each byte
 };
-
-__device__ __forceinline__ CodeRange range_of(const Constants::Four& four) {
-    return {four.at[0], four.at[1], four.at[2]};
-}
 
 // A code as the last bits of a float: exact, and an instruction.
 constexpr float kByteShift = 1 << 23;
@@ -124,18 +147,19 @@ __device__ __forceinline__ void prepare(const ConvProblem& problem, const Output
         const int j = c % kOctet, octet = c % kStrip / kOctet, channel = first + c;
         const bool exists = channel < end;
         bool plain = exists && output.vectors;
-        Constants::Four affine{};
+        bool activates =
+            !output.clamps && (problem.activation.negative_slope != 1.0f || problem.activation.upper != INFINITY);
+        Constants::Pair affine{}, residual{};
         if (exists) {
-            affine.at[0] = problem.scale[channel];
-            affine.at[1] = problem.bias[channel];
+            affine = {{problem.scale[channel], problem.bias[channel]}};
             plain = plain && fabsf(affine.at[0]) < 0x1p60f && fabsf(affine.at[1]) < 0x1p60f;
             if (problem.residual) {
                 const Quantizer q = problem.residual_quantizer[channel];
-                affine.at[2] = 0.0f - (kByteShift + q.zero_point);
-                affine.at[3] = q.scale;
+                residual = {{0.0f - (kByteShift + q.zero_point), q.scale}};
                 plain = plain && fabsf(q.zero_point) <= kSmallZeroPoint && fabsf(q.scale) < 0x1p60f;
             }
         }
+        to.residual[j][octet] = residual;
         to.affine[j][octet] = affine;
         if (has_zeros) {
             int32_t sum = 0;
@@ -144,29 +168,21 @@ __device__ __forceinline__ void prepare(const ConvProblem& problem, const Output
             to.zeros[j][octet] = sum;
         }
         const auto prepare_codes = [&](const QuantizerTable& table, const Packing& packing,
-                                       Constants::Four(&ranges)[kOctet][kOctets], OctetCodes(&octets)[kOctets]) {
-            const Quantizer q = exists ? table[channel] : Quantizer{1.0f, 1.0f, 0.0f, 0.0f};
-            plain = plain && fabsf(q.zero_point) <= kSmallZeroPoint && q.inv_scale > 0.0f && q.inv_scale < INFINITY;
-            const bool folds = output.clamps;
-            const CodeRange range =
-                code_range(q, folds && problem.activation.negative_slope == 0.0f ? 0.0f : -INFINITY,
-                           folds ? problem.activation.upper * q.inv_scale : INFINITY);
-            ranges[j][octet] = {{range.inv_scale, range.least, range.largest, 0.0f}};
+                                       CodeRange(&ranges)[kOctet][kOctets], OctetCodes(&octets)[kOctets]) {
+            Quantizer q = exists ? table[channel] : Quantizer{1.0f, 1.0f, 0.0f, 0.0f};
+            const bool small = fabsf(q.zero_point) <= kSmallZeroPoint;
+            if (!small) q.zero_point = 0.0f;
+            plain = plain && small && q.inv_scale >= CodeRange::kLeastInverse && q.inv_scale < INFINITY;
+            activates = activates || (problem.activation.negative_slope == 0.0f && q.zero_point > 0.0f);
+            ranges[j][octet] = CodeRange(q, output.clamps ? problem.activation.upper * q.inv_scale : INFINITY);
 
             const int lane = c % 32;
-            const int32_t zero_point =
-                fabsf(q.zero_point) <= kSmallZeroPoint ? static_cast<int32_t>(q.zero_point) : 0;
-            uint32_t begins = (static_cast<uint32_t>(zero_point) - kRoundingBits) << j / 2 * 8;
-            begins += __shfl_xor_sync(kAll, begins, 2);
-            begins += __shfl_xor_sync(kAll, begins, 4);
             const unsigned high = __ballot_sync(kAll, q.qmax > 15.0f) >> (lane & 24) & 0xff;
             const int place = __popc(high & ((1u << j) - 1)), count = __popc(high);
             uint32_t selector = high >> j & 1 ? (j / 2 + j % 2 * 4u) << (place / 2 * 4 + place % 2 * 16) : 0;
             for (int lanes = 1; lanes < kOctet; lanes *= 2) selector |= __shfl_xor_sync(kAll, selector, lanes);
             OctetCodes& codes = octets[octet];
-            if (j == 1) codes.odd = begins;
             if (j != 0) return;
-            codes.even = begins;
             codes.first = selector & 0xffff;
             codes.second = selector >> 16;
             codes.begin = codes.bytes = 0;
@@ -181,7 +197,9 @@ __device__ __forceinline__ void prepare(const ConvProblem& problem, const Output
             prepare_codes(problem.out_quantizer, problem.out_packing, to.out, to.out_codes);
         if (problem.also) prepare_codes(problem.also_quantizer, problem.also_packing, to.also, to.also_codes);
         const unsigned all_plain = __ballot_sync(kAll, plain) >> (c % 32 & 24) & 0xff;
+        const unsigned any_activates = __ballot_sync(kAll, activates) >> (c % 32 & 24) & 0xff;
         if (j == 0) to.careful[octet] = all_plain != 0xff;
+        if (j == 0) to.activates[octet] = any_activates != 0;
         if (c % kStrip == 0) to.byte_bits = kByteBits;
     }
 }
@@ -241,17 +259,12 @@ PTQ_NOINLINE __device__ void finish_carefully(const ConvProblem& problem, const 
 
 // --- octets of some pixels -----------------------------------------------------------------------------------------
 
-// Stores the codes of an octet of a pixel, bytes of even and of odd channels.
-__device__ __forceinline__ void put_bytes(uint8_t* to, const uint32_t (&words)[2]) {
-    const Vector<uint32_t, 2> bytes{
-        {__byte_perm(words[0], words[1], 0x5140), __byte_perm(words[0], words[1], 0x7362)}};
-    store<2>(reinterpret_cast<uint32_t*>(to), bytes, true);
-}
+using OctetBytes = Vector<uint32_t, 2>;
 
 // The codes of an octet of a pixel packed: the low nibbles; the high ones as far as there are any, one behind the
 // other.
 __device__ __forceinline__ uint32_t low_nibbles(const uint32_t (&words)[2]) {
-    return (words[0] & 0x0f0f0f0f) | (words[1] << 4 & 0xf0f0f0f0);
+    return select_bits(0x0f0f0f0f, words[0], words[1] << 4);
 }
 __device__ __forceinline__ uint32_t high_nibbles(const OctetCodes& codes, const uint32_t (&words)[2]) {
     return (__byte_perm(words[0], words[1], codes.first) >> 4 & codes.first_mask) |
@@ -286,8 +299,7 @@ __device__ __forceinline__ void subtract_zeros(const ConvProblem& problem, const
     const int last_down = (window.rows - 1) * window.down_step, last_right = (window.columns - 1) * window.right_step;
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-        if (pixel + place(p) >= window.pixels) continue;
-        const Pixel at(window, pixel + place(p));
+        const Pixel at(window, min(pixel + place(p), window.pixels - 1));
         if (at.row >= 0 && at.row + last_down < window.height_in && at.column >= 0 &&
             at.column + last_right < window.width_in)
             continue;
@@ -312,99 +324,108 @@ __device__ __forceinline__ void finish_octet(const ConvProblem& problem, const O
                                              const Sum& sum, const Place& place) {
     const int channels = static_cast<int>(problem.shape.out_channels);
     const bool has_residual = problem.residual, has_codes = output.dtype == ScalarType::Byte, has_also = problem.also;
-    const bool activates =
-        !output.clamps && (problem.activation.negative_slope != 1.0f || problem.activation.upper != INFINITY);
-    // Calls f(p, pixels behind `pixel`) for the pixels that exist. Addresses are those of `pixel`, 64 bits, and a
-    // product of 32 bits from there on.
-    const auto for_each_pixel = [&](const auto& f) {
+    // Calls f(p, the octet's part of pixel p) for all pixels, of rows of `row` elements, of pixel 0 at `part`. Pixels
+    // that do not exist are the last one once more, with its sums: their bytes are stored again.
+    const auto for_each_pixel = [&](auto* part, int row, const auto& f) {
 #pragma unroll
-        for (int p = 0; p < P; ++p)
-            if (place(p) < pixels - pixel) f(p, int64_t{place(p)});
+        for (int p = 0; p < P; ++p) f(p, row_of(part, min(pixel + place(p), pixels - 1), row));
     };
-    const uint32_t byte_bits = constants.byte_bits;
-    Vector<uint32_t, 2> residual[P] = {};
-    if (has_residual) {
-        const uint8_t* from = problem.residual + int64_t{pixel} * channels + first;
-        for_each_pixel([&](int p, int64_t behind) {
-            residual[p] = load<2>(reinterpret_cast<const uint32_t*>(from + behind * channels), true);
+    // Replaces what is in the register of each sum: step(channel) gives a function of p and of the register.
+    const auto each = [&](const auto& step) {
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) {
+            const auto f = step(j);
+#pragma unroll
+            for (int p = 0; p < P; ++p) sum(j, p) = std::bit_cast<int>(f(p, sum(j, p)));
+        }
+    };
+    const auto scale = [&] {
+        each([&](int j) {
+            const Constants::Pair affine = constants.affine[j][octet];
+            return [=](int, int total) { return scaled_sum(total, affine.at[0], affine.at[1]); };
         });
-    }
-    uint32_t codes[P][2] = {}, also[P][2] = {};  // of even and of odd channels
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-        const Constants::Four affine = constants.affine[j][octet];
-        float x[P];
-#pragma unroll
-        for (int p = 0; p < P; ++p) x[p] = scaled_sum(sum(j, p), affine.at[0], affine.at[1]);
-        if (has_residual) {
-#pragma unroll
-            for (int p = 0; p < P; ++p) {
+    };
+    if (has_residual) {
+        const uint32_t byte_bits = constants.byte_bits;
+        OctetBytes residual[P];
+        for_each_pixel(problem.residual + first, channels, [&](int p, const uint8_t* bytes) {
+            residual[p] = load<2>(reinterpret_cast<const uint32_t*>(bytes), true);
+        });
+        scale();
+        each([&](int j) {
+            const Constants::Pair of_residual = constants.residual[j][octet];
+            return [=, &residual](int p, int bits) {
                 const uint32_t byte = __byte_perm(residual[p].at[j / 4], byte_bits, 0x7650 + j % 4);
-                x[p] += (std::bit_cast<float>(byte) + affine.at[2]) * affine.at[3];
-            }
-        }
-        if (activates) {
-#pragma unroll
-            for (int p = 0; p < P; ++p)
-                x[p] = activated(x[p], problem.activation.negative_slope, problem.activation.upper);
-        }
-        const auto gather = [&](const Constants::Four& four, const OctetCodes& begins, uint32_t (&words)[P][2]) {
-            const CodeRange range = range_of(four);
-            if (j < 2) {
-                const uint32_t begin = j == 0 ? begins.even : begins.odd;
-#pragma unroll
-                for (int p = 0; p < P; ++p) words[p][j] = begin;
-            }
-#pragma unroll
-            for (int p = 0; p < P; ++p) words[p][j % 2] += shifted_code(x[p], range) << j / 2 * 8;
-        };
-        if (has_codes) {
-            gather(constants.out[j][octet], constants.out_codes[octet], codes);
-        } else {
-#pragma unroll
-            for (int p = 0; p < P; ++p) sum(j, p) = std::bit_cast<int32_t>(x[p]);
-        }
-        if (has_also) gather(constants.also[j][octet], constants.also_codes[octet], also);
+                return std::bit_cast<float>(bits) +
+                       (std::bit_cast<float>(byte) + of_residual.at[0]) * of_residual.at[1];
+            };
+        });
+    } else {
+        scale();
     }
+    if (constants.activates[octet])
+        each([&](int) {
+            const Activation activation = problem.activation;
+            return [=](int, int bits) {
+                return activated(std::bit_cast<float>(bits), activation.negative_slope, activation.upper);
+            };
+        });
 
-    const auto put_codes = [&](uint8_t* to, const Packing& packing, const OctetCodes& in_shared,
-                               const uint32_t (&words)[P][2]) {
+    const auto put_codes = [&](uint8_t* to, const Packing& packing, const CodeRange(&ranges)[kOctet][kOctets],
+                               const OctetCodes& in_shared) {
+        uint32_t words[P][2] = {};
+        // word(j) is the one that takes the code of channel j, behind that of the channel before.
+        const auto gather = [&](const auto& word) {
+#pragma unroll
+            for (int j = kOctet - 1; j >= 0; --j) {
+                const CodeRange range = ranges[j][octet];
+#pragma unroll
+                for (int p = 0; p < P; ++p) {
+                    uint32_t& codes = words[p][word(j)];
+                    codes = codes * 256 + range(std::bit_cast<float>(sum(j, p)));
+                }
+            }
+        };
         if (!packing.starts) {
-            to += int64_t{pixel} * channels + first;
-            for_each_pixel([&](int p, int64_t behind) { put_bytes(to + behind * channels, words[p]); });
-        } else {
-            const OctetCodes of_octet = in_shared;
-            const int row = packing.bytes;
-            to += int64_t{pixel} * row;
-            for_each_pixel([&](int p, int64_t behind) {
-                *reinterpret_cast<uint32_t*>(to + first / 2 + behind * row) = low_nibbles(words[p]);
+            gather([](int j) { return j / 4; });
+            for_each_pixel(to + first, packing.bytes, [&](int p, uint8_t* bytes) {
+                store<2>(reinterpret_cast<uint32_t*>(bytes), OctetBytes{{words[p][0], words[p][1]}}, true);
             });
-            if (of_octet.bytes == 0) return;
-            to += of_octet.begin;
-            uint32_t high[P];
+            return;
+        }
+        gather([](int j) { return j % 2; });
+        const OctetCodes of_octet = in_shared;
+        for_each_pixel(to + first / 2, packing.bytes,
+                       [&](int p, uint8_t* low) { *reinterpret_cast<uint32_t*>(low) = low_nibbles(words[p]); });
+        if (of_octet.bytes == 0) return;
+        uint32_t high[P];
+        uint8_t* high_to[P];
+        for_each_pixel(to + of_octet.begin, packing.bytes, [&](int p, uint8_t* bytes) {
+            high[p] = high_nibbles(of_octet, words[p]);
+            high_to[p] = bytes;
+        });
 #pragma unroll
-            for (int p = 0; p < P; ++p) high[p] = high_nibbles(of_octet, words[p]);
+        for (int b = 0; b < kWordChannels; ++b)
+            if (b < of_octet.bytes) {
 #pragma unroll
-            for (int b = 0; b < kWordChannels; ++b)
-                if (b < of_octet.bytes)
-                    for_each_pixel([&](int p, int64_t behind) {
-                        to[behind * row + b] = static_cast<uint8_t>(high[p] >> 8 * b);
-                    });
+                for (int p = 0; p < P; ++p) high_to[p][b] = static_cast<uint8_t>(high[p] >> 8 * b);
+            }
 #pragma unroll 1  // what fills up a pixel is the last octet's
-            for (int b = kWordChannels; b < of_octet.bytes; ++b)
-                for_each_pixel([&](int, int64_t behind) { to[behind * row + b] = 0; });
+        for (int b = kWordChannels; b < of_octet.bytes; ++b) {
+#pragma unroll
+            for (int p = 0; p < P; ++p) high_to[p][b] = 0;
         }
     };
-    if (has_also) put_codes(problem.also, problem.also_packing, constants.also_codes[octet], also);
+    if (has_also) put_codes(problem.also, problem.also_packing, constants.also, constants.also_codes[octet]);
     if (has_codes)
-        return put_codes(static_cast<uint8_t*>(output.y), problem.out_packing, constants.out_codes[octet], codes);
+        return put_codes(static_cast<uint8_t*>(output.y), problem.out_packing, constants.out,
+                         constants.out_codes[octet]);
     const auto put = [&](auto* to) {
-        to += int64_t{pixel} * channels + first;
-        for_each_pixel([&](int p, int64_t behind) {
+        for_each_pixel(to + first, channels, [&](int p, auto* octet_of_pixel) {
             float values[kOctet];
 #pragma unroll
             for (int j = 0; j < kOctet; ++j) values[j] = std::bit_cast<float>(sum(j, p));
-            put_values(to + behind * channels, values);
+            put_values(octet_of_pixel, values);
         });
     };
     using torch::headeronly::BFloat16, torch::headeronly::Half;

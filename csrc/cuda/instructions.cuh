@@ -131,6 +131,28 @@ __device__ __forceinline__ uint32_t word_of_two<torch::headeronly::BFloat16>(flo
     return bits_of(__floats2bfloat162_rn(first, second));
 }
 
+// The bits of a where the mask has ones, those of b elsewhere.
+__device__ __forceinline__ uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+    uint32_t bits;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(bits) : "r"(mask), "r"(a), "r"(b));
+    return bits;
+}
+
+// a + b, which must fit, between 0 and `largest`.
+__device__ __forceinline__ int32_t add_clamped(int32_t a, int32_t b, int32_t largest) {
+    return __viaddmin_s32_relu(a, b, largest);
+}
+
+// Row i of an array in global memory; neither number is negative. (The compiler would extend both to 64 bits first.)
+template <class T>
+__device__ __forceinline__ T* row_of(T* array, int i, int row) {
+    size_t address;
+    asm("mad.wide.u32 %0, %1, %2, %3;"
+        : "=l"(address)
+        : "r"(i), "r"(row * static_cast<int>(sizeof(T))), "l"(__cvta_generic_to_global(array)));
+    return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
 // Counters in shared memory.
 class SharedCounters {
 public:

@@ -204,6 +204,7 @@ inline int32_t __float2int_rn(float x) {
     return x < -0x1p31f ? INT32_MIN : static_cast<int32_t>(std::rint(x));
 }
 // Byte i of the result is byte (selector >> 4i & 7) of the eight bytes of a and b.
+inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = a | uint64_t{b} << 32;
     uint32_t result = 0;
