@@ -43,8 +43,8 @@ constexpr std::array<ConvTile, 4> kConvTiles = {{{128, 128}, {64, 128}, {64, 64}
 
 // Issue slots of a warp for a chunk, 32 products, by tile: the loop of conv_kernel as tools/sass.py counts it.
 constexpr std::array<int, 4> conv_slots(const ConvCodes& codes) {
-    if (codes.packed) return codes.vectors ? std::array{142, 150, 167, 193} : std::array{211, 245, 261, 282};
-    return codes.vectors ? std::array{121, 140, 156, 183} : std::array{216, 287, 301, 322};
+    if (codes.packed) return codes.vectors ? std::array{140, 146, 156, 168} : std::array{178, 187, 198, 211};
+    return codes.vectors ? std::array{122, 136, 148, 160} : std::array{165, 187, 197, 208};
 }
 
 constexpr int kFixedSlots = 1800;             // of a warp, before and after its chunks

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from ptq4cuda.ops.plan import conv_plan  # noqa: E402
 
 MULTIPROCESSORS, CLOCK, ISSUE, COPY = 132, 1.75e9, 0.6, 3.0e12
-LAUNCH = 3e-6  # seconds, of the kernel that adds up shares
+LAUNCH = 3e-6  # seconds, of the kernel that adds up shares or copies
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ def estimate(layer: Layer, batch: int, high: float, kernels: dict[str, dict[str,
         pixels * layer.stride**2 if layer.kernel > 1 else pixels
     ) * bytes_in + taps * layer.channels * layer.outputs
     memory += out + outputs * (layer.residual + layer.second)
+    if not vectors and layer.kernel > 1:  # words with padding are copied first
+        issue += LAUNCH + 2 * pixels * layer.stride**2 * bytes_in / COPY
     if plan.splits > 1:
         issue += LAUNCH
         memory += 8 * outputs * plan.splits

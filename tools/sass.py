@@ -130,7 +130,7 @@ def _table_shared(match: re.Match[str]) -> int:
 
 def _conv_shared(match: re.Match[str]) -> int:
     strips, warps = int(match["strips"]), int(match["warps"])
-    constants = 3888  # of a strip
+    constants = 3920  # of a strip
     stage = 32 * warps * (32 if match["packed"] == "true" else 64) + 64 * strips * 64
     return 3 * stage + strips * constants
 

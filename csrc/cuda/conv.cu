@@ -24,7 +24,9 @@
 // share of the sums, and a second kernel adds up the shares and finishes them. Integers have the same sum in any
 // order.
 //
-// Where channels do not fill words, as those of an image, the codes are copied first, each pixel filled up to words.
+// Where channels do not fill 16 bytes, words are fetched one by one. They are copied first where channels do not fill
+// words, as those of an image, or where there is padding: each pixel filled up to words, zeros around each image. So
+// there is no need to ask for each word whether it is inside of the image.
 //
 // A depthwise convolution has no matrix: a thread sums the taps of an octet of channels of a few pixels.
 #include "../conv.h"
@@ -92,6 +94,7 @@ struct Product {
 struct Walk {
     int unit, right, down;
     int bytes;  // from the first tap of a pixel
+    int left;   // units to the end of the section
     int units, next_tap;
     Step chunk;
 
@@ -102,10 +105,12 @@ struct Walk {
         unit = section.units.remainder(begin, tap);
         right = product.kernel_columns.remainder(tap, row) * product.window.right_step;
         down = row * product.window.down_step;
-        bytes =
-            (down * product.window.width_in + right) * product.window.pixel_bytes + section.first_byte + unit * size;
+        left = units * product.window.rows * product.window.columns - begin;
+        bytes = (down * product.window.pitch + right) * product.window.pixel_bytes + section.first_byte + unit * size;
     }
-    __device__ __forceinline__ void advance(const Product& product, const Step& step) {
+    // Goes on by `count` units, which are `step`.
+    __device__ __forceinline__ void advance(const Product& product, const Step& step, int count) {
+        left -= count;
         unit += step.unit;
         right += step.right;
         down += step.down;
@@ -161,6 +166,7 @@ __global__ void __launch_bounds__(Tile<kStrips, kPixelWarps, kUnit, packed>::thr
     const int8_t* weights = problem.weight +
                             (int64_t{group} * product.panels + first_output / kPanelOutputs + panel) * panel_step +
                             thread % 64 * kVector;
+    const int panels_left = product.panels - first_output / kPanelOutputs - panel;
     // Of words 8 step + {q, q + 4}, of packed codes {2 q, 2 q + 1}, outputs 2 t and 2 t + 1 of an octet are together.
     const int word_q = packed ? word % 8 / 2 : word % 4, word_half = packed ? word % 2 : word % 8 / 4;
     const int weights_to = Shape::code_bytes + panel * kPanelBytes + word / 8 * 512 + thread % 2 * 256 +
@@ -194,31 +200,33 @@ __global__ void __launch_bounds__(Tile<kStrips, kPixelWarps, kUnit, packed>::thr
                 weights += int64_t{words_left - left} * (kPanelOutputs * kWordChannels);
                 words_left = left;
             }
+            const int8_t* from = weights;
 #pragma unroll
             for (int k = 0; k < kWeightRows; ++k) {
                 // Fewer than 64 threads take half of a panel's words at a time.
                 const int more_panels = k * Shape::threads / 64, more_words = k * Shape::threads % 64 / 4;
-                const bool there =
-                    first_output / kPanelOutputs + panel + more_panels < product.panels && words_left > more_words;
-                const int8_t* from = weights + more_panels * panel_step + more_words * 64;
+                if (k > 0 && more_words == 0)
+                    from = worked_out(from + (Shape::threads < 64 ? 1 : Shape::threads / 64) * panel_step);
+                const bool there = panels_left > more_panels && words_left > more_words;
                 const SharedAddress to = stage + weights_to + more_panels * kPanelBytes + more_words * 64;
-                copy_async<8>(to, from, there);
-                copy_async<8>(to + 128, from + 8, there);
+                copy_async<8>(to, from + more_words * 64, there);
+                copy_async<8>(to + 128, from + more_words * 64 + 8, there);
             }
             Walk at = walk;
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-                if (part > 0) at.advance(product, {1, 0, 0, kUnit});
+                if (part > 0) at.advance(product, {1, 0, 0, kUnit}, 1);
 #pragma unroll
                 for (int i = 0; i < kRows; ++i) {
-                    const bool there = at.down < product.down_end &&
-                                       inside(pixel_row[i] + at.down, window.height_in) &&
-                                       inside(pixel_column[i] + at.right, window.width_in);
+                    const bool there = kUnit == kWord ? at.left > 0
+                                                      : at.down < product.down_end &&
+                                                            inside(pixel_row[i] + at.down, window.height_in) &&
+                                                            inside(pixel_column[i] + at.right, window.width_in);
                     copy_async<kUnit>(stage + codes_to + i * (kPieceStep * Shape::row_bytes) + part * kUnit,
                                       first_tap[i] + at.bytes, there);
                 }
             }
-            walk.advance(product, walk.chunk);
+            walk.advance(product, walk.chunk, kPieces * kParts);
             weights += kPanelBytes;
             words_left -= kChunk;
             ++fetched;
@@ -424,7 +432,7 @@ __global__ void __launch_bounds__(kStripThreads)
     for (int r = 0, down = 0; r < window.rows; ++r, down += window.down_step)
         for (int c = 0, right = 0; c < window.columns; ++c, right += window.right_step, weight += channels) {
             const Vector<uint32_t, 2> weights = load_octet<kVectors>(weight, count);
-            const int bytes = (down * window.width_in + right) * channels;
+            const int bytes = (down * window.pitch + right) * channels;
             Vector<uint32_t, 2> codes[kStripPixels] = {};
 #pragma unroll
             for (int p = 0; p < kStripPixels; ++p)
@@ -445,20 +453,27 @@ __global__ void __launch_bounds__(kStripThreads)
 
 constexpr int kFillThreads = 128;
 
-// Copies pixels of groups of `channels` bytes so that each group begins with a word and is filled up with zeros.
+// Copies images of groups of `channels` bytes so that each group begins with a word, and is filled up with zeros, and
+// zeros are around each image. `area` and `pitch` are pixels of an image and of a row in the copy.
 __global__ void __launch_bounds__(kFillThreads)
-    fill_words_kernel(const uint8_t* x, uint32_t* words, int64_t pixels, int groups, int channels) {
-    const int64_t pixel = int64_t{blockIdx.x} * kFillThreads + threadIdx.x;
-    if (pixel >= pixels) return;
-    const int words_of_group = (channels + kWord - 1) / kWord;
-    x += pixel * groups * channels;
-    words += pixel * groups * words_of_group;
+    fill_words_kernel(const uint8_t* x, uint32_t* words, const __grid_constant__ Window window, int64_t pixels,
+                      const __grid_constant__ FastDivisor area, const __grid_constant__ FastDivisor pitch, int groups,
+                      int channels) {
+    const int64_t index = int64_t{blockIdx.x} * kFillThreads + threadIdx.x;
+    if (index >= pixels) return;
+    const int pixel = static_cast<int>(index), image = area.quotient(pixel), in_image = area.remainder(pixel, image);
+    const int line = pitch.quotient(in_image), row = line - window.down_padding;
+    const int column = pitch.remainder(in_image, line) - window.right_padding;
+    const bool there = inside(row, window.height_in) && inside(column, window.width_in);
+    x += ((int64_t{image} * window.height_in + row) * window.width_in + column) * groups * channels;
+    words += index * groups * ((channels + kWord - 1) / kWord);
     for (int group = 0; group < groups; ++group)
         for (int left = channels; left > 0; left -= kWord, ++words) {
             uint32_t word = 0;
 #pragma unroll
-            for (int b = 0; b < kWord; ++b)
-                if (b < left) word |= static_cast<uint32_t>(*x++) << 8 * b;
+            for (int b = 0; b < kWord; ++b, ++x)
+                if (there && b < left) word |= static_cast<uint32_t>(*x) << 8 * b;
+            if (left < kWord) x += left - kWord;
             *words = word;
         }
 }
@@ -471,7 +486,8 @@ struct Cuda {
         const ConvShape& s = problem.shape;
         const int64_t limit = 1 << 30, in_area = (s.in.height + 2 * s.padding.height) *
                                                  (s.in.width + 2 * s.padding.width);  // counted in 32 bits
-        const int64_t reach = (s.kernel.height + kChunk) * s.dilation.height * s.in.width * filled_bytes(s);
+        const int64_t reach =
+            (s.kernel.height + kChunk) * s.dilation.height * (s.in.width + 2 * s.padding.width) * filled_bytes(s);
         STD_TORCH_CHECK(in_area < limit && s.panel_words() < limit && s.groups * s.panels_per_group() < limit,
                         "conv2d_integer: an image of ", s.in.height, " x ", s.in.width, ", a kernel of ",
                         s.kernel.height, " x ", s.kernel.width, " or ", s.out_channels, " outputs are too large");
@@ -491,7 +507,7 @@ struct Cuda {
         const CurrentStream stream(x);
 
         // Pixels of a launch are counted in 31 bits.
-        const int64_t images = std::max<int64_t>(1, (2 * limit - 1024) / std::max(s.out.area(), s.in.area()));
+        const int64_t images = std::max<int64_t>(1, (2 * limit - 1024) / std::max(s.out.area(), in_area));
         ConvProblem part = problem;
         part.out_packing.bytes = bytes_of(problem.out_packing, s.out_channels);
         part.also_packing.bytes = bytes_of(problem.also_packing, s.out_channels);
@@ -533,8 +549,9 @@ private:
               stream, problem, output, Window(s), strips);
     }
 
+    // `border` pixels of zeros are around each image in memory.
     static void product(const Tensor& x, const ConvProblem& problem, const Output& output,
-                        const CurrentStream& stream) {
+                        const CurrentStream& stream, const Extent& border = {0, 0}) {
         STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(problem.weight) % kVector == 0,
                         "conv2d_integer: weight must be aligned to 16 bytes");
         const ConvShape& s = problem.shape;
@@ -542,29 +559,32 @@ private:
             const int64_t begins = s.packed() ? std::gcd(s.low_bytes, s.high_bytes()) : s.group_channels();
             return begins % n == 0 && reinterpret_cast<uintptr_t>(problem.x) % n == 0;
         };
-        if (!multiple(kWord)) return filled(x, problem, output, stream);
-        const bool vectors = multiple(kVector);
+        const bool vectors = multiple(kVector), bordered = border.height > 0 || border.width > 0;
+        if (!multiple(kWord) || (!vectors && !bordered && s.padding.height + s.padding.width > 0))
+            return filled(x, problem, output, stream);
         if (s.packed())
-            return vectors ? planned<kVector, true>(x, problem, output, stream)
-                           : planned<kWord, true>(x, problem, output, stream);
-        vectors ? planned<kVector, false>(x, problem, output, stream)
-                : planned<kWord, false>(x, problem, output, stream);
+            return vectors ? planned<kVector, true>(x, problem, output, stream, border)
+                           : planned<kWord, true>(x, problem, output, stream, border);
+        vectors ? planned<kVector, false>(x, problem, output, stream, border)
+                : planned<kWord, false>(x, problem, output, stream, border);
     }
 
-    // The same with a copy of the codes in which every group begins with a word.
+    // The same with a copy of the codes in which every group begins with a word and the padding is there.
     static void filled(const Tensor& x, const ConvProblem& problem, const Output& output,
                        const CurrentStream& stream) {
         ConvProblem part = problem;
         ConvShape& s = part.shape;
-        const int64_t pixels = s.batch * s.in.area();
-        const Tensor words = empty_vector(pixels * filled_bytes(s) / kWord, ScalarType::Int, x);
+        const int64_t pitch = s.in.width + 2 * s.padding.width, area = (s.in.height + 2 * s.padding.height) * pitch;
+        const int64_t bytes = filled_bytes(s), pixels = s.batch * area;
+        const Tensor words = empty_vector(pixels * bytes / kWord, ScalarType::Int, x);
         const int64_t channels = s.packed() ? s.pixel_bytes() : s.group_channels();
         start(fill_words_kernel, ceil_div(pixels, kFillThreads), kFillThreads, 0, stream, problem.x,
-              reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>()), pixels, static_cast<int>(s.groups),
-              static_cast<int>(channels));
-        part.x = reinterpret_cast<const uint8_t*>(words.mutable_data_ptr<int32_t>());
-        if (!s.packed()) s.channels = filled_bytes(s);
-        product(x, part, output, stream);
+              reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>()), Window(s), pixels, FastDivisor(area),
+              FastDivisor(pitch), static_cast<int>(s.groups), static_cast<int>(channels));
+        part.x = reinterpret_cast<const uint8_t*>(words.mutable_data_ptr<int32_t>()) +
+                 (s.padding.height * pitch + s.padding.width) * bytes;
+        if (!s.packed()) s.channels = bytes;
+        product(x, part, output, stream, s.padding);
     }
 
     static Section section(const Product& product, int64_t unit, int64_t taps, int64_t bytes, int64_t first_byte,
@@ -582,7 +602,7 @@ private:
             const int64_t tap = n / units, down = tap / w.columns * w.down_step,
                           right = tap % w.columns * w.right_step;
             return Step{static_cast<int>(n % units), static_cast<int>(right), static_cast<int>(down),
-                        static_cast<int>((down * w.width_in + right) * w.pixel_bytes + n % units * unit)};
+                        static_cast<int>((down * w.pitch + right) * w.pixel_bytes + n % units * unit)};
         };
         section.chunk = step(row_bytes / unit);
         return section;
@@ -590,10 +610,10 @@ private:
 
     template <int kUnit, bool packed>
     static void planned(const Tensor& x, const ConvProblem& problem, const Output& output,
-                        const CurrentStream& stream) {
+                        const CurrentStream& stream, const Extent& border) {
         const ConvShape& s = problem.shape;
         constexpr int kRowBytes = packed ? 32 : 64;
-        Product product{Window(s)};
+        Product product{Window(s, border)};
         const Window& w = product.window;
         const int64_t taps = s.kernel.area(), low = packed ? s.low_bytes : s.group_channels();
         const int64_t high = packed ? s.high_bytes() : 0;
@@ -603,7 +623,7 @@ private:
         product.right_end = w.columns * w.right_step;
         product.down_end = w.rows * w.down_step;
         product.next_row =
-            static_cast<int>((int64_t{w.down_step} * w.width_in - product.right_end) * int64_t{w.pixel_bytes});
+            static_cast<int>((int64_t{w.down_step} * w.pitch - product.right_end) * int64_t{w.pixel_bytes});
         product.group_bytes = static_cast<int>(s.group_channels());
         product.panels = static_cast<int>(s.panels_per_group());
         product.group_outputs = static_cast<int>(s.group_outputs());

@@ -84,19 +84,22 @@ struct Window {
     FastDivisor area, width;    // of an output image
     int pixels;                 // of the output
     int height_in, width_in;    // of an input image
+    int pitch;                  // pixels from a row of it to the next one in memory
     int rows, columns;          // of the kernel
     int down_step, right_step;  // dilation
     int down_stride, right_stride, down_padding, right_padding;
-    int64_t image_bytes;  // of an input image
+    int64_t image_bytes;  // from an input image to the next one
     int pixel_bytes;
     bool borders;  // some taps are outside of the image
 
-    explicit Window(const ConvShape& s)
+    // `border` are the pixels around each image that memory holds too.
+    explicit Window(const ConvShape& s, const Extent& border = {0, 0})
         : area(s.out.area()),
           width(s.out.width),
           pixels(static_cast<int>(s.pixels())),
           height_in(static_cast<int>(s.in.height)),
           width_in(static_cast<int>(s.in.width)),
+          pitch(static_cast<int>(s.in.width + 2 * border.width)),
           rows(static_cast<int>(s.kernel.height)),
           columns(static_cast<int>(s.kernel.width)),
           down_step(static_cast<int>(s.dilation.height)),
@@ -105,7 +108,7 @@ struct Window {
           right_stride(static_cast<int>(s.stride.width)),
           down_padding(static_cast<int>(s.padding.height)),
           right_padding(static_cast<int>(s.padding.width)),
-          image_bytes(s.in.area() * s.pixel_bytes()),
+          image_bytes((s.in.height + 2 * border.height) * pitch * s.pixel_bytes()),
           pixel_bytes(static_cast<int>(s.pixel_bytes())),
           borders(s.padding.height > 0 || s.padding.width > 0) {}
 };
@@ -125,7 +128,7 @@ struct Pixel {
         column = w.width.remainder(in_image, line) * w.right_stride - w.right_padding;
     }
     __device__ __forceinline__ const uint8_t* first_tap(const uint8_t* x, const Window& w) const {
-        return x + image * w.image_bytes + (int64_t{row} * w.width_in + column) * w.pixel_bytes;
+        return x + image * w.image_bytes + (int64_t{row} * w.pitch + column) * w.pixel_bytes;
     }
 };
 
@@ -209,7 +212,7 @@ __device__ __forceinline__ void prepare(const ConvProblem& problem, const Output
 // Finishes the first `count` channels of an octet of one pixel, from output `first` on, by the functions of
 // numerics.h and with accesses of single elements.
 PTQ_NOINLINE __device__ void finish_carefully(const ConvProblem& problem, const Output& output, int64_t pixel,
-                                              int first, int count, const int32_t (&sums)[kOctet]) {
+                                              int first, int count, Vector<int32_t, kOctet> sums) {
     const int64_t at = pixel * problem.shape.out_channels + first;
     struct Nibbles {
         uint32_t low = 0, high = 0;
@@ -227,8 +230,12 @@ PTQ_NOINLINE __device__ void finish_carefully(const ConvProblem& problem, const 
         nibbles.high |= c >> 4 << nibbles.bits;
         nibbles.bits += 4;
     };
+#pragma unroll 1
     for (int j = 0; j < count; ++j) {
-        float x = scaled_sum(sums[j], problem.scale[first + j], problem.bias[first + j]);
+        const int32_t sum = sums.at[0];
+#pragma unroll
+        for (int i = 1; i < kOctet; ++i) sums.at[i - 1] = sums.at[i];  // they stay in registers
+        float x = scaled_sum(sum, problem.scale[first + j], problem.bias[first + j]);
         if (problem.residual)
             x += value(static_cast<float>(problem.residual[at + j]), problem.residual_quantizer[first + j]);
         x = activated(x, problem.activation.negative_slope, problem.activation.upper);
@@ -447,9 +454,9 @@ __device__ __forceinline__ void finish(const ConvProblem& problem, const Output&
 #pragma unroll
     for (int p = 0; p < P; ++p) {
         if (pixel + place(p) >= pixels) continue;
-        int32_t sums[kOctet];
+        Vector<int32_t, kOctet> sums;
 #pragma unroll
-        for (int j = 0; j < kOctet; ++j) sums[j] = sum(j, p);
+        for (int j = 0; j < kOctet; ++j) sums.at[j] = sum(j, p);
         finish_carefully(problem, output, pixel + place(p), first, min(count, kOctet), sums);
     }
 }

@@ -153,6 +153,13 @@ __device__ __forceinline__ T* row_of(T* array, int i, int row) {
     return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
+// An address that others count from. (The compiler would rather work out each of them anew.)
+template <class T>
+__device__ __forceinline__ T* worked_out(T* p) {
+    asm volatile("" : "+l"(p));
+    return p;
+}
+
 // Counters in shared memory.
 class SharedCounters {
 public:

@@ -79,6 +79,10 @@ template <class T>
 T* row_of(T* array, int i, int row) {
     return array + int64_t{i} * row;
 }
+template <class T>
+T* worked_out(T* p) {
+    return p;
+}
 inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (mask & a) | (~mask & b); }
 inline int32_t add_clamped(int32_t a, int32_t b, int32_t largest) { return std::max(std::min(a + b, largest), 0); }
 
