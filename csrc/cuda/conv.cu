@@ -358,7 +358,7 @@ struct StripThread {
 };
 
 // Adds up shares of sums and finishes them. They have whole octets of outputs.
-__global__ void __launch_bounds__(kStripThreads)
+__global__ void __launch_bounds__(kStripThreads, 6)
     add_kernel(const __grid_constant__ ConvProblem problem, const __grid_constant__ Output output,
                const __grid_constant__ Product product, const __grid_constant__ Strips strips,
                const int32_t* shares) {
