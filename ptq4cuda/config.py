@@ -82,8 +82,9 @@ class QuantConfig:
             descent). The last two look at the layer's input.
         bias_correction: "none", "mean" or "mean+variance" of the weights (eq. 12-13), or "output": the bias matches
             the mean of the float output.
-        target_sqnr: SQNR in dB of every output, over all calibration samples and of the median one. Weights and
-            inputs of layers are raised to 6 and 8 bits, worst first for their cost, until it is met.
+        target_sqnr: SQNR in dB of every output, over all samples and of the median one; of four calibration batches
+            and more every eighth is held out for this. Weights and inputs of layers are raised to 6 and 8 bits, worst
+            first for their cost, until it is met.
         size_budget: bytes of the quantized network as a share of its float32 bytes: weights and inputs are raised
             while they fit. With target_sqnr, or a measure that quantize() is given, no more than that asks for.
         execution: "simulate" computes in floating point, "integer" with the codes, which needs fold_activation_scale

@@ -22,7 +22,7 @@ from ptq4cuda.calibrate.allocator import memory_kept
 from ptq4cuda.calibrate.by_graph import walk_graph
 from ptq4cuda.calibrate.by_modules import walk_modules
 from ptq4cuda.calibrate.frontier import Memory
-from ptq4cuda.calibrate.inputs import Inputs, batch_size, check_model, check_shapes, collect_inputs
+from ptq4cuda.calibrate.inputs import Inputs, apart, batch_size, check_model, check_shapes, collect_inputs
 from ptq4cuda.calibrate.prepare import prepare
 from ptq4cuda.calibrate.signals import LayerCall, Solution
 from ptq4cuda.config import QuantConfig
@@ -102,10 +102,16 @@ def quantize(
         check_shapes(model, inputs)
     measure = None if evaluate is None else Measure(evaluate, max_drop, model)
     raising = measure is not None or config.target_sqnr is not None or config.size_budget is not None
+    # What is fitted to samples is better on them than on others, so that layers are judged on these.
+    inputs, judged = apart(inputs) if raising else (inputs, inputs)
     solved: Solved | None = {} if raising else None
 
     def simulated(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
-        return quantize_once(model, inputs, config, progress, memory, solved)
+        network, record = quantize_once(model, inputs, config, progress, memory, solved)
+        if judged is not inputs:
+            note_noise(record, output_noise(model, network, judged))
+            record.held_out = sum(map(batch_size, judged))
+        return network, record
 
     def executed(network: nn.Module, record: QuantRecord) -> Trial:
         attach_record(network, record)
@@ -117,7 +123,7 @@ def quantize(
     trial = executed(network, record)
     if raising:
         reference, _, _ = prepare(model, inputs, config)
-        parts = measure_parts(reference, network, inputs, match_means=config.bias_correction != "none")
+        parts = measure_parts(reference, network, judged, match_means=config.bias_correction != "none")
         trial = raise_layers(trial, parts, config, measure, lambda raised: executed(*simulated(raised)))
     if trial.record.few_samples:
         warnings.warn(f"ptq4cuda: {trial.record.few_samples}", stacklevel=2)
@@ -185,12 +191,17 @@ def quantize_once(
     record.frontier_bytes, record.spilled_bytes = result.frontier_bytes, result.spilled_bytes
     # What was clipped for the fit is in the data all the same.
     noise = output_noise(model, network, inputs) if result.clipped else result.noise
+    note_noise(record, noise)
+    record.bytes = tensor_bytes(network)
+    return network, record
+
+
+def note_noise(record: QuantRecord, noise: Noise) -> None:
+    """Note how close a network's outputs are."""
     record.sqnr, record.median_sqnr, record.worst_sqnr = noise.sqnr, noise.median_sqnr, noise.worst_sqnr
     record.least_sqnr = noise.least_sqnr
     if len(noise.outputs) > 1:
         record.outputs = [OutputRecord(name, *found) for name, found in noise.outputs.items()]
-    record.bytes = tensor_bytes(network)
-    return network, record
 
 
 @torch.no_grad()

@@ -91,7 +91,8 @@ class QuantRecord:
     Attributes:
         config: how it was quantized.
         layers: in order of execution.
-        images: calibration samples.
+        images: calibration samples that layers were fitted to.
+        held_out: other ones, of which the SQNR is that of the network; 0: it is of those that were fitted to.
         seconds: that quantization took.
         walked_by: "graph", or "modules" where torch.fx could not trace the model.
         reason: why it was walked by its modules.
@@ -119,6 +120,7 @@ class QuantRecord:
     config: QuantConfig
     layers: list[LayerRecord] = field(default_factory=list)
     images: int = 0
+    held_out: int = 0
     seconds: float = 0.0
     walked_by: str = "graph"
     reason: str = ""

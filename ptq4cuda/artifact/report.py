@@ -58,10 +58,13 @@ def describe(record: QuantRecord, size: int | None = None, kernels: Mapping[str,
     rows = [_row(layer, kernels.get(layer.name, "")) for layer in record.layers]
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
     quantized = sum(layer.execution != "float" for layer in record.layers)
+    samples = f"{record.images} calibration samples"
+    if record.held_out:
+        samples = f"{record.held_out} samples held out, beside {record.images} of calibration"
     total = (
         f"total: {quantized} of {len(record.layers)} layers quantized, {record.float_bytes:,} bytes in float32, "
         f"{size:,} now ({size / max(record.float_bytes, 1):.3f}), output SQNR {_number(record.sqnr, 1)} dB on "
-        f"{record.images} calibration samples"
+        f"{samples}"
     )
     if record.worst_sqnr is not None:
         total += f" (median {_number(record.median_sqnr, 1)}, worst {_number(record.worst_sqnr, 1)})"

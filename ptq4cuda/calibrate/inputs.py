@@ -143,6 +143,19 @@ def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:
     return _OnDevice(inputs, device_of(model))
 
 
+def apart(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """Return the batches to fit to, and those to judge on: of four and more every eighth, of fewer all for both."""
+    first = 3
+    if len(inputs) <= first:
+        return inputs, inputs
+    batches = inputs.batches if isinstance(inputs, _OnDevice) else list(inputs)
+    fitted = [batch for i, batch in enumerate(batches) if i % 8 != first]
+    held_out = batches[first::8]
+    if not isinstance(inputs, _OnDevice):
+        return fitted, held_out
+    return _OnDevice(fitted, inputs.device), _OnDevice(held_out, inputs.device)
+
+
 def constant_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Return the arguments of the model that are no tensors and the same for all batches, defaults among them."""
     signature = inspect.signature(model.forward)

@@ -208,8 +208,11 @@ def path_of(parts: Sequence[Part], config: QuantConfig, room: float = math.inf) 
     Args:
         parts: of the network as quantized first.
         config: whose overrides are left as they are.
-        room: bytes that there are for the steps; those that do not fit are left out.
+        room: bytes that there are for the steps; those that do not fit are left out. Inputs take none, but where the
+            network is too large as it is nothing is raised.
     """
+    if room < 0:
+        return []
     all_weights = max(1, sum(part.weights for part in parts))
     all_products = max(1, sum(part.products for part in parts if part.kind == "weight_bits"))
     steps = []

@@ -327,6 +327,25 @@ def test_a_target_holds_for_every_output_and_the_median_sample(images: Tensor) -
     assert "worst output" in ptq4cuda.report(network)
 
 
+def test_layers_are_judged_on_batches_that_they_are_not_fitted_to(images: Tensor) -> None:
+    model, batches = Deep().eval(), list(images.split(8))
+    start = least(quantize(model, batches, QuantConfig(size_budget=0.01), progress=False))
+    network = quantize(model, batches, QuantConfig(target_sqnr=start + 3.0), progress=False)
+    record = record_of(network)
+    assert (record.images, record.held_out) == (40, 8)
+    noise = Noise()
+    with torch.no_grad():
+        noise.add(model(batches[3]), network(batches[3]), 8)
+    assert noise.least_sqnr == pytest.approx(record.least_sqnr, abs=0.05)
+    assert record.trade[0].least_sqnr == start and least(network) >= start + 3.0
+    assert "on 8 samples held out, beside 40 of calibration" in ptq4cuda.report(network)
+    fitted = quantize(
+        model, batches[:3] + batches[4:], QuantConfig(overrides=record.trade[-1].bits), progress=False
+    ).state_dict()
+    state = network.state_dict()
+    assert all(torch.equal(fitted[key], state[key]) for key in state)
+
+
 # --- a size -----------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +368,7 @@ def test_a_budget_that_is_too_small_is_reported(images: Tensor) -> None:
     for share, too_small in ((0.01, True), (1, False)):
         network = quantize(Deep().eval(), [images], replace(PER_TENSOR, size_budget=share), progress=False)
         assert ("is too small for this configuration" in ptq4cuda.report(network)) == too_small
+        assert bool(record_of(network).trade[-1].raised) == (not too_small)
 
 
 @pytest.mark.filterwarnings(UNREACHED)
