@@ -23,6 +23,7 @@ from ptq4cuda.artifact.record import record_of
 from ptq4cuda.bench import architectures
 from ptq4cuda.execute.engines import IntegerConv2d, Packing, Quantize
 from ptq4cuda.execute.lowering import lower_layers
+from ptq4cuda.execute.program import Layer
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantConv2d, QuantLinear, QuantModule, QuantTensor
 from ptq4cuda.ops import max_pool_codes
@@ -445,6 +446,18 @@ def test_an_error_of_the_machine_is_no_reason(
 
     monkeypatch.setattr(IntegerConv2d, "forward", fail)
     with pytest.raises(MemoryError, match="out of memory in a forward in integers"):
+        quantize(model, [images], FAST, progress=False)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a kernel failed"), ValueError("two of a kind")])
+def test_only_what_lowering_refuses_is_a_reason(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Layer, "weight", fail)
+    with pytest.raises(type(error), match=str(error)):
         quantize(model, [images], FAST, progress=False)
 
 
