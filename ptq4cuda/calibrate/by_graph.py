@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,12 +24,12 @@ from ptq4cuda.calibrate.signals import (
     record_float,
     record_solution,
 )
-from ptq4cuda.calibrate.statistics import ChannelStatistics
 from ptq4cuda.compat import tree_leaves
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantTensor
 from ptq4cuda.quantizer import QuantParams
+from ptq4cuda.solve.clipping import with_headroom
 
 
 def walk_graph(
@@ -159,6 +160,7 @@ class _GraphWalk:
             first_or_last=node in self.ends,
         )
         call.added = self._added(node, call.outputs)
+        call.read = self._reader(node)
         self.clipped |= bool(signal.outliers)
         solution = self.solve(call)
         streams, noise = [], Noise()
@@ -175,7 +177,7 @@ class _GraphWalk:
         self.clipped |= bool(signal.outliers)
 
     def _quantize_tensor(self, node: fx.Node) -> Signal:
-        """Quantize a residual operand to 8 bits over its whole range, in the quantized stream."""
+        """Quantize a residual operand to 8 bits, with headroom, in the quantized stream."""
         module, source = self._module(node), node.all_input_nodes[0]
         assert isinstance(module, QuantTensor)
         signal = self.signals[source]
@@ -183,11 +185,38 @@ class _GraphWalk:
         if node not in self.as_codes:
             return Signal(self.frontier, streams)
         self._clip_outliers(signal, 1, torch.ones(streams[0][0].shape[1], dtype=torch.float64, device="cpu"))
-        statistics = ChannelStatistics.over(lambda: signal.quantized, 1)
-        bits = torch.full_like(statistics.mean, 8, dtype=torch.uint8)
-        module.set(QuantParams.from_range(statistics.min, statistics.max, bits).to(self.frontier.device))
+        low, high = signal.extremes(1)
+        low, high = -with_headroom(low.clamp_max(0.0)), with_headroom(high.clamp_min(0.0))
+        bits = torch.full_like(low, 8, dtype=torch.uint8)
+        module.set(QuantParams.from_range(low, high, bits).to(self.frontier.device))
         hold, fetch = self.frontier.hold, self.frontier.fetch
         return Signal(self.frontier, [(x, hold(module(fetch(quantized)))) for x, quantized in streams])
+
+    def _reader(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
+        """Return what the nodes that follow one by one make of a node's value, up to the next layer, sum or fork."""
+        following: list[fx.Node] = []
+        while True:
+            users = list(node.users)
+            if len(users) != 1 or users[0].op == "output" or users[0].all_input_nodes != [node]:
+                break
+            node = users[0]
+            module = self._module(node) if node.op == "call_module" else None
+            if self._why_float(node) is not None or isinstance(module, QuantTensor):
+                break
+            following.append(node)
+
+        def read(x: Tensor) -> Tensor:
+            value = x.clone() if following else x  # they may write into it
+            for n in following:
+                result = self._run(
+                    n, map_arg((n.args, n.kwargs), dict.fromkeys(n.all_input_nodes, value).__getitem__)
+                )
+                if not isinstance(result, Tensor) or len(result) != len(x):
+                    break  # it does not keep the samples
+                value = result
+            return value
+
+        return read
 
     def _importance(self, source: fx.Node) -> Tensor:
         readers = [node for node in source.users if node in self.layers]

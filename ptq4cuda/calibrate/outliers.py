@@ -64,7 +64,7 @@ def find_outliers(chunks: Sequence[Tensor], axis: int, importance: Tensor) -> Ou
         return None
     samples = sum(len(x) for x in chunks)
     parts = 1 if samples > 2 else _STRIPES
-    extremes = [_extremes(x, axis, parts) for x in chunks]
+    extremes = [sample_extremes(x, axis, parts) for x in chunks]
     low, high = (torch.cat(each).float() for each in zip(*extremes, strict=True))  # [n, C]
     n = len(low)
     if n < 3 or not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
@@ -98,7 +98,7 @@ def find_outliers(chunks: Sequence[Tensor], axis: int, importance: Tensor) -> Ou
     )
 
 
-def _extremes(x: Tensor, axis: int, parts: int) -> tuple[Tensor, Tensor]:
+def sample_extremes(x: Tensor, axis: int, parts: int = 1) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest value of each channel in each part of each sample, [N * parts, C] both."""
     if x.dim() == 2:
         return x, x

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.artifact.record import LayerRecord, tensor_bytes
 from ptq4cuda.calibrate.frontier import Frontier
-from ptq4cuda.calibrate.outliers import Outliers, find_outliers
+from ptq4cuda.calibrate.outliers import Outliers, find_outliers, sample_extremes
 from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import LayerSpec, QuantModule
@@ -86,9 +87,23 @@ class Signal:
         chunks = self.frontier.each(self.before) if self.before is not None else self.values
         return ChannelStatistics.over(lambda: chunks, axis)
 
+    def extremes(self, axis: int, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the smallest and the largest value of each channel in each sample, in float, [n, C] both.
+
+        Args:
+            axis: of the channels.
+            whole: take all channels for one.
+        """
+        low, high = (torch.cat(parts) for parts in zip(*(sample_extremes(x, axis) for x in self.values), strict=True))
+        return (low.amin(1, keepdim=True), high.amax(1, keepdim=True)) if whole else (low, high)
+
     def histogram(self, axis: int | None) -> ChannelHistogram:
         """Count the values of the tensor as quantized so far, as its readers see it."""
         return ChannelHistogram.over(lambda: self.quantized, axis)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 @dataclass(eq=False)
@@ -106,6 +121,7 @@ class LayerCall:
             it is known by then: of what the output is broadcast over, the mean.
         importance: float64 [C], what a squared error of each channel of the signal costs, in the layers to quantize
             that read it.
+        read: makes of the output what other layers or the caller read: the activation, for one.
     """
 
     name: str
@@ -116,6 +132,7 @@ class LayerCall:
     outputs: list[Tensor]
     importance: Tensor
     added: list[tuple[Tensor, Tensor]] | None = None
+    read: Callable[[Tensor], Tensor] = _as_it_is
 
     @classmethod
     def of(

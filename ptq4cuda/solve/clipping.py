@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +27,9 @@ from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.solve.rules import Rule
 
+HEADROOM = 2.0 ** (1.0 / 3.0)  # times what was seen: a third of a bit
+MOST_HEADROOM = 2.0 ** (2.0 / 3.0)
+_MORE_SAMPLES = 8.0  # times those of calibration, whose largest value is extrapolated
 PERCENTILE = 99.9  # of a channel's values, zeros included, that the rule "percentile" keeps
 _EDGES = 128  # limits that a search tries between the ends of a histogram
 _ROWS = 16  # channels whose ranges are compared at a time
@@ -104,6 +107,25 @@ def effective_bits(bits: float, activation: Activation) -> Tensor:
     """
     kept = (1.0 + activation.negative_slope) / 2.0
     return torch.tensor([bits - math.log2(kept)], dtype=torch.float64, device="cpu")
+
+
+def with_headroom(extremes: Tensor) -> Tensor:
+    """Return how far values may go of which each sample's largest, or smallest, is known, [C].
+
+    A third of a bit further than in any of the samples, which no statistics could tell: all images may have been
+    taken in one light. Where the samples differ, as far as the largest of many more samples will go. What exceeds the
+    k-th largest of them is taken to be exponential, so that the largest grows by the mean excess times the logarithm
+    of the number of samples. That is at most two thirds of a bit.
+
+    Args:
+        extremes: [n, C], of each sample.
+    """
+    reach = extremes.double().abs()
+    top = max(1, len(reach) // 8)
+    largest = reach.topk(min(top + 1, len(reach)), dim=0).values
+    excess = largest[:top].mean(0) - largest[-1]
+    furthest = largest[0] + excess * math.log(_MORE_SAMPLES)
+    return torch.minimum(furthest, largest[0] * MOST_HEADROOM).maximum(largest[0] * HEADROOM)
 
 
 # --- on a histogram -------------------------------------------------------------------------------------------
@@ -219,6 +241,8 @@ class TensorProfile:
         histogram: of the tensor as the quantized network delivers it; None where no rule asks for it.
         importance: float64 [C], what a squared error of each channel costs.
         exponent: k of the error E|x̂ - x|^k that counts.
+        extremes: measures the smallest and the largest value of each channel in each sample, [n, C] both, of the
+            tensor in float, after its activation.
     """
 
     statistics: ChannelStatistics
@@ -227,6 +251,7 @@ class TensorProfile:
     histogram: ChannelHistogram | None
     importance: Tensor
     exponent: float
+    extremes: Callable[[], tuple[Tensor, Tensor]]
 
 
 class ClipRule(Rule):
@@ -234,9 +259,11 @@ class ClipRule(Rule):
 
     Attributes:
         needs_histogram: whether it looks at the histogram of a profile.
+        at_eight_bits: name of the rule for tensors of 8 bits, which need no clipping.
     """
 
     needs_histogram: ClassVar[bool] = True
+    at_eight_bits: ClassVar[str] = "minmax"
 
     @abstractmethod
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
@@ -262,6 +289,18 @@ class MinMax(ClipRule):
         if profile.histogram is not None:
             return profile.histogram.low, profile.histogram.high
         return profile.activation(profile.statistics.min), profile.activation(profile.statistics.max)
+
+
+class Headroom(ClipRule):
+    """More than the whole range: new samples go further than those of calibration did."""
+
+    name = "headroom"
+    needs_histogram = False
+
+    def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
+        """Extrapolate from the extremes of the samples, within what the activation lets through."""
+        low, high = profile.extremes()
+        return -with_headroom(low.clamp_max(0.0)), profile.activation(with_headroom(high.clamp_min(0.0)))
 
 
 class _ClosedForm(ClipRule):
@@ -304,6 +343,7 @@ class Mse(ClipRule):
     """The range with the least error, searched on the histogram."""
 
     name = "mse"
+    at_eight_bits = "headroom"
 
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
         """Search both limits together."""
@@ -357,4 +397,5 @@ class Auto(_BestOf):
     """The best one of all but kld."""
 
     name = "auto"
+    at_eight_bits = "headroom"
     rules = ("laplace", "gaussian", "percentile", "mse", "minmax")

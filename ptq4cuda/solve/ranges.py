@@ -21,8 +21,9 @@ def needs_histogram(mean_bits: int, config: Activations) -> bool:
 
 def fit_activation(profile: TensorProfile, mean_bits: int, axis: int, config: Activations) -> tuple[QuantParams, str]:
     """Return the quantizer of a tensor and the name of the clip rule that made it."""
-    minmax, wanted = ClipRule.named("minmax"), ClipRule.named(config.clipping)
-    rules = [minmax] if mean_bits == 8 else wanted.candidates(profile) or [minmax]  # 8 bits need no clipping
+    wanted = ClipRule.named(config.clipping)
+    at_eight = [ClipRule.named(wanted.at_eight_bits)]
+    rules = at_eight if mean_bits == 8 else wanted.candidates(profile) or [ClipRule.named("minmax")]
     spread = wanted.spread(profile.statistics)
     alone = mean_bits == 8 or len(spread) == 1
     allocation = AllocationRule.named("uniform" if alone else config.allocation)

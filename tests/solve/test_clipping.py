@@ -12,7 +12,16 @@ from torch import Tensor
 
 from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.calibrate.statistics import ChannelStatistics
-from ptq4cuda.solve.clipping import ClipRule, TensorProfile, gaussian_clip, lambert_w, laplace_clip
+from ptq4cuda.solve.clipping import (
+    HEADROOM,
+    MOST_HEADROOM,
+    ClipRule,
+    TensorProfile,
+    gaussian_clip,
+    lambert_w,
+    laplace_clip,
+    with_headroom,
+)
 
 
 def tensor(*values: float) -> Tensor:
@@ -64,7 +73,15 @@ def statistics(x: Tensor) -> ChannelStatistics:
 
 def limits(s: ChannelStatistics, rule: str, activation: Activation = IDENTITY) -> tuple[Tensor, Tensor]:
     """Return the limits that a rule finds in statistics alone, for 4 bits."""
-    profile = TensorProfile(s, activation, known=True, histogram=None, importance=torch.ones(1), exponent=2.0)
+    profile = TensorProfile(
+        s,
+        activation,
+        known=True,
+        histogram=None,
+        importance=torch.ones(1),
+        exponent=2.0,
+        extremes=lambda: (activation(s.min)[None], activation(s.max)[None]),
+    )
     return ClipRule.named(rule).limits(profile, 4)
 
 
@@ -123,3 +140,36 @@ def test_clipping_beats_the_whole_range_on_a_laplace_tensor() -> None:
     expected = 2 * math.exp(-alpha) + alpha**2 / (3 * 4**4)
     assert errors["laplace"] == pytest.approx(expected, rel=0.15)
     assert errors["laplace"] < 0.6 * errors["minmax"]
+
+
+# --- headroom ---------------------------------------------------------------------------------------------------
+
+
+def test_samples_in_one_light_have_a_third_of_a_bit_of_headroom() -> None:
+    seen = torch.tensor([[1.0, -2.0, 0.0]]).repeat(64, 1)
+    torch.testing.assert_close(with_headroom(seen), tensor(HEADROOM, 2.0 * HEADROOM, 0.0))
+    torch.testing.assert_close(with_headroom(seen[:1]), tensor(HEADROOM, 2.0 * HEADROOM, 0.0))
+
+
+def test_headroom_follows_what_the_samples_differ_by() -> None:
+    """Of exponential extremes, far fewer of later samples go beyond it than go beyond those seen, in any unit."""
+    rng = np.random.default_rng(0)
+    seen, later = (torch.from_numpy(5.0 + rng.exponential(1.0, (n, 400))) for n in (64, 512))
+    reach = with_headroom(seen)
+    assert float((reach / seen.amax(0)).min()) >= HEADROOM - 1e-12
+    assert float((reach / seen.amax(0)).max()) <= MOST_HEADROOM + 1e-12
+    beyond, beyond_seen = ((later > limit).double().mean().item() for limit in (reach, seen.amax(0)))
+    assert beyond < 0.2 * beyond_seen
+    torch.testing.assert_close(with_headroom(-100.0 * seen), 100.0 * reach)
+    few = torch.cat([torch.ones(60, 1), torch.full((4, 1), 10.0)])
+    assert with_headroom(few).item() == pytest.approx(10.0 * MOST_HEADROOM)
+
+
+def test_headroom_stays_within_what_an_activation_lets_through() -> None:
+    x = torch.randn(4, 3, 20, 20) * 30
+    low, high = limits(statistics(x), "headroom", Activation(upper=6.0))
+    assert low.tolist() == [0.0] * 3
+    assert high.tolist() == [6.0] * 3
+    low, high = limits(statistics(x), "headroom", Activation(negative_slope=0.1))
+    torch.testing.assert_close(high, HEADROOM * statistics(x).max)
+    torch.testing.assert_close(low, 0.1 * HEADROOM * statistics(x).min)

@@ -17,6 +17,7 @@ from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.solve.bits import allocate_by_gain
 from ptq4cuda.solve.clipping import (
+    HEADROOM,
     TensorProfile,
     clip_error,
     gaussian_clip,
@@ -183,6 +184,7 @@ def profile(
         histogram=histogram(y),
         importance=torch.ones(x.shape[1], dtype=torch.float64) if importance is None else importance,
         exponent=exponent,
+        extremes=lambda: (y.flatten(2).amin(2), y.flatten(2).amax(2)),
     )
 
 
@@ -215,12 +217,17 @@ def test_auto_and_mix_take_the_best_of_their_rules(bits: int, exponent: float) -
         assert errors["auto"] <= errors["minmax"]
 
 
-def test_eight_bits_keep_the_whole_range() -> None:
+def test_eight_bits_keep_the_whole_range_or_more() -> None:
     p = profile(channels("student"))
-    for rule in ("mse", "laplace", "percentile", "auto"):
+    width = float(p.histogram.high - p.histogram.low)
+    for rule in ("minmax", "laplace", "percentile"):
         q, chosen = fit_activation(p, 8, 1, replace(UNIFORM, clipping=rule).activations)
         assert chosen == "minmax"
-        assert float(q.scale) * 255 == pytest.approx(float(p.histogram.high - p.histogram.low), rel=1e-5)
+        assert float(q.scale) * 255 == pytest.approx(width, rel=1e-5)
+    for rule in ("mse", "auto"):
+        q, chosen = fit_activation(p, 8, 1, replace(UNIFORM, clipping=rule).activations)
+        assert chosen == "headroom"
+        assert float(q.scale) * 255 == pytest.approx(width * HEADROOM, rel=1e-5)
 
 
 def test_bits_go_where_errors_cost() -> None:
