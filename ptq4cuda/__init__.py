@@ -7,6 +7,7 @@ from ptq4cuda.artifact.report import report
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.execute.lowering import lower_layers
 from ptq4cuda.execute.program import program
+from ptq4cuda.execute.saturation import saturation
 from ptq4cuda.nn import QuantConv1d, QuantConv2d, QuantConvTranspose1d, QuantConvTranspose2d, QuantLinear
 from ptq4cuda.pipeline import quantize
 from ptq4cuda.quantizer import QuantParams
@@ -26,5 +27,6 @@ __all__ = [
     "program",
     "quantize",
     "report",
+    "saturation",
     "save",
 ]

@@ -307,7 +307,7 @@ class Readers(nn.Module):
 @pytest.mark.parametrize("values", [False, True])
 def test_what_a_layer_returns_to_readers_that_disagree(images: Tensor, residual: bool, values: bool) -> None:
     torch.manual_seed(3)
-    simulated, integer = both(Readers(residual, values).eval(), images)
+    simulated, integer = both(Readers(residual, values).eval(), images, replace(FAST, first_last_bits=4))
     engine = integer.get_submodule("first").engine
     assert isinstance(engine, IntegerConv2d)
     assert engine.has_values == values
@@ -316,6 +316,15 @@ def test_what_a_layer_returns_to_readers_that_disagree(images: Tensor, residual:
     assert sum(is_quantize(integer, node) for node in integer.graph.nodes) == 1 + (residual and values)
     for expected, found in zip(simulated(images), integer(images), strict=True):
         assert torch.equal(expected, found)
+
+
+def test_a_residual_operand_has_the_codes_of_a_layer_that_reads_8_bits(images: Tensor) -> None:
+    torch.manual_seed(3)
+    simulated, integer = both(Readers(True, False).eval(), images)
+    engine = integer.get_submodule("first").engine
+    assert isinstance(engine, IntegerConv2d)
+    assert (engine.has_values, engine.coded) == (False, 1)
+    assert torch.equal(simulated(images)[0], integer(images)[0])
 
 
 def test_residual_operands_have_8_bits_in_both_executions(images: Tensor) -> None:
