@@ -24,14 +24,15 @@ from ptq4cuda.calibrate.by_modules import walk_modules
 from ptq4cuda.calibrate.frontier import Memory
 from ptq4cuda.calibrate.inputs import Inputs, apart, batch_size, check_model, check_shapes, collect_inputs
 from ptq4cuda.calibrate.prepare import prepare
-from ptq4cuda.calibrate.signals import LayerCall, Solution
+from ptq4cuda.calibrate.signals import LayerCall, Signal, Solution
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.containers import call_apart
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.execute.choice import lower
 from ptq4cuda.graph.network import Network
 from ptq4cuda.metrics import Measure, Noise
-from ptq4cuda.solve.layer import bits_of, samples_wanted, solve_layer
+from ptq4cuda.quantizer import QuantParams
+from ptq4cuda.solve.layer import bits_of, quantizer_of_operand, samples_wanted, solve_layer
 from ptq4cuda.solve.raising import Trial, measure_parts, raise_layers
 
 DEFAULT_CONFIG = QuantConfig()
@@ -163,6 +164,9 @@ def quantize_once(
             solved[key] = solve_layer(call, config)
         return copy.deepcopy(solved[key])  # the walk may give the layer's hooks to its module
 
+    def operand(signal: Signal) -> QuantParams:
+        return quantizer_of_operand(signal, config)
+
     def kept(name: str) -> str:
         return "" if config.quantizes(name) else "kept in float by overrides"
 
@@ -175,7 +179,7 @@ def quantize_once(
     if not record.reason:
         assert isinstance(network, Network)
         record.constants = dict(network.constants)
-        result = walk_graph(network, inputs, solve, kept, progress, memory)
+        result = walk_graph(network, inputs, solve, operand, kept, progress, memory)
     else:
         record.walked_by = "modules"
         result = walk_modules(network, inputs, solve, kept, progress, memory)

@@ -29,25 +29,34 @@ from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantTensor
 from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.solve.clipping import with_headroom
 
 
 def walk_graph(
     network: fx.GraphModule,
     inputs: Inputs,
     solve: Solver,
+    operand: Callable[[Signal], QuantParams],
     kept: Kept,
     progress: bool,
     memory: Memory,
 ) -> WalkResult:
     """Quantize the layers of a traced network in place.
 
+    Args:
+        network: as prepare() returns it.
+        inputs: calibration data.
+        solve: quantizes a layer.
+        operand: fits the quantizer of a residual operand.
+        kept: tells why a layer stays in float.
+        progress: show a progress bar.
+        memory: that tensors between layers may take.
+
     Raises:
         MemoryError: memory does not suffice; the message names the layer.
         OSError: nor does the folder that the rest goes to.
     """
     with naming_what_needs_memory("in a forward of the model"):
-        walk = _GraphWalk(network, inputs, solve, kept, memory)
+        walk = _GraphWalk(network, inputs, solve, operand, kept, memory)
     with torch.no_grad(), progress_bar(len(walk.layers), progress) as bar:
         for node in network.graph.nodes:
             name = str(node.target) if node.op == "call_module" else node.name
@@ -62,8 +71,16 @@ def walk_graph(
 
 
 class _GraphWalk:
-    def __init__(self, network: fx.GraphModule, inputs: Inputs, solve: Solver, kept: Kept, memory: Memory) -> None:
-        self.network, self.inputs, self.solve, self.kept = network, inputs, solve, kept
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        inputs: Inputs,
+        solve: Solver,
+        operand: Callable[[Signal], QuantParams],
+        kept: Kept,
+        memory: Memory,
+    ) -> None:
+        self.network, self.inputs, self.solve, self.operand, self.kept = network, inputs, solve, operand, kept
         self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
         self.frontier = Frontier(device_of(network), memory)
         self.signals: dict[fx.Node, Signal] = {}
@@ -177,7 +194,7 @@ class _GraphWalk:
         self.clipped |= bool(signal.outliers)
 
     def _quantize_tensor(self, node: fx.Node) -> Signal:
-        """Quantize a residual operand to 8 bits, with headroom, in the quantized stream."""
+        """Quantize a residual operand to 8 bits, in the quantized stream."""
         module, source = self._module(node), node.all_input_nodes[0]
         assert isinstance(module, QuantTensor)
         signal = self.signals[source]
@@ -185,10 +202,7 @@ class _GraphWalk:
         if node not in self.as_codes:
             return Signal(self.frontier, streams)
         self._clip_outliers(signal, 1, torch.ones(streams[0][0].shape[1], dtype=torch.float64, device="cpu"))
-        low, high = signal.extremes(1)
-        low, high = -with_headroom(low.clamp_max(0.0)), with_headroom(high.clamp_min(0.0))
-        bits = torch.full_like(low, 8, dtype=torch.uint8)
-        module.set(QuantParams.from_range(low, high, bits).to(self.frontier.device))
+        module.set(self.operand(signal).to(self.frontier.device))
         hold, fetch = self.frontier.hold, self.frontier.fetch
         return Signal(self.frontier, [(x, hold(module(fetch(quantized)))) for x, quantized in streams])
 

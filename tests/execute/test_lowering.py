@@ -307,7 +307,7 @@ class Readers(nn.Module):
 @pytest.mark.parametrize("values", [False, True])
 def test_what_a_layer_returns_to_readers_that_disagree(images: Tensor, residual: bool, values: bool) -> None:
     torch.manual_seed(3)
-    simulated, integer = both(Readers(residual, values).eval(), images, replace(FAST, first_last_bits=4))
+    simulated, integer = both(Readers(residual, values).eval(), images)
     engine = integer.get_submodule("first").engine
     assert isinstance(engine, IntegerConv2d)
     assert engine.has_values == values
@@ -320,7 +320,7 @@ def test_what_a_layer_returns_to_readers_that_disagree(images: Tensor, residual:
 
 def test_a_residual_operand_has_the_codes_of_a_layer_that_reads_8_bits(images: Tensor) -> None:
     torch.manual_seed(3)
-    simulated, integer = both(Readers(True, False).eval(), images)
+    simulated, integer = both(Readers(True, False).eval(), images, replace(FAST, activation_bits=8))
     engine = integer.get_submodule("first").engine
     assert isinstance(engine, IntegerConv2d)
     assert (engine.has_values, engine.coded) == (False, 1)
