@@ -65,9 +65,10 @@ class QuantConfig:
         clipping: the ClipRule by which ranges of activations are chosen: "laplace" or "gaussian" (optimal for that
             distribution), "mix" (the better of both as measured), "mse" (searched on the histogram), "percentile",
             "kld", "minmax", "headroom" (the whole range and a share of a bit more), or "auto" (of all but kld and
-            headroom the one with the least error, tensor by tensor). Tensors of 8 bits are not clipped: they have
-            headroom under mse and auto, their whole range under the others, and so do, under laplace and gaussian,
-            tensors without a known distribution. Outliers of a vanishing share of the samples are clipped before.
+            headroom the one with the least error, tensor by tensor). Tensors of 8 bits are not clipped: with
+            activation_bits=8 they have headroom under mse and auto, else their whole range, as under laplace and
+            gaussian tensors without a known distribution have. Outliers of a vanishing share of the samples are
+            clipped before.
         clip_exponent: k of the error E|x̂ - x|^k that "mse" minimises and "mix" and "auto" compare.
         activation_granularity: one scale per channel or one per tensor.
         activation_allocation: the AllocationRule by which bits are divided among the channels of an activation:

@@ -82,7 +82,9 @@ class QuantParams:
         return cls(bits.to(torch.uint8), step.float(), zero_point.to(torch.int32), axis)
 
     def repeated(self, times: int) -> QuantParams:
-        """Return the quantizer of each channel several times, one after the other."""
+        """Return the quantizer of each channel several times, one after the other; once, with the same tensors."""
+        if times == 1:
+            return self
         bits, scale, zero_point = (
             p if p.numel() == 1 else p.repeat_interleave(times) for p in (self.bits, self.scale, self.zero_point)
         )

@@ -20,7 +20,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -238,7 +238,8 @@ def _convolution(layer: str, device: str) -> tuple[Tensor, Tensor, Call, Call, i
     kernels = weight.movedim(-1, 1).to(torch.float32 if device == "cpu" else torch.float16)
     moved = x.numel() + weight.numel() + ours(x).numel()
     values = codes.to(kernels.dtype)
-    return x, values, lambda i: ours(i.x), lambda i: F.conv2d(i.values, kernels, None, *astuple(geometry)), moved
+    window = (geometry.stride, geometry.padding, geometry.dilation, groups)
+    return x, values, lambda i: ours(i.x), lambda i: F.conv2d(i.values, kernels, None, *window), moved
 
 
 def _rows(op: str, layer: str, device: str) -> tuple[Tensor, Tensor, Call, Call, int]:

@@ -148,10 +148,13 @@ class IntegerConv2d(QuantizerState):
         geometry = step.geometry or Geometry()
         phases = math.prod(geometry.phases)
         assert step.source.quantizer is not None
+        bias = step.bias
+        if phases > 1:
+            scale, bias = scale.repeat_interleave(phases), None if bias is None else bias.repeat_interleave(phases)
         return cls(
             weight if step.geometry is not None else weight[:, None, None],
-            scale.repeat_interleave(phases),
-            None if step.bias is None else step.bias.repeat_interleave(phases),
+            scale,
+            bias,
             step.source.quantizer,
             geometry,
             activation=step.activation,

@@ -23,6 +23,7 @@ from ptq4cuda.solve.least_squares import Target, fit_blocks, fit_weights
 from ptq4cuda.solve.ranges import fit_activation, needs_histogram
 from ptq4cuda.solve.rounding import round_for_output, round_to_nearest
 
+_BY_CHANCE = 2.0  # times what taking away the mean of noise adds to it
 _JUDGED = 1 << 24  # values of a layer's output that judge its bias, at most, or one sample
 
 
@@ -157,8 +158,9 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
     """Set the bias so that the mean of each output channel is that of the target, where that does good.
 
     It does harm where few samples tell the mean, and where what follows is blind to most of it: a sigmoid hardly sees
-    values far below zero, whose mean a few peaks that were clipped would move. So each half of the samples judges the
-    mean of the other one, by what is read of the output in the end.
+    values far below zero, whose mean a few peaks that were clipped would move. So each sample judges the mean of
+    all others, by what is read of the output in the end, and the mean is left alone where that does more harm than
+    the mean of so few samples does by chance.
     """
     axis, device = call.spec.axis, module.weight_scale.device
     sums: list[Tensor] = []  # of what is missing, of each sample [N, O]
@@ -172,27 +174,26 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
         sums.append(missing.reshape(len(target), -1, missing.shape[-1]).sum(1, dtype=torch.float64))
         few = min(len(target), room * len(target) // max(1, target.numel()))
         if few or not seen:
-            seen.append((first, target[: max(1, few)], found[: max(1, few)]))
+            some = slice(max(1, few))  # copied, so that the rest need not stay in memory
+            seen.append((first, target[some].clone(), found[some].clone()))
             room -= few * target[0].numel()
         first += len(target)
     total = torch.cat(sums)
     each = sum(t.numel() for t in call.outputs) / total.numel()  # values of a channel of a sample
-    odd = torch.arange(len(total), device=device) % 2 == 1
-    halves = [total[half].mean(0) / each if bool(half.any()) else total.mean(0) / each for half in (~odd, odd)]
-    harm = 0.0
+    others = (total.sum(0) - total) / max(1, len(total) - 1) / each if len(total) > 1 else total / each
+    error = harm = 0.0
     for first, target, found in seen:
-        shape = [-1 if d == axis % found.dim() else 1 for d in range(found.dim())]
-        wanted, unmatched = call.read(target), call.read(found)
-        for half, shift in zip((1, 0), halves, strict=True):  # judged by the other half
-            own = odd[first : first + len(found)] == bool(half)
-            matched = call.read(found + shift.to(found.dtype).view(shape))
-            harm += float((_square(matched, wanted, own) - _square(unmatched, wanted, own)).nan_to_num(nan=0.0))
-    if harm > 0.0:
+        shape = [1] * found.dim()
+        shape[0], shape[axis] = len(found), found.shape[axis]
+        shift = others[first : first + len(found)].to(found.dtype).view(shape)
+        wanted = call.read(target)
+        matched, unmatched = (
+            float((call.read(y) - wanted).square().nan_to_num(nan=0.0).sum(dtype=torch.float64))
+            for y in (found + shift, found)
+        )
+        error, harm = error + unmatched, harm + matched - unmatched
+    # Errors without a mean grow by 1 / (n - 1) of them where that of n - 1 samples is taken away.
+    if harm * max(1, len(total) - 1) > _BY_CHANCE * error:
         return
     bias = torch.zeros_like(total[0]) if module.bias is None else module.bias.double()
     module.register_buffer("bias", (bias + total.mean(0) / each).float())
-
-
-def _square(a: Tensor, b: Tensor, samples: Tensor) -> Tensor:
-    """Return the squared distance of some samples."""
-    return (a[samples] - b[samples]).square().sum(dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One layer: a bias is matched where the other half of the samples gains by it; inputs go further than they did."""
+"""One layer: a bias is matched where the other samples do not lose by it; inputs go further than they did."""
 
 from __future__ import annotations
 

@@ -220,12 +220,14 @@ def test_auto_and_mix_take_the_best_of_their_rules(bits: int, exponent: float) -
 def test_eight_bits_keep_the_whole_range_or_more() -> None:
     p = profile(channels("student"))
     width = float(p.histogram.high - p.histogram.low)
-    for rule in ("minmax", "laplace", "percentile"):
-        q, chosen = fit_activation(p, 8, 1, replace(UNIFORM, clipping=rule).activations)
+    eight = replace(UNIFORM, activation_bits=8)
+    whole = [replace(eight, clipping=rule) for rule in ("minmax", "laplace", "percentile")]
+    for config in (*whole, replace(UNIFORM, clipping="mse")):  # among tensors of fewer bits
+        q, chosen = fit_activation(p, 8, 1, config.activations)
         assert chosen == "minmax"
         assert float(q.scale) * 255 == pytest.approx(width, rel=1e-5)
     for rule in ("mse", "auto"):
-        q, chosen = fit_activation(p, 8, 1, replace(UNIFORM, clipping=rule).activations)
+        q, chosen = fit_activation(p, 8, 1, replace(eight, clipping=rule).activations)
         assert chosen == "headroom"
         assert float(q.scale) * 255 == pytest.approx(width * HEADROOM, rel=1e-5)
 
