@@ -130,7 +130,7 @@ def test_another_process_reads_them(images: Tensor, tmp_path: Path) -> None:
         torch.save((network, images, network(images), ptq4cuda.report(network)), tmp_path / f"{number}.pt")
     program = (
         "import sys, torch\n"
-        f"sys.path[:] = {sys.path!r}\n"
+        f"sys.path[:] = {[*sys.path, str(Path(__file__).parents[2])]!r}\n"  # where this file's module is found
         f"for number in range({len(NETWORKS)}):\n"
         f"    network, x, y, report = torch.load('{tmp_path}/%d.pt' % number, weights_only=False)\n"
         "    import ptq4cuda\n"
