@@ -77,7 +77,7 @@ def _of_library(name: str, pretrained: bool, given: dict[str, Any]) -> Make:
             if model_name in names:
                 return make
             known += names
-    close = difflib.get_close_matches(model_name, known, n=3)
+    close = difflib.get_close_matches(model_name, dict.fromkeys(known), n=3)
     reasons = [*missing, *([f"close to it: {', '.join(close)}"] if close else [])]
     raise ValueError(
         f"there is no model {name!r}" + (f": {'; '.join(reasons)}" if reasons else " in timm or torchvision")
