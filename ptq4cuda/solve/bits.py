@@ -124,9 +124,11 @@ class AllocationRule(Rule):
 
     Attributes:
         needs_errors: whether it looks at measured errors, which weights have none of.
+        needs_spread: whether it looks at the scale of the distributions, which of weights takes a pass to find.
     """
 
     needs_errors: ClassVar[bool] = False
+    needs_spread: ClassVar[bool] = True
 
     def check(self, mean_bits: int, fewest: int, most: int) -> None:
         """Raise ValueError where these limits allow no such mean."""
@@ -136,7 +138,7 @@ class AllocationRule(Rule):
         """Return the bits of each channel, uint8 [C].
 
         Args:
-            spread: [C], the scale of each channel's distribution.
+            spread: [C], the scale of each channel's distribution, where it is needed.
             errors: [C, 9], what the error of each channel with 0 to 8 bits costs, where it is needed.
             mean_bits: the mean over the channels, at most.
             fewest: bits of a channel.
@@ -148,6 +150,7 @@ class Uniform(AllocationRule):
     """The same bits for all."""
 
     name = "uniform"
+    needs_spread = False
 
     def bits(self, spread: Tensor, errors: Tensor | None, mean_bits: int, fewest: int, most: int) -> Tensor:
         """Return the mean."""

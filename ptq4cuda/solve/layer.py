@@ -135,7 +135,8 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Quantize weights [O, ...]: bits of each output channel, what to reproduce, rounding, correction."""
     allocation = AllocationRule.named(config.allocation if mean_bits < 8 else "uniform")
-    spread = weight.flatten(1).double().std(dim=1, correction=0)
+    flat = weight.flatten(1)
+    spread = flat.double().std(dim=1, correction=0) if allocation.needs_spread else flat.new_zeros(len(flat))
     bits = allocation.bits(spread, None, mean_bits, *config.channel_bits)
     if measured is None:
         quantized = round_to_nearest(weight, bits)
@@ -180,7 +181,8 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
         first += len(target)
     total = torch.cat(sums)
     each = sum(t.numel() for t in call.outputs) / total.numel()  # values of a channel of a sample
-    others = (total.sum(0) - total) / max(1, len(total) - 1) / each if len(total) > 1 else total / each
+    rest = max(1, len(total) - 1)
+    others = (total.sum(0) - total if len(total) > 1 else total) / rest / each
     error = harm = 0.0
     for first, target, found in seen:
         shape = [1] * found.dim()
@@ -193,7 +195,7 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
         )
         error, harm = error + unmatched, harm + matched - unmatched
     # Errors without a mean grow by 1 / (n - 1) of them where that of n - 1 samples is taken away.
-    if harm * max(1, len(total) - 1) > _BY_CHANCE * error:
+    if harm * rest > _BY_CHANCE * error:
         return
     bias = torch.zeros_like(total[0]) if module.bias is None else module.bias.double()
     module.register_buffer("bias", (bias + total.mean(0) / each).float())
