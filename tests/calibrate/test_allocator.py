@@ -20,15 +20,15 @@ def pages():  # that are cleared for a tensor
     torch.zeros(64 << 20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-found = [pages()]
+before = pages()
 with memory_kept():
-    found += [pages(), pages()]
+    first = sum(pages() for _ in range(10))
     thread = threading.Thread(target=memory_kept()(pages))
     thread.start()
     thread.join()
-    found += [pages()]
-found += [pages(), pages()]
-print(*found)
+    again = sum(pages() for _ in range(10))
+after = min(pages(), pages())
+print(before, first, again, after)
 """
 
 
@@ -39,7 +39,10 @@ def test_memory_is_kept_meanwhile(chosen: str | None) -> None:
     if chosen is not None:  # what the user has set stays so: to get memory anew
         environment |= {chosen: "1000000"}
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment)
-    before, first, again, beside, after, last = map(int, run.stdout.split())
-    assert min(before, first, after, last) > 0.9 * PAGES
-    kept = 0.1 * PAGES
-    assert (max(again, beside) < kept) == (chosen is None)
+    before, first, again, after = map(int, run.stdout.split())
+    assert min(before, after) > 0.9 * PAGES
+    if chosen is None:
+        # Something small may come to lie between two places, and the next tensor then gets one of its own.
+        assert first + again < 5 * PAGES
+    else:
+        assert min(first, again) > 9 * PAGES
