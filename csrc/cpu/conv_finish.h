@@ -257,11 +257,10 @@ Finisher<uint8_t> code_finisher() {
 #endif
 
 template <class T, bool kResidual>
-Finisher<T> finisher(const ConvProblem& problem) {
-    const Activation& act = problem.activation;
+Finisher<T> finisher(const Activation& act, [[maybe_unused]] bool finite) {
 #if defined(__x86_64__)
     if constexpr (std::is_same_v<T, uint8_t>)
-        if (simd::level() >= simd::Level::avx2 && stays_finite(problem))
+        if (simd::level() >= simd::Level::avx2 && finite)
             return act.negative_slope == 0.0f || act.negative_slope == 1.0f ? code_finisher<kResidual, false>()
                                                                             : code_finisher<kResidual, true>();
 #endif
@@ -272,9 +271,10 @@ Finisher<T> finisher(const ConvProblem& problem) {
     }
 }
 
+// `finite`: all values are, whatever the sums.
 template <class T>
-Finisher<T> finisher_of(const ConvProblem& problem) {
-    return problem.residual ? finisher<T, true>(problem) : finisher<T, false>(problem);
+Finisher<T> finisher_of(bool residual, const Activation& act, bool finite) {
+    return residual ? finisher<T, true>(act, finite) : finisher<T, false>(act, finite);
 }
 
 }  // namespace ptq4cuda

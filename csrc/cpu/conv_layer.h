@@ -1,0 +1,320 @@
+// What conv2d_integer on the CPU needs of a layer whatever the size of its images: weights, parameters and the share
+// of zero points, laid out as the tiles of an instruction set read them. A call may lay them out for itself, or take
+// bytes that were laid out before (prepare_layer).
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "conv_finish.h"
+
+namespace ptq4cuda {
+
+inline const Tiles& best_tiles() {
+#if defined(__x86_64__)
+    if (simd::level() >= simd::Level::avx512_vnni) return kTilesVnni;
+    if (simd::level() >= simd::Level::avx2) return kTilesAvx2;
+#endif
+    return kTiles;
+}
+
+// Output channels of which 16 are finished together.
+struct Panel {
+    int64_t output;   // the first
+    int64_t outputs;  // how many there are
+    int64_t channel;  // the first input channel
+};
+
+// How the channels of a depthwise layer make blocks of panels.
+struct Blocks {
+    int32_t panels;  // of a block
+    int32_t whole;   // the last block begins early enough to be full, and does some channels again
+};
+
+inline std::vector<Panel> panels_of(const ConvShape& shape, const Blocks& blocks) {
+    std::vector<Panel> panels;
+    if (!shape.depthwise()) {
+        panels.reserve(shape.groups * shape.panels_per_group());
+        for (int64_t g = 0; g < shape.groups; ++g)
+            for (int64_t o = 0; o < shape.group_outputs(); o += kPanelOutputs)
+                panels.push_back({g * shape.group_outputs() + o,
+                                  std::min<int64_t>(kPanelOutputs, shape.group_outputs() - o),
+                                  g * shape.group_channels()});
+        return panels;
+    }
+    const int64_t channels = shape.channels, block = blocks.panels * kPanelOutputs;
+    for (int64_t b = 0; b < channels; b += block) {
+        const int64_t first = blocks.whole ? std::max<int64_t>(0, std::min(b, channels - block)) : b;
+        const int64_t count = std::min(block, channels - first);
+        for (int64_t i = 0; i < block; i += kPanelOutputs)
+            panels.push_back({first + i, std::clamp<int64_t>(count - i, 0, kPanelOutputs), first});
+    }
+    return panels;
+}
+
+class ConvLayer {
+public:
+    // Lays out what the arguments of the operator hold.
+    explicit ConvLayer(const ConvProblem& problem) : ConvLayer(problem.shape, problem.span) {
+        begin(problem.weight, {problem.activation.negative_slope, problem.activation.upper, is_finite(problem),
+                               problem.zero_sums != nullptr, problem.also != nullptr, problem.residual != nullptr,
+                               problem.out_quantizer.scale != nullptr});
+        lay_out([&](int64_t o) { return parameters_of(problem, problem.out_quantizer, o); },
+                [&](int64_t o) { return parameters_of(problem, problem.also_quantizer, o); },
+                [&](int64_t t, int64_t o) { return problem.zero_sums[t * problem.shape.out_channels + o]; });
+    }
+
+    // Takes what bytes() of a layer of this shape and these weights returned, on whatever processor. They are looked
+    // at, not copied, where they were laid out for the same tiles. Fails where they are not those of such a layer.
+    ConvLayer(const ConvShape& shape, int64_t span, const int8_t* weight, std::span<const uint8_t> bytes)
+        : ConvLayer(shape, span) {
+        const char* op = "run_layers";
+        Header header;
+        STD_TORCH_CHECK(bytes.size() >= sizeof header, op, ": ", bytes.size(), " bytes hold no prepared layer");
+        std::memcpy(&header, bytes.data(), sizeof header);
+        STD_TORCH_CHECK(header.magic == kMagic && 0 < header.blocks.panels && header.blocks.panels <= kTilePixels, op,
+                        ": the bytes hold no prepared layer");
+        if (header.tiles == tile_kind() && header.blocks.panels == block_panels()) {
+            begin(weight, header.facts);
+            STD_TORCH_CHECK(static_cast<int64_t>(bytes.size()) == size(), op, ": a layer was prepared in ",
+                            bytes.size(), " bytes, this one takes ", size());
+            point_into(bytes.data());
+            return;
+        }
+        // Of another instruction set: laid out anew.
+        ConvLayer other(shape, span, header.blocks);
+        other.begin(weight, header.facts);
+        const int64_t least = other.offset(kWeights);  // the weights of other tiles are of no use
+        STD_TORCH_CHECK(static_cast<int64_t>(bytes.size()) >= least, op, ": a layer was prepared in ", bytes.size(),
+                        " bytes, this one takes ", least);
+        other.point_into(bytes.data());
+        begin(weight, header.facts);
+        std::vector<std::pair<int64_t, int64_t>> places(shape.out_channels);  // panel and lane of each output
+        for (size_t i = 0; i < other.panels_.size(); ++i)
+            for (int64_t j = 0; j < other.panels_[i].outputs; ++j) places[other.panels_[i].output + j] = {i, j};
+        const auto fields = [&](const float* from, int64_t o) {
+            std::array<float, kFields> values;
+            for (int f = 0; f < kFields; ++f)
+                values[f] = from[(places[o].first * kFields + f) * kPanelOutputs + places[o].second];
+            return values;
+        };
+        lay_out(
+            [&](int64_t o) { return fields(other.parameters_, o); },
+            [&](int64_t o) { return fields(other.also_parameters_, o); },
+            [&](int64_t t, int64_t o) {
+                return other.zeros_[(places[o].first * shape.kernel.area() + t) * kPanelOutputs + places[o].second];
+            });
+    }
+
+    ConvLayer(const ConvLayer&) = delete;
+    ConvLayer& operator=(const ConvLayer&) = delete;
+
+    // As they were laid out by the first constructor.
+    std::span<const uint8_t> bytes() const { return own_; }
+
+    const ConvShape& shape() const { return shape_; }
+    const Tiles& tiles() const { return tiles_; }
+    bool depthwise() const { return depthwise_; }
+    bool packed() const { return packed_; }
+    bool dense() const { return dense_; }
+    bool split() const { return split_; }
+    int64_t span() const { return std::abs(span_); }
+    int64_t code_bytes() const { return dense_ ? kWordChannels / tiles_.dense_codes : 1; }
+    // Words of the taps of a kernel's row where these follow each other without gaps.
+    int64_t dense_words() const {
+        return ceil_div(shape_.kernel.width * shape_.channels * code_bytes(), kWordChannels);
+    }
+    int block_panels() const { return depthwise_ ? blocks_.panels : 1; }
+    int64_t blocks() const { return static_cast<int64_t>(panels_.size()) / block_panels(); }
+    const std::vector<Panel>& panels() const { return panels_; }
+    const std::vector<int64_t>& grouped() const { return grouped_; }
+    bool columns() const { return shape_.kernel.height == 3 && tiles_.depthwise_taps == 4; }
+    const Panels& weights() const { return weights_; }
+    const int32_t* zeros() const { return zeros_; }  // nullptr where padding makes no difference
+    const float* parameters(int64_t panel) const { return parameters_ + panel * kPanelParameters; }
+    const float* also_parameters(int64_t panel) const { return also_parameters_ + panel * kPanelParameters; }
+    Activation activation() const { return {facts_.negative_slope, facts_.upper}; }
+    bool finite() const { return facts_.finite; }
+    // What it was prepared for: outputs in codes, a second one, a residual.
+    bool returns_codes() const { return facts_.codes; }
+    bool has_also() const { return facts_.also; }
+    bool has_residual() const { return facts_.residual; }
+
+private:
+    struct Facts {
+        float negative_slope, upper;
+        uint8_t finite, zeros, also, residual, codes;  // 0: no
+    };
+    static constexpr uint64_t kMagic = 0x31726579616c3471;  // changes with what follows
+    struct alignas(simd::kLine) Header {
+        uint64_t magic;
+        int32_t tiles;  // see tile_kind
+        Blocks blocks;
+        Facts facts;
+    };
+    enum Part { kParameters, kAlsoParameters, kZeros, kWeights, kEnd };
+
+    ConvLayer(const ConvShape& shape, int64_t span)
+        : ConvLayer(shape, span, {best_tiles().depthwise_panels, best_tiles().whole_blocks}) {}
+
+    ConvLayer(const ConvShape& shape, int64_t span, const Blocks& blocks)
+        : shape_(shape),
+          tiles_(best_tiles()),
+          blocks_(blocks),
+          span_(span),
+          depthwise_(shape.depthwise()),
+          packed_(shape.packed()),
+          dense_(shape.groups == 1 && shape.channels < kWordChannels && shape.dilation.width == 1 &&
+                 (span < 0 || !tiles_.narrow_sums)),
+          split_(span < 0 && tiles_.narrow_sums && !dense_ && !depthwise_ &&
+                 !packed_),  // packed codes are nibbles already
+          panels_(panels_of(shape, blocks)) {
+        if (depthwise_) group_taps();
+    }
+
+    // What tells tiles apart: how they want weights.
+    int32_t tile_kind() const { return tiles_.depthwise_taps << 8 | tiles_.dense_codes << 1 | tiles_.narrow_sums; }
+
+    // Row by row, or three rows of a column and a tap that is missing.
+    void group_taps() {
+        const Extent k = shape_.kernel;
+        for (int64_t i = 0; i < k.area(); ++i) {
+            if (columns() && i > 0 && i % 3 == 0) grouped_.push_back(-1);
+            grouped_.push_back(columns() ? i % 3 * k.width + i / 3 : i);
+        }
+        while (grouped_.size() % tiles_.depthwise_taps) grouped_.push_back(-1);
+    }
+
+    static bool is_finite(const ConvProblem& problem) {
+#if defined(__x86_64__)
+        return stays_finite(problem);
+#else
+        return false;
+#endif
+    }
+
+    void begin(const int8_t* weight, const Facts& facts) {
+        facts_ = facts;
+        const bool own = depthwise_ || dense_;
+        const int64_t words = depthwise_ ? static_cast<int64_t>(grouped_.size()) / tiles_.depthwise_taps
+                              : dense_   ? shape_.kernel.height * dense_words()
+                                         : shape_.panel_words();
+        weights_ = {own ? nullptr : weight, words * block_panels() * kPanelOutputs * kWordChannels, 0};
+        canonical_ = weight;
+    }
+
+    // Where a part begins.
+    int64_t offset(Part part) const {
+        const int64_t panels = panels_.size();
+        const bool padded = shape_.padding.height + shape_.padding.width > 0;
+        const int64_t sizes[] = {panels * kPanelParameters * static_cast<int64_t>(sizeof(float)),
+                                 facts_.also ? panels * kPanelParameters * static_cast<int64_t>(sizeof(float)) : 0,
+                                 facts_.zeros && padded ? panels * shape_.kernel.area() * kPanelOutputs *
+                                                              static_cast<int64_t>(sizeof(int32_t))
+                                                        : 0,
+                                 depthwise_ || dense_ ? blocks() * weights_.bytes : 0};
+        int64_t at = sizeof(Header);
+        for (int p = 0; p < part; ++p) at += ceil_div(sizes[p], simd::kLine) * simd::kLine;
+        return at;
+    }
+    int64_t size() const { return offset(kEnd); }
+
+    void point_into(const uint8_t* bytes) {
+        const auto part = [&]<class T>(Part p, const T*& to) {
+            to = offset(p) < offset(static_cast<Part>(p + 1)) ? reinterpret_cast<const T*>(bytes + offset(p))
+                                                              : nullptr;
+        };
+        part(kParameters, parameters_);
+        part(kAlsoParameters, also_parameters_);
+        part(kZeros, zeros_);
+        if (depthwise_ || dense_) part(kWeights, weights_.weights);
+    }
+
+    // The fields of each output, those of the second output, and the zero points' share in a tap of an output.
+    template <class FieldsOf, class AlsoFieldsOf, class ZerosOf>
+    void lay_out(const FieldsOf& fields_of, const AlsoFieldsOf& also_fields_of, const ZerosOf& zeros_of) {
+        own_.assign(size(), 0);
+        const Header header = {kMagic, tile_kind(), blocks_, facts_};
+        std::memcpy(own_.data(), &header, sizeof header);
+        point_into(own_.data());
+        const auto each = [&](auto f) {
+            for (size_t i = 0; i < panels_.size(); ++i)
+                for (int64_t j = 0; j < panels_[i].outputs; ++j) f(i, j, panels_[i].output + j);
+        };
+        const auto put = [&](Part part, const auto& of) {
+            float* to = reinterpret_cast<float*>(own_.data() + offset(part));
+            each([&](size_t i, int64_t j, int64_t o) {
+                const auto values = of(o);
+                for (int f = 0; f < kFields; ++f) to[(i * kFields + f) * kPanelOutputs + j] = values[f];
+            });
+        };
+        put(kParameters, fields_of);
+        if (facts_.also) put(kAlsoParameters, also_fields_of);
+        const int64_t area = shape_.kernel.area();
+        if (zeros_) {
+            int32_t* to = reinterpret_cast<int32_t*>(own_.data() + offset(kZeros));
+            each([&](size_t i, int64_t j, int64_t o) {
+                for (int64_t t = 0; t < area; ++t) to[(i * area + t) * kPanelOutputs + j] = zeros_of(t, o);
+            });
+        }
+        if (depthwise_ || dense_) lay_out_weights(own_.data() + offset(kWeights));
+    }
+
+    // As the tiles want them, where these are not the panels: of depthwise layers, and of dense ones, from single
+    // pixels to rows without gaps.
+    void lay_out_weights(uint8_t* to) const {
+        const int in_word = depthwise_ ? tiles_.depthwise_taps : tiles_.dense_codes;
+        in_word == kWordChannels ? lay_out_weights_as<int8_t>(to) : lay_out_weights_as<int16_t>(to);
+    }
+
+    template <class Weight>
+    void lay_out_weights_as(uint8_t* at) const {
+        constexpr int64_t kInWord = kWordChannels / sizeof(Weight);
+        for (int64_t b = 0; b < blocks(); ++b) {
+            Weight* to = reinterpret_cast<Weight*>(at + b * weights_.bytes);
+            depthwise_ ? lay_out_block<kInWord>(b, to) : lay_out_dense_panel<kInWord>(b, to);
+        }
+    }
+
+    template <int64_t kInWord, class Weight>
+    void lay_out_block(int64_t b, Weight* to) const {
+        const int64_t first = panels_[b * block_panels()].channel, taps = grouped_.size();
+        const int64_t channels = block_panels() * kPanelOutputs;
+        for (int64_t c = 0; c < std::min(channels, shape_.channels - first); ++c) {
+            const int8_t* from = canonical_ + first + c;
+            Weight* words = to + place_in_block(c, block_panels()) * kInWord;
+            for (int64_t t = 0; t < taps; ++t)
+                if (grouped_[t] >= 0)
+                    words[t / kInWord * channels * kInWord + t % kInWord] = from[grouped_[t] * shape_.channels];
+        }
+    }
+
+    template <int64_t kInWord, class Weight>
+    void lay_out_dense_panel(int64_t b, Weight* to) const {
+        const Extent kernel = shape_.kernel;
+        const int8_t* from = canonical_ + b * kernel.area() * kPanelOutputs * kWordChannels;
+        for (int64_t r = 0; r < kernel.height; ++r, to += dense_words() * kPanelOutputs * kInWord)
+            for (int64_t s = 0; s < kernel.width; ++s)
+                for (int64_t o = 0; o < kPanelOutputs; ++o, from += kWordChannels)
+                    for (int64_t c = 0; c < shape_.channels; ++c) {
+                        const int64_t at = s * shape_.channels + c;
+                        to[(at / kInWord * kPanelOutputs + o) * kInWord + at % kInWord] = from[c];
+                    }
+    }
+
+    ConvShape shape_;  // of which sizes of images are of no account
+    const Tiles& tiles_;
+    Blocks blocks_;
+    int64_t span_;
+    bool depthwise_, packed_, dense_, split_;
+    std::vector<Panel> panels_;
+    std::vector<int64_t> grouped_;  // taps of depthwise layers, group by group; -1: none
+    Facts facts_{};
+    const int8_t* canonical_ = nullptr;                               // the weights as the operator takes them
+    Panels weights_{};                                                // of all blocks
+    const float *parameters_ = nullptr, *also_parameters_ = nullptr;  // [panels][fields][16]
+    const int32_t* zeros_ = nullptr;                                  // [panels][taps][16]
+    simd::Vector<uint8_t> own_;
+};
+
+}  // namespace ptq4cuda

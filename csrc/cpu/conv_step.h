@@ -1,0 +1,388 @@
+// A convolution of images on the CPU, as a step (steps.h): integer sums tile by tile (conv_tiles.h), finished while
+// they are in cache (conv_finish.h).
+//
+// The work is cut into units of neighbouring output pixels. A unit's input stays in the second-level cache while the
+// panels of weights pass by, a few at a time, and these stay in the first-level cache while they meet all tiles of
+// the unit. Nothing is unfolded: a tile reads each tap of its pixels where it lies. Where the image is padded, the
+// rows that a unit needs are copied into a band with zeros around them; also where channels do not fill words, and
+// where codes are split into nibbles or widened to 16 bits.
+#pragma once
+
+#include "conv_layer.h"
+#include "steps.h"
+
+namespace ptq4cuda {
+
+constexpr int64_t kUnitBytes = 64 << 10;    // of input
+constexpr int64_t kUnitPixels = 1024;       // at most
+constexpr int64_t kMinimumUnitPixels = 24;  // less does not pay for reading all weights
+constexpr int64_t kBandBytes = 64 << 20;    // of more than one row of outputs, at most
+constexpr int64_t kPanelBytes = 16 << 10;   // of weights that meet a tile before the next tile
+constexpr int64_t kTaskProducts = 1 << 17;  // worth a task
+constexpr int64_t kTasksPerThread = 4;
+
+// What a call convolves, and where the outputs go.
+template <class T>
+struct ConvCall {
+    const uint8_t* x;         // [N, H, W, pixel_bytes()]
+    const uint8_t* residual;  // [N, out H, out W, O], or nullptr
+    T* y;
+    uint8_t* also;  // or nullptr
+};
+
+template <class T>
+class Convolution : public Step {
+public:
+    // The shape is the layer's, with the sizes of the images.
+    Convolution(std::unique_ptr<const ConvLayer> layer, const ConvShape& shape, const ConvCall<T>& call)
+        : layer_(std::move(layer)),
+          shape_(shape),
+          call_(call),
+          tiles_(layer_->tiles()),
+          depthwise_(layer_->depthwise()),
+          packed_(layer_->packed()),
+          dense_(layer_->dense()),
+          split_(layer_->split()),
+          finish_(finisher_of<T>(call.residual != nullptr, layer_->activation(), layer_->finite())) {
+        const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
+        direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
+        // In a band, channels are filled up to whole words where all are read together.
+        const bool filled = !direct_ && shape_.groups == 1;
+        pixel_bytes_ = dense_   ? shape_.channels * layer_->code_bytes()
+                       : filled ? shape_.words_per_tap() * kWordChannels
+                                : shape_.channels;
+        row_bytes_ = (shape_.in.width + (direct_ ? 0 : 2 * shape_.padding.width)) * pixel_bytes_;
+        find_taps();
+        if (layer_->zeros())
+            for (int64_t c = 0; c < shape_.out.width; ++c) columns_.push_back(inside_columns(c));
+        cut();
+    }
+
+    int64_t tasks() const override { return units_ * parts_; }
+
+    int64_t run(std::atomic<int64_t>& next, Scratch& scratch) const override {
+        Unit unit(scratch);
+        int64_t held = -1, done = 0;
+        for (int64_t task; (task = next++) < tasks(); ++done) {
+            const int64_t u = task / parts_, part = task % parts_, blocks = layer_->blocks();
+            if (u != held) direct_ ? take_pixels(u * unit_size_, unit_size_, unit) : take_band(u, unit_size_, unit);
+            held = u;
+            compute(unit, blocks * part / parts_, blocks * (part + 1) / parts_);
+        }
+        return done;
+    }
+
+private:
+    void find_taps() {
+        const Extent k = shape_.kernel, d = shape_.dilation;
+        // The taps of a row follow each other in memory, as their weights do.
+        const bool joined = shape_.groups == 1 && d.width == 1 && !packed_;
+        for (int64_t r = 0; r < k.height; ++r)
+            for (int64_t s = 0; s < (joined ? 1 : k.width); ++s)
+                offsets_.push_back(r * d.height * row_bytes_ + s * d.width * pixel_bytes_);
+        if (depthwise_) {
+            std::vector<int64_t> offsets;
+            for (int64_t tap : layer_->grouped())
+                offsets.push_back(tap < 0 ? 0 : offsets_[tap]);  // its weights are zero
+            offsets_ = std::move(offsets);
+            tap_groups_ = {offsets_.data(), static_cast<int64_t>(offsets_.size()) / tiles_.depthwise_taps,
+                           layer_->columns()};
+            return;
+        }
+        const auto taps = [&](int64_t words) {
+            return Taps{offsets_.data(), static_cast<int64_t>(offsets_.size()), words};
+        };
+        taps_ = taps(dense_    ? layer_->dense_words()
+                     : packed_ ? shape_.low_bytes * 2 / kWordChannels
+                               : shape_.words_per_tap() * (joined ? k.width : 1));
+        high_taps_ = taps(packed_ ? shape_.high_bytes() * 2 / kWordChannels : taps_.words);
+    }
+
+    // Units of pixels, or of rows where they need a band; where units are few, their output channels are shared out,
+    // too.
+    void cut() {
+        const Extent out = shape_.out;
+        const int64_t pixels = std::clamp(kUnitBytes / pixel_bytes_ / shape_.stride.height / shape_.stride.width,
+                                          kMinimumUnitPixels, kUnitPixels);
+        // Of nearly equal size, in whole tiles.
+        const auto even = [](int64_t total, int64_t most, int64_t step) {
+            const int64_t size = ceil_div(total, ceil_div(total, most));
+            return std::min(ceil_div(size, step) * step, most);
+        };
+        if (direct_) {
+            unit_size_ = even(shape_.pixels(), pixels, kTilePixels);
+            units_ = ceil_div(shape_.pixels(), unit_size_);
+        } else {
+            // However far apart rows of outputs are, their band must not outgrow memory.
+            const int64_t most = std::max<int64_t>(kBandBytes / row_bytes_ / shape_.stride.height, 1);
+            unit_size_ = even(out.height, std::clamp<int64_t>(std::min(pixels / out.width, most), 1, out.height), 1);
+            units_ = shape_.batch * ceil_div(out.height, unit_size_);
+        }
+        const double products = static_cast<double>(shape_.pixels()) * static_cast<double>(shape_.out_channels) *
+                                static_cast<double>(shape_.kernel.area() * shape_.group_channels());
+        const int64_t most = torch::stable::get_num_threads() * kTasksPerThread;
+        const int64_t wanted = products < static_cast<double>(most * kTaskProducts)
+                                   ? static_cast<int64_t>(products) / kTaskProducts + 1
+                                   : most;
+        parts_ = std::clamp<int64_t>(ceil_div(wanted, units_), 1, layer_->blocks());
+    }
+
+    // --- the input of a unit
+
+    // Taps of a pixel that are inside of the image: [top, bottom) x [left, right).
+    struct Window {
+        int64_t top, bottom, left, right;
+    };
+    struct Unit {
+        int64_t first = 0;                    // output pixel; the others follow
+        std::vector<const uint8_t*>& pixels;  // where each of them reads its first tap
+        std::vector<Window> windows;          // of each of them, if zero points have a share that padding changes
+        Scratch& scratch;                     // holds the band
+        int64_t plane = 0;                    // bytes from the high nibbles to the low ones
+
+        explicit Unit(Scratch& scratch_) : pixels(scratch_.pointers), scratch(scratch_) {}
+    };
+
+    void take_pixels(int64_t first, int64_t count, Unit& unit) const {
+        const Extent in = shape_.in, out = shape_.out, stride = shape_.stride;
+        unit.first = first;
+        unit.pixels.clear();
+        int64_t n = first / out.area(), row = first / out.width % out.height, column = first % out.width;
+        for (int64_t i = first; i < std::min(first + count, shape_.pixels()); ++i) {
+            unit.pixels.push_back(call_.x + (n * in.height + row * stride.height) * row_bytes_ +
+                                  column * stride.width * pixel_bytes_);
+            if (++column < out.width) continue;
+            column = 0;
+            if (++row < out.height) continue;
+            row = 0;
+            ++n;
+        }
+    }
+
+    void take_band(int64_t u, int64_t rows, Unit& unit) const {
+        const Extent in = shape_.in, out = shape_.out, stride = shape_.stride, pad = shape_.padding;
+        const int64_t bands = ceil_div(out.height, rows), n = u / bands, top = u % bands * rows;
+        const int64_t bottom = std::min(top + rows, out.height);
+        const int64_t height =
+            (bottom - top - 1) * stride.height + shape_.dilation.height * (shape_.kernel.height - 1) + 1;
+        unit.plane = height * row_bytes_ + kWordChannels;  // the last word may reach beyond the last channel
+        const int64_t size = (split_ ? 2 : 1) * unit.plane;
+        uint8_t* band = unit.scratch.at_least(size);
+        std::memset(band, 0, size);
+        for (int64_t i = 0; i < height; ++i) {
+            const int64_t row = top * stride.height - pad.height + i;
+            if (row < 0 || row >= in.height) continue;
+            copy_row(call_.x + (n * in.height + row) * in.width * shape_.pixel_bytes(),
+                     band + i * row_bytes_ + pad.width * pixel_bytes_, unit.plane);
+        }
+        unit.first = (n * out.height + top) * out.width;
+        unit.pixels.clear();
+        unit.windows.clear();
+        for (int64_t r = 0; r < bottom - top; ++r) {
+            const uint8_t* row = band + r * stride.height * row_bytes_;
+            for (int64_t c = 0; c < out.width; ++c) unit.pixels.push_back(row + c * stride.width * pixel_bytes_);
+            if (!layer_->zeros()) continue;
+            const auto [first, end] = inside_rows(top + r);
+            for (const auto& [left, right] : columns_) unit.windows.push_back({first, end, left, right});
+        }
+    }
+
+    // Copies a row of the image, as it is, or widened, or its high nibbles and, a plane further, its low ones. Of a
+    // word of packed codes the even nibbles are followed by the odd ones, as in the panels.
+    void copy_row(const uint8_t* from, uint8_t* to, int64_t plane) const {
+        const int64_t channels = shape_.channels, width = shape_.in.width, n = channels * width;
+        if (packed_) {
+            for (int64_t i = 0; i < n; i += 2 * kWordChannels, from += kWordChannels, to += 2 * kWordChannels) {
+                uint32_t word;
+                std::memcpy(&word, from, sizeof word);
+                const uint32_t halves[2] = {word & 0x0f0f0f0f, word >> 4 & 0x0f0f0f0f};
+                std::memcpy(to, halves, sizeof halves);
+            }
+        } else if (layer_->code_bytes() == sizeof(uint16_t)) {
+            for (int64_t i = 0; i < n; ++i) {
+                const uint16_t code = from[i];
+                std::memcpy(to + i * sizeof code, &code, sizeof code);
+            }
+        } else if (!dense_ && pixel_bytes_ != channels) {
+            for (int64_t i = 0; i < n; i += channels)
+                for (int64_t c = 0; c < channels; c += kWordChannels, to += kWordChannels)
+                    copy_word(from + i + c, std::min<int64_t>(kWordChannels, channels - c), to, plane);
+        } else if (split_) {
+            for (int64_t i = 0; i < n; ++i) to[i] = high_nibble(from[i]);
+            for (int64_t i = 0; i < n; ++i) to[plane + i] = low_nibble(from[i]);
+        } else if (n > 0) {
+            std::memcpy(to, from, n);
+        }
+    }
+    PTQ_INLINE void copy_word(const uint8_t* from, int64_t channels, uint8_t* to, int64_t plane) const {
+        uint32_t word = from[0];
+        if (channels > 1) word |= uint32_t{from[1]} << 8;
+        if (channels > 2) word |= uint32_t{from[2]} << 16;
+        if (channels > 3) word |= uint32_t{from[3]} << 24;
+        const uint32_t high = word >> 4 & 0x0f0f0f0f, low = word & 0x0f0f0f0f;
+        std::memcpy(to, split_ ? &high : &word, sizeof word);
+        if (split_) std::memcpy(to + plane, &low, sizeof low);
+    }
+
+    // Which of `count` taps, the first of them at `first` in the padded image, are inside of an image of this size.
+    static std::pair<int64_t, int64_t> inside(int64_t first, int64_t pad, int64_t size, int64_t step, int64_t count) {
+        const int64_t before = std::clamp<int64_t>(ceil_div(pad - first, step), 0, count);
+        const int64_t end = std::clamp<int64_t>(ceil_div(pad + size - first, step), before, count);
+        return {before, end};
+    }
+    std::pair<int64_t, int64_t> inside_rows(int64_t row) const {
+        return inside(row * shape_.stride.height, shape_.padding.height, shape_.in.height, shape_.dilation.height,
+                      shape_.kernel.height);
+    }
+    std::pair<int64_t, int64_t> inside_columns(int64_t column) const {
+        return inside(column * shape_.stride.width, shape_.padding.width, shape_.in.width, shape_.dilation.width,
+                      shape_.kernel.width);
+    }
+
+    // --- the outputs of a unit
+
+    // Blocks begin to end for all pixels of a unit, in tiles of nearly equal size. A few blocks are taken together:
+    // their weights stay in cache, and a tile's outputs share lines of memory.
+    void compute(const Unit& unit, int64_t begin, int64_t end) const {
+        const int64_t count = unit.pixels.size(), tiles = ceil_div(count, kTilePixels);
+        const int64_t most = depthwise_ ? 1 : tiles_.panels;
+        const int64_t together = std::max(most, kPanelBytes / layer_->weights().bytes / most * most);
+        for (int64_t first = begin; first < end; first += together)
+            for (int64_t t = 0, pixel = 0; t < tiles; ++t) {
+                const int pixels = static_cast<int>((count - pixel) / (tiles - t));
+                const int64_t last = std::min(first + together, end);
+                prefetch_outputs(unit.first + pixel + pixels, std::min<int64_t>(kTilePixels, count - pixel - pixels),
+                                 first * layer_->block_panels(), last * layer_->block_panels());
+                for (int64_t b = first, n; b < last; b += n) {
+                    // Blocks of a tile read the same channels.
+                    for (n = 1; n < std::min(most, last - b) &&
+                                layer_->panels()[b + n].channel == layer_->panels()[b].channel;)
+                        ++n;
+                    tile(unit, pixel, pixels, b, n);
+                }
+                pixel += pixels;
+            }
+    }
+
+    // The outputs of the next tile, and its residual: their lines lie too far apart to be foreseen.
+    void prefetch_outputs(int64_t pixel, int64_t count, int64_t first, int64_t last) const {
+        const int64_t begin = layer_->panels()[first].output,
+                      end = layer_->panels()[last - 1].output + layer_->panels()[last - 1].outputs;
+        for (int64_t p = pixel; p < pixel + count; ++p) {
+            const auto ask = [&](const auto* row) {
+                row += p * shape_.out_channels;
+                const char* from = reinterpret_cast<const char*>(row + begin);
+                for (const char* stop = reinterpret_cast<const char*>(row + end); from < stop; from += simd::kLine)
+                    __builtin_prefetch(from, 1);
+            };
+            ask(call_.y);
+            if (call_.residual) ask(call_.residual);
+            if (call_.also) ask(call_.also);
+        }
+    }
+
+    // Some pixels and blocks: sums, then outputs.
+    void tile(const Unit& unit, int64_t begin, int count, int64_t b, int64_t n) const {
+        const uint8_t* const* pixels = &unit.pixels[begin];
+        const int64_t index = b * layer_->block_panels(), channel = layer_->panels()[index].channel;
+        const int8_t* weights = layer_->weights().weights + b * layer_->weights().bytes;
+        alignas(64) int32_t sums[kTilePanels * kPanelSums];
+        if (depthwise_) {
+            const int64_t block = layer_->block_panels() * kPanelOutputs;
+            tiles_.depthwise(pixels, count, channel, tap_groups_, weights, std::min(block, shape_.channels - channel),
+                             sums);
+            return put(unit, begin, count, index, layer_->block_panels(), sums);
+        }
+        const auto dot = [&](DotTile f, int64_t from, const Taps& taps, int64_t word, int32_t* to) {
+            const int8_t* first = weights + word * kPanelOutputs * kWordChannels;
+            f(pixels, count, channel + from, taps, layer_->span(),
+              {first, layer_->weights().bytes, static_cast<int>(n)}, to);
+        };
+        dot(dense_ ? tiles_.dense : tiles_.dot, split_ ? unit.plane : 0, taps_,
+            packed_ ? high_taps_.count * high_taps_.words : 0, sums);
+        if (split_ || (packed_ && high_taps_.words > 0)) {
+            alignas(64) int32_t high[kTilePanels * kPanelSums];
+            dot(tiles_.dot, packed_ ? 2 * shape_.low_bytes : 0, high_taps_, 0, high);
+            for (int64_t i = 0; i < n; ++i)
+                for (int j = 0; j < count * kPanelOutputs; ++j)
+                    sums[i * kPanelSums + j] += high[i * kPanelSums + j] * 16;
+        }
+        put(unit, begin, count, index, n, sums);
+    }
+
+    // Finishes the sums of a tile: panels that follow each other.
+    void put(const Unit& unit, int64_t begin, int count, int64_t index, int64_t n, int32_t* sums) const {
+        if (layer_->zeros())
+            for (int64_t i = 0; i < n; ++i)
+                for (int p = 0; p < count; ++p)
+                    give_back_zeros(unit.windows[begin + p], index + i, sums + i * kPanelSums + p * kPanelOutputs);
+        int64_t full = 0;
+        while (full < n && layer_->panels()[index + full].outputs == kPanelOutputs) ++full;
+        const int64_t stride = shape_.out_channels,
+                      to = (unit.first + begin) * stride + layer_->panels()[index].output;
+        const Finishing<T> f = {count,
+                                full,
+                                stride,
+                                call_.residual ? call_.residual + to : nullptr,
+                                call_.y + to,
+                                layer_->parameters(index),
+                                call_.also ? call_.also + to : nullptr,
+                                call_.also ? layer_->also_parameters(index) : nullptr,
+                                layer_->activation()};
+        if (full > 0) finish_(sums, f);
+        if (full < n && layer_->panels()[index + full].outputs > 0)
+            put_part(f, layer_->panels()[index + full].outputs, sums);
+    }
+
+    // Less than a panel, after the full ones: by way of a full one.
+    void put_part(const Finishing<T>& f, int64_t outputs, const int32_t* sums) const {
+        uint8_t residual[kPanelSums] = {}, also[kPanelSums];
+        T y[kPanelSums];
+        const auto copy = [&](auto* into, int64_t into_stride, const auto* from, int64_t from_stride) {
+            for (int p = 0; p < f.pixels; ++p)
+                std::memcpy(static_cast<void*>(into + p * into_stride), from + p * from_stride,
+                            outputs * sizeof(*from));
+        };
+        const int64_t at = f.panels * kPanelOutputs, parameters = f.panels * kPanelParameters;
+        const Finishing<T> full = {f.pixels,
+                                   1,
+                                   kPanelOutputs,
+                                   f.residual ? residual : nullptr,
+                                   y,
+                                   f.parameters + parameters,
+                                   f.also ? also : nullptr,
+                                   f.also ? f.also_parameters + parameters : nullptr,
+                                   f.activation};
+        if (f.residual) copy(residual, kPanelOutputs, f.residual + at, f.stride);
+        finish_(sums + f.panels * kPanelSums, full);
+        copy(f.y + at, f.stride, y, kPanelOutputs);
+        if (f.also) copy(f.also + at, f.stride, also, kPanelOutputs);
+    }
+
+    // Finishing subtracts the share of the zero points in all taps: adds that of the taps outside of the image.
+    void give_back_zeros(const Window& w, int64_t index, int32_t* sums) const {
+        const Extent kernel = shape_.kernel;
+        if (w.bottom - w.top == kernel.height && w.right - w.left == kernel.width) return;
+        const int32_t* of_tap = layer_->zeros() + index * kernel.area() * kPanelOutputs;
+        for (int64_t r = 0; r < kernel.height; ++r)
+            for (int64_t s = 0; s < kernel.width; ++s, of_tap += kPanelOutputs) {
+                if (w.top <= r && r < w.bottom && w.left <= s && s < w.right) continue;
+                for (int o = 0; o < kPanelOutputs; ++o) sums[o] += of_tap[o];
+            }
+    }
+
+    std::unique_ptr<const ConvLayer> layer_;
+    ConvShape shape_;
+    ConvCall<T> call_;
+    const Tiles& tiles_;
+    bool depthwise_, packed_, dense_, split_, direct_;
+    Finisher<T> finish_;
+    int64_t pixel_bytes_, row_bytes_;  // of the image or of a band
+    std::vector<int64_t> offsets_;     // of the taps from a pixel's address
+    Taps taps_{}, high_taps_{};        // of all codes; of the low and of the high nibbles, where these are apart
+    TapGroups tap_groups_{};
+    std::vector<std::pair<int64_t, int64_t>> columns_;  // taps inside of the image, of each column of the output
+    int64_t unit_size_, units_, parts_;                 // pixels or rows of a unit; parts of the output channels
+};
+
+}  // namespace ptq4cuda
