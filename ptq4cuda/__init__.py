@@ -4,6 +4,7 @@ from ptq4cuda import ops
 from ptq4cuda._version import __version__
 from ptq4cuda.artifact.file import load, save
 from ptq4cuda.artifact.report import report
+from ptq4cuda.bench.network import benchmark
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.execute.lowering import lower_layers
 from ptq4cuda.execute.program import program
@@ -21,6 +22,7 @@ __all__ = [
     "QuantLinear",
     "QuantParams",
     "__version__",
+    "benchmark",
     "load",
     "lower_layers",
     "ops",

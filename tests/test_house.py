@@ -76,6 +76,12 @@ def height_of(module: str) -> int | None:
     return HEIGHTS.get(module, HEIGHTS.get(room))
 
 
+def test_nothing_is_decided_by_a_clock() -> None:
+    """Benchmarks read one; quantize() and the demo say how long quantization took."""
+    found = {name for name, path in MODULES.items() if re.search(r"^\s*(import|from) time\b", path.read_text(), re.M)}
+    assert found == {"bench.timing", "bench.kernels", "pipeline", "demo"}
+
+
 def test_imports_have_no_circle() -> None:
     done: set[str] = set()
 

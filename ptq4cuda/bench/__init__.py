@@ -1,1 +1,1 @@
-"""Timings: `ptq4cuda bench` of operators, `ptq4cuda bench-models` of whole networks."""
+"""Timings: `benchmark()` of a network of one's own, `ptq4cuda bench` of operators, `bench-models` of networks."""

@@ -16,8 +16,6 @@ calls is timed with events, so that launches cost what they cost in use.
 from __future__ import annotations
 
 import itertools
-import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,9 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ptq4cuda import _native, ops
+from ptq4cuda import ops
 from ptq4cuda.artifact.report import DASH, table
-from ptq4cuda.bench.timing import captured
+from ptq4cuda.bench.timing import captured, machine_line, write_figures
 from ptq4cuda.execute.engines import IntegerConv2d, Packing
 from ptq4cuda.nn.spec import Geometry
 from ptq4cuda.ops import reference
@@ -451,22 +449,6 @@ def run(
     if failures:
         raise RuntimeError("\n".join([f"{len(failures)} of {len(chosen)} cases did not run:", *failures]))
     return timings
-
-
-def write_figures(path: Path, device: str, **figures: object) -> None:
-    """Write machine and figures so far as JSON, in one step: whatever ends the run leaves a whole file."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps({"machine": machine_line(device), **figures}, indent=1) + "\n")
-    unfinished.replace(path)
-
-
-def machine_line(device: str) -> str:
-    """Name what the figures were measured on."""
-    if device == "cpu":
-        processor = platform.processor() or platform.machine()
-        level = _native.build_info.get("simd_level", "no native library")
-        return f"{processor} ({level}), {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
 
 
 def timings_table(timings: Sequence[Timing]) -> str:

@@ -24,8 +24,7 @@ from tqdm import tqdm
 from ptq4cuda.artifact.record import record_of
 from ptq4cuda.artifact.report import DASH, table
 from ptq4cuda.bench import architectures
-from ptq4cuda.bench.kernels import machine_line, write_figures
-from ptq4cuda.bench.timing import captured, take_turns
+from ptq4cuda.bench.timing import captured, machine_line, take_turns, write_figures
 from ptq4cuda.compat import TorchDispatchMode, compiled_from, tree_leaves
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.nn import QuantModule

@@ -1,11 +1,17 @@
-"""Times calls that take turns, so that a machine that slows down slows all of them."""
+"""Times calls that take turns, so that a machine that slows down slows all of them; says on which machine."""
 
 from __future__ import annotations
 
+import json
+import platform
+import re
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+
+from ptq4cuda import _native
 
 
 def take_turns(
@@ -51,3 +57,27 @@ def captured(call: Callable[[], object], times: int) -> Callable[[], None]:
         for _ in range(times):
             call()
     return graph.replay
+
+
+def write_figures(path: Path, device: str, **figures: object) -> None:
+    """Write machine and figures so far as JSON, in one step: whatever ends the run leaves a whole file."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps({"machine": machine_line(device), **figures}, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def machine_line(device: str) -> str:
+    """Name what the figures were measured on."""
+    if device == "cpu":
+        level = _native.build_info.get("simd_level", "no native library")
+        return f"{processor()} ({level}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """Name the processor."""
+    try:
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        model = None
+    return model[1] if model else platform.processor() or platform.machine()

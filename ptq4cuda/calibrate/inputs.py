@@ -129,9 +129,7 @@ def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}{remedy}")
     inputs: list[Batch] = []
     for index, batch in enumerate(batches):
-        args, kwargs = _as_arguments(model, batch, index)
-        _check_batch(args, kwargs, index)
-        args, kwargs = tree_map_only(Tensor, _plain, (args, kwargs))
+        args, kwargs = arguments_of(model, batch, f"calibration batch {index}")
         if inputs and (len(args), kwargs.keys()) != (len(inputs[0][0]), inputs[0][1].keys()):
             raise ValueError(
                 f"calibration batch {index} has other arguments of the model's forward than batch 0: "
@@ -141,6 +139,18 @@ def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:
     if not inputs:
         raise ValueError("batches is empty: quantization needs at least one batch of calibration data")
     return _OnDevice(inputs, device_of(model))
+
+
+def arguments_of(model: nn.Module, batch: Any, what: str) -> Batch:
+    """Return args and kwargs of the model for a batch, with tensors of no subclass and without history.
+
+    Raises:
+        TypeError, ValueError: it is no batch; `what` is it called.
+    """
+    args, kwargs = _as_arguments(model, batch, what)
+    _check_batch(args, kwargs, what)
+    plain: Batch = tree_map_only(Tensor, _plain, (args, kwargs))
+    return plain
 
 
 def apart(inputs: Inputs) -> tuple[Inputs, Inputs]:
@@ -192,11 +202,11 @@ def _remedy(value: Any) -> str:
     return ""
 
 
-def _as_arguments(model: nn.Module, batch: Any, index: int) -> Batch:
+def _as_arguments(model: nn.Module, batch: Any, what: str) -> Batch:
     if isinstance(batch, (tuple, list)) and batch:
         if isinstance(batch[0], (tuple, list)) or _are_images(batch):
             raise TypeError(
-                f"calibration batch {index} is a list of images, as detectors take: only tensors [N, C, H, W] can be "
+                f"{what} is a list of images, as detectors take: only tensors [N, C, H, W] can be "
                 "given; stack images of one size, or quantize the part of a detector that takes one, its backbone"
             )
         batch = batch[0]
@@ -204,8 +214,7 @@ def _as_arguments(model: nn.Module, batch: Any, index: int) -> Batch:
         return (batch,), {}
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"calibration batch {index} must be a tensor, a (tensor, target) pair or a dict, got "
-            f"{type(batch).__name__}{_remedy(batch)}"
+            f"{what} must be a tensor, a (tensor, target) pair or a dict, got {type(batch).__name__}{_remedy(batch)}"
         )
     parameters = inspect.signature(model.forward).parameters.values()
     rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -215,12 +224,12 @@ def _as_arguments(model: nn.Module, batch: Any, index: int) -> Batch:
         strange = next((leaf for leaf in tree_leaves(value) if not isinstance(leaf, (Tensor, *_PLAIN))), None)
         if strange is not None:
             raise TypeError(
-                f"calibration batch {index} has {type(strange).__name__} for the model's argument {name!r}, not "
+                f"{what} has {type(strange).__name__} for the model's argument {name!r}, not "
                 f"tensors, numbers, strings or None{_remedy(strange)}"
             )
     if not any(isinstance(value, Tensor) for value in kwargs.values()):
         raise TypeError(
-            f"calibration batch {index} is a dict with the keys {sorted(map(str, batch))}; none is a tensor for an "
+            f"{what} is a dict with the keys {sorted(map(str, batch))}; none is a tensor for an "
             f"argument of the model's forward ({', '.join(names)})"
         )
     return (), kwargs
@@ -238,23 +247,23 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().as_subclass(Tensor)
 
 
-def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> None:
+def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> None:
     for tensor in tree_leaves((args, kwargs)):
         if not isinstance(tensor, Tensor):
             continue
         if tensor.is_meta:
-            raise ValueError(f"calibration batch {index} is on the meta device, without values")
+            raise ValueError(f"{what} is on the meta device, without values")
         if tensor.layout != torch.strided or tensor.is_quantized:
             form = "quantized" if tensor.is_quantized else str(tensor.layout)
-            raise ValueError(f"calibration batch {index} has a tensor that is {form}: give dense tensors of values")
+            raise ValueError(f"{what} has a tensor that is {form}: give dense tensors of values")
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
-            raise ValueError(f"calibration batch {index} contains NaN or Inf")
+            raise ValueError(f"{what} contains NaN or Inf")
     samples = samples_of(args, kwargs)
     if samples.dim() == 0 or len(samples) == 0:
-        raise ValueError(f"calibration batch {index} has the shape {list(samples.shape)}, without samples")
+        raise ValueError(f"{what} has the shape {list(samples.shape)}, without samples")
     # Others may be infinite, as masks that are added are.
     if samples.is_floating_point() and not bool(torch.isfinite(samples).all()):
-        raise ValueError(f"calibration batch {index} contains NaN or Inf")
+        raise ValueError(f"{what} contains NaN or Inf")
 
 
 def samples_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -196,6 +196,43 @@ def report_command(
             write_whole(json, (dumps(record.to_dict(), indent=1) + "\n").encode())
 
 
+@app.command("benchmark")
+def benchmark_command(
+    model: Model,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="A file that quantize wrote; default: quantized by the fast preset."),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Images of a call.")] = "1,8",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as PyTorch takes.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Spent on each batch at least.")] = 1.0,
+    classes: Classes = None,
+    size: Size = None,
+    device: Device = "",
+    json: Annotated[Path | None, typer.Option(help="Write the figures into this file, too.")] = None,
+) -> None:
+    """Time a model in float, simulated and in integers, with whatever weights it has, on random images."""
+    with _mistakes():
+        from json import dumps
+
+        import torch
+
+        import ptq4cuda
+        from ptq4cuda.artifact.writing import write_whole
+
+        _check_folders(json)
+        counts = _counts("--batches", batches)
+        subject = _Subject(model, None, False, classes, device, size, random=True)
+        channels, (height, width) = len(subject.preprocessing.mean), subject.preprocessing.size
+        example = torch.randn(max(counts), channels, height, width, generator=torch.Generator().manual_seed(0))
+        network = subject.model if file is None else ptq4cuda.load(file, subject.model)
+        float_net = None if file is None else subject.model
+        found = ptq4cuda.benchmark(network, example, counts, threads, float_net=float_net, seconds=seconds)
+        print(f"\n{found}")
+        if json is not None:
+            write_whole(json, (dumps(found.to_dict(), indent=1) + "\n").encode())
+
+
 class _Subject:
     """A float model on its device, and how it wants images; says so before anything is done."""
 
@@ -207,10 +244,11 @@ class _Subject:
         classes: int | None,
         device: str,
         size: str | None,
-        resize: int | None,
-        mean: str | None,
-        std: str | None,
-        interpolation: str | None,
+        resize: int | None = None,
+        mean: str | None = None,
+        std: str | None = None,
+        interpolation: str | None = None,
+        random: bool = False,
     ) -> None:
         import torch
 
@@ -218,7 +256,7 @@ class _Subject:
 
         self.device: torch.device = torch.device(_device(device))
         self.model: nn.Module
-        self.model, preprocessing = find_model(name, weights, pretrained, classes)
+        self.model, preprocessing = find_model(name, weights, pretrained, classes, random)
         self.model.to(self.device)
         self.preprocessing: Preprocessing = preprocessing.changed(
             size=None if size is None else _pair(size),
@@ -267,6 +305,13 @@ def _pair(text: str) -> tuple[int, int]:
     if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise ValueError(f"--size must be pixels, as 224 or 224x192, got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    parts = text.replace(",", " ").split()
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{option} must be numbers of images, as 1,8, got {text!r}")
+    return tuple(map(int, parts))
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # under which tr
 
 
 def find_model(
-    name: str, weights: Path | None, pretrained: bool, classes: int | None
+    name: str, weights: Path | None, pretrained: bool, classes: int | None, random: bool = False
 ) -> tuple[nn.Module, Preprocessing]:
     """Return a model in evaluation mode, with its weights, and how it wants images.
 
@@ -33,6 +33,7 @@ def find_model(
         weights: a file of safetensors, or one of torch.save that holds tensors.
         pretrained: let timm or torchvision get the weights that they have.
         classes: number of classes to build the model with.
+        random: random weights will do.
 
     Raises:
         ValueError: there is no such model, or the weights do not fit it.
@@ -46,7 +47,7 @@ def find_model(
         model, preprocessing = _own(name, given)
     else:
         make = _of_library(name, pretrained and weights is None, given)
-        if weights is None and not pretrained:
+        if weights is None and not pretrained and not random:
             raise ValueError(f"{name} would have random weights: give --weights FILE, or --pretrained")
         with _naming(f"{name} cannot be built"):
             model, preprocessing = make()

@@ -108,6 +108,26 @@ def test_compare_sees_what_is_wrong(folder: Path) -> None:
     assert rows["3"].sqnr < 0.0 < 15.0 < rows["3"].calibrated
 
 
+@pytest.mark.parametrize("by_file", [False, True])
+def test_benchmark(folder: Path, by_file: bool) -> None:
+    file = [quantized(folder)] if by_file else []
+    arguments = ("--size", 16, "--batches", "1,3", "--threads", 1, "--seconds", 0, "--json", folder / "times.json")
+    result = run("benchmark", "small_model:build", *file, *arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads((folder / "times.json").read_text())
+    ways = [(row["batch"], row["way"]) for row in found["rows"]]
+    assert ways == [(batch, way) for batch in (1, 3) for way in ("float", "simulate", "integer")]
+    assert f"{found['machine']}, medians" in result.output
+    assert ("Quantized by QuantConfig.fast() on the example." in result.output) == (not by_file)
+
+
+def test_benchmark_takes_numbers_of_images(folder: Path) -> None:
+    for batches in ("1,x", "0", ""):
+        result = run("benchmark", "small_model:build", "--batches", batches)
+        assert result.exit_code == 2
+        assert f"--batches must be numbers of images, as 1,8, got {batches!r}" in result.stderr
+
+
 def test_inspect_and_report(folder: Path) -> None:
     file = quantized(folder, "--set", "overrides={'3': {'weight_bits': 6}}")
     text = run("inspect", file).output
