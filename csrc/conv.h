@@ -14,6 +14,8 @@
 // the sums over the high nibbles, which lie behind low_bytes of low ones, count 16-fold.
 #pragma once
 
+#include <deque>
+
 #include "ops.h"
 
 namespace ptq4cuda {
@@ -91,27 +93,70 @@ struct ConvProblem {
     Packing also_packing;
 };
 
-// The backend's
-//     template <class T>
-//     static void conv(const Tensor& x, const ConvProblem&, T* y)
-// fills y [N, out H, out W, O], which is not empty.
-template <class Backend>
-struct ConvOps {
+// The shape of a convolution of codes [N, C, H, W], x. Fails with a sentence.
+inline ConvShape conv_shape(const char* op, const std::vector<int64_t>& x, int64_t out_channels,
+                            const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                            int64_t low_bytes) {
+    ConvShape s;
+    s.batch = x[0];
+    s.in = {x[2], x[3]};
+    s.kernel = extent(op, "kernel_size", kernel_size, 1);
+    s.stride = extent(op, "stride", stride, 1);
+    s.padding = extent(op, "padding", padding, 0);
+    s.dilation = extent(op, "dilation", dilation, 1);
+    if (s.kernel.height == 1) s.dilation.height = 1;
+    if (s.kernel.width == 1) s.dilation.width = 1;
+    s.out_channels = out_channels;
+    STD_TORCH_CHECK(low_bytes == 0 || (0 < low_bytes && low_bytes <= x[1] && low_bytes % kWordChannels == 0 &&
+                                       x[1] % kWordChannels == 0 && groups == 1),
+                    op, ": x ", list_of(x), " with ", low_bytes, " low bytes and ", groups,
+                    " groups holds no packed codes");
+    STD_TORCH_CHECK(groups > 0 && x[1] > 0 && x[1] % groups == 0 && s.out_channels % groups == 0, op, ": ", x[1],
+                    " input and ", s.out_channels, " output channels do not make ", groups, " groups");
+    const auto too_large = [&](bool fits) {
+        STD_TORCH_CHECK(fits, op, ": x ", list_of(x), " with the padding ", list_of(padding), ", the kernel ",
+                        list_of(kernel_size), " with the dilation ", list_of(dilation), " or ", s.out_channels,
+                        " outputs are too large");
+    };
+    too_large(std::max({x[1], s.in.height, s.in.width, s.out_channels}) < kLimit);
+    s.low_bytes = low_bytes;
+    s.channels = low_bytes ? 2 * x[1] : x[1];
+    s.groups = groups;
+    const Extent padded = {s.in.height + 2 * s.padding.height, s.in.width + 2 * s.padding.width};
+    const Extent reach = {s.dilation.height * (s.kernel.height - 1) + 1, s.dilation.width * (s.kernel.width - 1) + 1};
+    STD_TORCH_CHECK(padded.height >= reach.height && padded.width >= reach.width, op, ": the kernel ",
+                    list_of(kernel_size), " is larger than the padded input ", list_of(x));
+    s.out = {(padded.height - reach.height) / s.stride.height + 1, (padded.width - reach.width) / s.stride.width + 1};
+    too_large(product_below(kLimit, {padded.height, padded.width}) &&
+              product_below(kWindowBytes, {reach.height, padded.width, s.channels}) &&
+              product_below(kLimit, {s.kernel.height, s.kernel.width, s.words_per_tap()}) &&
+              product_below(kOutputs, {s.batch, s.out.height, s.out.width, s.out_channels}));
+    return s;
+}
+
+// The arguments of conv2d_integer, checked, and the outputs, allocated. The problem's first output is outputs[0].
+struct ConvArguments {
     using Pair = std::vector<int64_t>;
 
-    static std::vector<Tensor> conv2d_integer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums,
-                                              const Tensor& scale, const Tensor& bias, Pair kernel_size, Pair stride,
-                                              Pair padding, Pair dilation, int64_t groups, int64_t low_bytes,
-                                              std::optional<int64_t> span, double negative_slope, double upper,
-                                              std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
-                                              std::optional<Tensor> residual_zero_point,
-                                              std::vector<Tensor> out_scale, std::vector<Tensor> out_zero_point,
-                                              std::vector<Tensor> out_bits, std::vector<Tensor> out_starts,
-                                              std::vector<int64_t> out_bytes, std::optional<ScalarType> dtype) {
+    ConvProblem problem{};
+    Tensor source;  // the input, channels_last
+    std::vector<Tensor> outputs;
+
+    ConvArguments(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
+                  const Tensor& bias, Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups,
+                  int64_t low_bytes, std::optional<int64_t> span, double negative_slope, double upper,
+                  std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
+                  std::optional<Tensor> residual_zero_point, std::vector<Tensor> out_scale,
+                  std::vector<Tensor> out_zero_point, std::vector<Tensor> out_bits, std::vector<Tensor> out_starts,
+                  std::vector<int64_t> out_bytes, std::optional<ScalarType> dtype) {
         const char* op = "conv2d_integer";
-        ConvProblem problem{};
         ConvShape& shape = problem.shape;
-        shape = conv_shape(op, x, scale, bias, kernel_size, stride, padding, dilation, groups, low_bytes);
+        STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4, op,
+                        ": x must be a uint8 tensor [N, C, H, W], got ", described(x));
+        shape = conv_shape(op, sizes_of(x), scale.numel(), kernel_size, stride, padding, dilation, groups, low_bytes);
+        check_vector(op, "scale", scale, ScalarType::Float, shape.out_channels, x);
+        check_vector(op, "bias", bias, ScalarType::Float, shape.out_channels, x);
         const std::vector<int64_t> weights =
             shape.depthwise() ? std::vector{shape.kernel.area(), shape.channels}
                               : std::vector<int64_t>{groups * shape.panels_per_group(), shape.panel_words(),
@@ -125,22 +170,18 @@ struct ConvOps {
         STD_TORCH_CHECK(std::isfinite(negative_slope), op, ": negative_slope must be finite, got ",
                         text_of(static_cast<float>(negative_slope)));
         STD_TORCH_CHECK(!std::isnan(upper), op, ": upper must be a number, got nan");
-        const Tensor source = channels_last(x), panels = as_contiguous(weight);
-        const Tensor factors = as_contiguous(scale), offsets = as_contiguous(bias);
-        std::optional<Tensor> zeros;
-        if (zero_sums) zeros = as_contiguous(*zero_sums);
+        source = keep(channels_last(x));
+        const Tensor &panels = keep(as_contiguous(weight)), &factors = keep(as_contiguous(scale));
+        const Tensor& offsets = keep(as_contiguous(bias));
 
-        std::optional<Tensor> added;
-        std::optional<QuantizerArguments> added_quantizer;
         if (residual) {
             check_tensor(op, "residual", *residual, ScalarType::Byte,
                          {shape.batch, shape.out_channels, shape.out.height, shape.out.width}, x);
             STD_TORCH_CHECK(residual_scale && residual_zero_point, op,
                             ": residual needs residual_scale and residual_zero_point");
-            added = channels_last(*residual);
-            added_quantizer.emplace(op, x, *residual_scale, *residual_zero_point, std::nullopt, shape.out_channels);
-            problem.residual = added->const_data_ptr<uint8_t>();
-            problem.residual_quantizer = added_quantizer->table();
+            problem.residual = keep(channels_last(*residual)).const_data_ptr<uint8_t>();
+            added_.emplace(op, x, *residual_scale, *residual_zero_point, std::nullopt, shape.out_channels);
+            problem.residual_quantizer = added_->table();
         }
         const size_t codes = out_scale.size();
         STD_TORCH_CHECK(out_zero_point.size() == codes && out_bits.size() == codes && out_starts.size() == codes &&
@@ -153,8 +194,6 @@ struct ConvOps {
                         ": there are one or two outputs, got ", codes + dtype.has_value());
         STD_TORCH_CHECK(!dtype || is_floating(*dtype), op, ": dtype must be float32, float16 or bfloat16, got ",
                         name_of(dtype.value_or(ScalarType::Float)));
-        std::vector<Tensor> tables, outputs;  // tables live as long as the launch
-        std::vector<QuantizerArguments> quantizers;
         const auto packing = [&](size_t i) {
             const Tensor& starts = out_starts[i];
             if (starts.numel() == 0) return Packing{};
@@ -165,9 +204,8 @@ struct ConvOps {
                                 shape.whole_octets(),
                             op, ": ", shape.out_channels, " outputs in ", groups, " groups are not packed in ", bytes,
                             " bytes");
-            tables.push_back(as_contiguous(starts));
-            const Packing packed{tables.back().const_data_ptr<int32_t>(), static_cast<int32_t>(bytes)};
-            STD_TORCH_CHECK(!is_readable(x) || fits(packed, quantizers[i].table(), shape.out_channels), op, ": ",
+            const Packing packed{keep(as_contiguous(starts)).const_data_ptr<int32_t>(), static_cast<int32_t>(bytes)};
+            STD_TORCH_CHECK(!is_readable(x) || fits(packed, quantizers_[i].table(), shape.out_channels), op, ": ",
                             name, " are not those of out_bits[", i, "] in ", bytes, " bytes");
             return packed;
         };
@@ -179,37 +217,29 @@ struct ConvOps {
         };
         if (dtype) add_output(*dtype, Packing{});
         for (size_t i = 0; i < codes; ++i) {
-            quantizers.emplace_back(op, x, out_scale[i], out_zero_point[i], out_bits[i], shape.out_channels);
+            quantizers_.emplace_back(op, x, out_scale[i], out_zero_point[i], out_bits[i], shape.out_channels);
             const Packing packed = packing(i);
             add_output(ScalarType::Byte, packed);
             if (outputs.size() == 1) {
-                problem.out_quantizer = quantizers[i].table();
+                problem.out_quantizer = quantizers_[i].table();
                 problem.out_packing = packed;
             } else {
                 problem.also = outputs[1].mutable_data_ptr<uint8_t>();
-                problem.also_quantizer = quantizers[i].table();
+                problem.also_quantizer = quantizers_[i].table();
                 problem.also_packing = packed;
             }
         }
-        const Tensor& y = outputs[0];
-        if (y.numel() == 0) return outputs;
         problem.x = source.const_data_ptr<uint8_t>();
         problem.weight = panels.const_data_ptr<int8_t>();
-        problem.zero_sums = zeros ? zeros->const_data_ptr<int32_t>() : nullptr;
+        if (zero_sums) problem.zero_sums = keep(as_contiguous(*zero_sums)).const_data_ptr<int32_t>();
         problem.scale = factors.const_data_ptr<float>();
         problem.bias = offsets.const_data_ptr<float>();
         problem.activation = {static_cast<float>(negative_slope), static_cast<float>(upper)};
-        if (!dtype) {
-            Backend::conv(source, problem, y.mutable_data_ptr<uint8_t>());
-        } else {
-            dispatch_floating(*dtype, [&](auto type) {
-                Backend::conv(source, problem, static_cast<decltype(type)*>(y.data_ptr()));
-            });
-        }
-        return outputs;
     }
 
 private:
+    const Tensor& keep(Tensor t) { return kept_.emplace_back(std::move(t)); }
+
     static Tensor channels_last(const Tensor& t) {
         return is_channels_last(t) ? t : torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
     }
@@ -234,51 +264,42 @@ private:
         return begin <= packed.bytes && packed.starts[ceil_div(outputs, kOctet)] == packed.bytes;
     }
 
-    static ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& scale, const Tensor& bias,
-                                const Pair& kernel_size, const Pair& stride, const Pair& padding,
-                                const Pair& dilation, int64_t groups, int64_t low_bytes) {
-        STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4, op,
-                        ": x must be a uint8 tensor [N, C, H, W], got ", described(x));
-        ConvShape s;
-        s.batch = x.size(0);
-        s.in = {x.size(2), x.size(3)};
-        s.kernel = extent(op, "kernel_size", kernel_size, 1);
-        s.stride = extent(op, "stride", stride, 1);
-        s.padding = extent(op, "padding", padding, 0);
-        s.dilation = extent(op, "dilation", dilation, 1);
-        if (s.kernel.height == 1) s.dilation.height = 1;
-        if (s.kernel.width == 1) s.dilation.width = 1;
-        s.out_channels = scale.numel();
-        check_vector(op, "scale", scale, ScalarType::Float, s.out_channels, x);
-        check_vector(op, "bias", bias, ScalarType::Float, s.out_channels, x);
-        STD_TORCH_CHECK(
-            low_bytes == 0 || (0 < low_bytes && low_bytes <= x.size(1) && low_bytes % kWordChannels == 0 &&
-                               x.size(1) % kWordChannels == 0 && groups == 1),
-            op, ": x ", shape_of(x), " with ", low_bytes, " low bytes and ", groups, " groups holds no packed codes");
-        STD_TORCH_CHECK(groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0 && s.out_channels % groups == 0, op,
-                        ": ", x.size(1), " input and ", s.out_channels, " output channels do not make ", groups,
-                        " groups");
-        const auto too_large = [&](bool fits) {
-            STD_TORCH_CHECK(fits, op, ": x ", shape_of(x), " with the padding ", list_of(padding), ", the kernel ",
-                            list_of(kernel_size), " with the dilation ", list_of(dilation), " or ", s.out_channels,
-                            " outputs are too large");
-        };
-        too_large(std::max({x.size(1), s.in.height, s.in.width, s.out_channels}) < kLimit);
-        s.low_bytes = low_bytes;
-        s.channels = low_bytes ? 2 * x.size(1) : x.size(1);
-        s.groups = groups;
-        const Extent padded = {s.in.height + 2 * s.padding.height, s.in.width + 2 * s.padding.width};
-        const Extent reach = {s.dilation.height * (s.kernel.height - 1) + 1,
-                              s.dilation.width * (s.kernel.width - 1) + 1};
-        STD_TORCH_CHECK(padded.height >= reach.height && padded.width >= reach.width, op, ": the kernel ",
-                        list_of(kernel_size), " is larger than the padded input ", shape_of(x));
-        s.out = {(padded.height - reach.height) / s.stride.height + 1,
-                 (padded.width - reach.width) / s.stride.width + 1};
-        too_large(product_below(kLimit, {padded.height, padded.width}) &&
-                  product_below(kWindowBytes, {reach.height, padded.width, s.channels}) &&
-                  product_below(kLimit, {s.kernel.height, s.kernel.width, s.words_per_tap()}) &&
-                  product_below(kOutputs, {s.batch, s.out.height, s.out.width, s.out_channels}));
-        return s;
+    std::deque<Tensor> kept_;  // what the problem points into
+    std::vector<QuantizerArguments> quantizers_;
+    std::optional<QuantizerArguments> added_;
+};
+
+// The backend's
+//     template <class T>
+//     static void conv(const Tensor& x, const ConvProblem&, T* y)
+// fills y [N, out H, out W, O], which is not empty.
+template <class Backend>
+struct ConvOps {
+    using Pair = std::vector<int64_t>;
+
+    static std::vector<Tensor> conv2d_integer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums,
+                                              const Tensor& scale, const Tensor& bias, Pair kernel_size, Pair stride,
+                                              Pair padding, Pair dilation, int64_t groups, int64_t low_bytes,
+                                              std::optional<int64_t> span, double negative_slope, double upper,
+                                              std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
+                                              std::optional<Tensor> residual_zero_point,
+                                              std::vector<Tensor> out_scale, std::vector<Tensor> out_zero_point,
+                                              std::vector<Tensor> out_bits, std::vector<Tensor> out_starts,
+                                              std::vector<int64_t> out_bytes, std::optional<ScalarType> dtype) {
+        const ConvArguments arguments(x, weight, zero_sums, scale, bias, kernel_size, stride, padding, dilation,
+                                      groups, low_bytes, span, negative_slope, upper, residual, residual_scale,
+                                      residual_zero_point, out_scale, out_zero_point, out_bits, out_starts, out_bytes,
+                                      dtype);
+        const Tensor& y = arguments.outputs[0];
+        if (y.numel() == 0) return arguments.outputs;
+        if (!dtype) {
+            Backend::conv(arguments.source, arguments.problem, y.mutable_data_ptr<uint8_t>());
+        } else {
+            dispatch_floating(*dtype, [&](auto type) {
+                Backend::conv(arguments.source, arguments.problem, static_cast<decltype(type)*>(y.data_ptr()));
+            });
+        }
+        return arguments.outputs;
     }
 };
 

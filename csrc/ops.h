@@ -36,6 +36,7 @@ inline std::string list_of(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
     return s + "]";
 }
 inline std::string shape_of(const Tensor& t) { return list_of(t.sizes()); }
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 inline std::string name_of(ScalarType t) {
     switch (t) {
@@ -276,6 +277,15 @@ struct QuantizerTable {
     PTQ_INLINE Quantizer operator[](int64_t c) const {
         return make_quantizer(scale[c * scale_stride], zero_point[c * zero_point_stride],
                               bits ? bits[c * bits_stride] : uint8_t{4});
+    }
+    // That of one channel, for all.
+    QuantizerTable at(int64_t c) const {
+        return {scale + c * scale_stride,
+                zero_point + c * zero_point_stride,
+                bits ? bits + c * bits_stride : nullptr,
+                0,
+                0,
+                0};
     }
     bool per_tensor() const { return scale_stride == 0 && zero_point_stride == 0 && bits_stride == 0; }
 };

@@ -8,7 +8,7 @@ oldest supported release, 2.10, or in later ones.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -98,6 +98,15 @@ def forward_hooks(module: nn.Module, kind: str) -> list[tuple[Callable[..., Any]
     """Return a module's hooks of a kind, FORWARD_PRE_HOOKS or FORWARD_HOOKS, and whether they get keywords."""
     flags = vars(module)[f"{kind}_with_kwargs"]
     return [(hook, key in flags) for key, hook in vars(module)[kind].items()]
+
+
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Tell whether anything runs beside one of these modules when it is called."""
+    for module in modules:
+        own = vars(module)
+        if any(own[kind] for kind in CALLED_HOOKS):
+            return True
+    return any_global_hook()
 
 
 def remove_computed_weights(module: nn.Module) -> None:

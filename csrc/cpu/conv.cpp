@@ -53,10 +53,8 @@ struct Cpu {
 private:
     template <class T>
     static void convolve(const ConvProblem& problem, T* y) {
-        std::vector<std::unique_ptr<const Step>> steps;
-        steps.push_back(std::make_unique<Convolution<T>>(std::make_unique<ConvLayer>(problem), problem.shape,
-                                                         ConvCall<T>{problem.x, problem.residual, y, problem.also}));
-        Steps(std::move(steps)).run();
+        run_step(std::make_unique<Convolution<T>>(std::make_unique<ConvLayer>(problem), problem.shape,
+                                                  ConvCall<T>{problem.x, problem.residual, y, problem.also}));
     }
 };
 

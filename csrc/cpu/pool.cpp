@@ -1,72 +1,11 @@
-// max_pool_codes on the CPU: for each row of outputs first the largest codes of the rows that its windows see, which
-// are as long as an image is wide, then of these the largest of each window's columns, at every column, whatever the
-// stride: long rows are what vector registers are for.
-#include "../pool.h"
-
-#include <algorithm>
-#include <cstring>
-#include <vector>
-
-#include "simd.h"
+// max_pool_codes on the CPU: one step (pool_step.h).
+#include "pool_step.h"
 
 namespace ptq4cuda {
 namespace {
 
-constexpr int64_t kTask = 1 << 16;  // codes worth a thread
-
-// The largest of `taps` pieces of `count` codes that lie `step` apart.
-PTQ_INLINE void largest(uint8_t* y, const uint8_t* x, int64_t step, int64_t taps, int64_t count) {
-    std::memcpy(y, x, count);
-    for (int64_t t = 1; t < taps; ++t) {
-        const uint8_t* other = x + t * step;
-        for (int64_t i = 0; i < count; ++i) y[i] = other[i] > y[i] ? other[i] : y[i];
-    }
-}
-
-// Where a row of outputs is made. The band is a row of the image with its padding, which is zero.
-struct Buffers {
-    std::vector<uint8_t> band, columns;
-
-    explicit Buffers(const PoolProblem& p)
-        : band(p.channels *
-               std::max(p.padding.width + p.in.width, last(p) + p.dilation.width * (p.kernel.width - 1))),
-          columns(p.stride.width > 1 ? p.channels * last(p) : 0) {}
-
-    // Columns where windows may begin.
-    static int64_t last(const PoolProblem& p) { return p.stride.width * (p.out.width - 1) + 1; }
-};
-
-struct Row {
-    PTQ_INLINE static void run(const PoolProblem* problem, int64_t row, Buffers* buffers) {
-        const PoolProblem& p = *problem;
-        const int64_t image = row / p.out.height, line = p.in.width * p.channels, length = p.out.width * p.channels;
-        uint8_t* y = p.y + row * length;
-        const Taps rows = p.rows(row % p.out.height);
-        if (rows.count <= 0) {
-            std::memset(y, 0, length);
-            return;
-        }
-        uint8_t* band = buffers->band.data();
-        largest(band + p.padding.width * p.channels, p.x + (image * p.in.height + rows.first) * line,
-                p.dilation.height * line, rows.count, line);
-        const int64_t step = p.dilation.width * p.channels;
-        if (p.stride.width == 1) return largest(y, band, step, p.kernel.width, length);
-        uint8_t* columns = buffers->columns.data();
-        largest(columns, band, step, p.kernel.width, static_cast<int64_t>(buffers->columns.size()));
-        for (int64_t o = 0; o < p.out.width; ++o)
-            std::memcpy(y + o * p.channels, columns + o * p.stride.width * p.channels, p.channels);
-    }
-};
-
 struct Cpu {
-    static void max_pool(const Tensor&, const PoolProblem& problem) {
-        const int64_t codes = problem.in.width * problem.channels * (problem.kernel.height + problem.kernel.width);
-        torch::stable::parallel_for(0, problem.batch * problem.out.height, kTask / std::max<int64_t>(codes, 1) + 1,
-                                    [&](int64_t row, int64_t end) {
-                                        Buffers buffers(problem);
-                                        for (; row < end; ++row) simd::run<Row>(&problem, row, &buffers);
-                                    });
-    }
+    static void max_pool(const Tensor&, const PoolProblem& problem) { run_step(std::make_unique<MaxPool>(problem)); }
 };
 
 }  // namespace

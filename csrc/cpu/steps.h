@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "../ops.h"
 #include "simd.h"
 
 namespace ptq4cuda {
@@ -85,5 +86,11 @@ private:
     std::atomic<bool> failed_ = false;
     std::exception_ptr failure_;
 };
+
+inline void run_step(std::unique_ptr<const Step> step) {
+    std::vector<std::unique_ptr<const Step>> steps;
+    steps.push_back(std::move(step));
+    Steps(std::move(steps)).run();
+}
 
 }  // namespace ptq4cuda

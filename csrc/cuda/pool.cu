@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) max_pool_kernel(PoolProblem problem,
     const unsigned column = piece / vectors, vector = piece % vectors;
     if (column >= problem.out.width) return;
     const unsigned height = static_cast<unsigned>(problem.out.height);
-    const Taps rows = problem.rows(row % height), columns = problem.columns(column);
+    const Inside rows = problem.rows(row % height), columns = problem.columns(column);
     const int64_t line = problem.in.width * vectors, pixel = problem.dilation.width * vectors;
     const Word* x =
         reinterpret_cast<const Word*>(problem.x) +

@@ -1,4 +1,4 @@
-"""Our engines: the modules that execute the steps of a LayerProgram, and the graph of torch.fx that calls them.
+"""Our engines: the modules that execute the steps of a LayerProgram.
 
 An engine prepares its step for the device that it is on, and again where it is moved to another: weights in panels,
 and on a GPU codes that only convolutions read as packed nibbles (ops.nibbles), where that saves a quarter of their
@@ -9,17 +9,16 @@ bytes. A weight is held once: by the engine, of which the quantized layer reads 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ptq4cuda import _native, ops
 from ptq4cuda.activation import IDENTITY, Activation
-from ptq4cuda.compat import HOOKS, tree_map
+from ptq4cuda.compat import tree_map
 from ptq4cuda.execute import program as steps
 from ptq4cuda.execute.program import LayerProgram, Value, map_values, weight_unit, zero_sums
 from ptq4cuda.nn import QuantModule
@@ -27,7 +26,8 @@ from ptq4cuda.nn.conv import misfit_of_window
 from ptq4cuda.nn.quant_module import memory_format_of
 from ptq4cuda.nn.quant_tensor import QuantizerState, tensor_of_values
 from ptq4cuda.nn.spec import Geometry, pair_text
-from ptq4cuda.ops import FLOATING, nibbles, panels
+from ptq4cuda.ops import FLOATING, checks, nibbles, panels
+from ptq4cuda.ops.layers import Code
 from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.quantizer import QuantParams
 
@@ -233,8 +233,41 @@ class IntegerConv2d(QuantizerState):
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> list[Tensor]:
         # The operator itself: what ops.conv2d_integer would check again and again has been checked once.
+        return torch.ops.ptq4cuda.conv2d_integer(*self._arguments(x, residual))  # type: ignore[no-any-return]
+
+    def prepared(self) -> Tensor:
+        """Return what the operator run_layers needs of it beside the weight: uint8 [bytes], on the CPU."""
+        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.geometry.dilation, strict=True)]
+        x = self.weight.new_zeros((1, self.source_channels, *reach), dtype=torch.uint8)
+        residual = None
+        if self.residual_scale is not None:
+            g = self.geometry
+            size = checks.output_size(x, self.kernel_size, g.stride, g.padding, g.dilation)
+            residual = x.new_zeros((1, len(self.scale), *size))
+        return torch.ops.ptq4cuda.prepare_layer(*self._arguments(x, residual))  # type: ignore[no-any-return]
+
+    def add_to(self, code: Code, source: int, residual: int | None) -> list[int]:
+        """Add its step to a code, and return the numbers of the outputs."""
         g = self.geometry
-        return torch.ops.ptq4cuda.conv2d_integer(  # type: ignore[no-any-return]
+        return code.convolve(
+            source,
+            self.weight,
+            self.prepared(),
+            len(self.scale),
+            self.kernel_size,
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.groups,
+            self.span,
+            residual=residual,
+            values=self.has_values,
+            second=self.has_values + self.coded > 1,
+        )
+
+    def _arguments(self, x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
+        g = self.geometry
+        return (
             x,
             self.weight,
             self.zero_sums,
@@ -328,6 +361,10 @@ class IntegerLayer(nn.Module):
         y = self.convolution(images, None if residual is None else spec.images(residual))
         return tree_map(lambda t: spec.outputs(geometry.arranged(t, images), x), y)  # type: ignore[no-any-return]
 
+    def add_to(self, code: Code, source: int, residual: int | None) -> list[int]:
+        """See IntegerConv2d.add_to."""
+        return self.convolution.add_to(code, source, residual)
+
     def weight_codes(self, layer: QuantModule) -> Tensor:
         """See IntegerConv2d.weight_codes."""
         return self.convolution.weight_codes(layer)
@@ -355,6 +392,10 @@ class Quantize(QuantizerState):
         self.axis = params.axis
         for name in _FIELDS:
             self.register_buffer(name, getattr(params, name), persistent=False)
+
+    def add_to(self, code: Code, source: int) -> int:
+        """Add its step to a code, and return the number of the codes."""
+        return code.quantize(source, self.scale, self.zero_point, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return uint8 codes."""
@@ -422,88 +463,3 @@ def packed_values(program: LayerProgram) -> set[Value]:
 def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     """Return values in the memory format that a convolution's output has in PyTorch, of an input like this."""
     return x.contiguous(memory_format=memory_format_of(like))
-
-
-def install(program: LayerProgram, network: fx.GraphModule, dtype: torch.dtype, pack: bool | None = None) -> None:
-    """Let a network execute its program: its graph calls engines from now on, which hold the weights of its layers.
-
-    Args:
-        program: of the network.
-        network: as simulated; it keeps its modules. An engine is the module `engine` of its layer, and has its hooks.
-        dtype: of the values that it computes with.
-        pack: let codes travel packed. Default: for each device to say.
-    """
-    packed = packed_values(program)
-    before = {node.name: node for node in network.graph.nodes}
-    graph, made = fx.Graph(), dict[Value, fx.Node]()
-    makers = {value: step for step in program for value in step.outputs}
-
-    def argument(arguments: Any) -> Any:
-        return map_values(made.__getitem__, arguments)
-
-    def named(value: Value, node: fx.Node) -> fx.Node:
-        """Let a node that computes what it did before be known as it was."""
-        if value.name in before:
-            node.meta.update(before[value.name].meta)
-            node.type = before[value.name].type
-        return node
-
-    def origin(value: Value) -> Value:
-        """Return the values that codes were once made of."""
-        while value.quantizer is not None:
-            maker = makers[value]
-            value = next((v for v in maker.outputs if v.quantizer is None), maker.sources[0])
-        return value
-
-    def layer(step: steps.Layer) -> None:
-        packing = Packing(
-            step.source in packed, frozenset(i for i, value in enumerate(step.outputs) if value in packed), pack
-        )
-        engine = engine_of(step, dtype, packing)
-        vars(engine).update({name: vars(step.module)[name] for name in HOOKS})
-        step.module.execute_in_integers(engine)
-        y = graph.create_node(
-            "call_module", f"{step.name}.engine", argument(step.sources), name=step.name.replace(".", "_")
-        )
-        for i, value in enumerate(step.outputs):
-            part = y if len(step.outputs) == 1 else graph.call_function(operator.getitem, (y, i))
-            if value.quantizer is None and step.geometry is not None:
-                part = graph.call_function(laid_out_as, (part, made[origin(step.source)]))
-            made[value] = part
-
-    for step in program:
-        value = step.outputs[0]
-        if isinstance(step, steps.Layer):
-            layer(step)
-        elif isinstance(step, steps.Input):
-            made[value] = named(value, graph.create_node("placeholder", step.name, step.default, name=value.name))
-        elif isinstance(step, steps.Float):
-            op = "get_attr" if step.kind == "attribute" else f"call_{step.kind}"
-            args, kwargs = argument(step.args), argument(step.kwargs)
-            made[value] = named(value, graph.create_node(op, step.target, args, kwargs, name=value.name))
-        elif isinstance(step, steps.Quantize):
-            made[value] = graph.call_module(_add_quantize(network, step), argument(step.sources))
-        elif isinstance(step, steps.MaxPool):
-            flat = value.quantizer is not None and value.quantizer.axis == -2  # sequences: images of height one
-            x = graph.call_method("unsqueeze", (made[step.source], -2)) if flat else made[step.source]
-            y = graph.call_function(ops.max_pool_codes, (x, *step.window))
-            made[value] = graph.call_method("squeeze", (y, -2)) if flat else y
-        elif isinstance(step, steps.Concatenate):  # a tensor may be in it twice, in other codes
-            made[value] = graph.call_function(torch.cat, ([made[source] for source in step.sources], 1))
-        elif isinstance(step, steps.Reshape):
-            made[value] = graph.call_method(step.kind, (made[step.source], step.dim))
-        else:
-            made[value] = graph.call_function(nn.functional.pixel_shuffle, (made[step.source], step.factor))
-    graph.output(argument(program.result))
-    graph.lint()
-    network.graph = graph
-    network.recompile()
-
-
-def _add_quantize(network: fx.GraphModule, step: steps.Quantize) -> str:
-    assert step.output.quantizer is not None
-    name = f"{step.source.name}_codes"
-    while hasattr(network, name):
-        name += "_"
-    network.add_submodule(name, Quantize(step.output.quantizer))
-    return name

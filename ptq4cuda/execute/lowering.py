@@ -6,7 +6,7 @@ alone; these work on codes as they do on values. Readers may disagree on the qua
 bits, the next residual sum 8. A layer returns two outputs at most, of which one can be values; whoever wants anything
 else gets values, and a visible Quantize turns them into codes again.
 
-What comes out is a LayerProgram, for any target. lower_layers lets the engines of execute.engines execute it.
+What comes out is a LayerProgram, for any target. lower_layers lets our engines execute it (execute.regions).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.artifact.record import QuantRecord, has_record, record_of
 from ptq4cuda.execute import program as steps
-from ptq4cuda.execute.engines import engine_of, install
+from ptq4cuda.execute.engines import engine_of
 from ptq4cuda.execute.program import LayerProgram, NotExecutable, Value, attach_program
+from ptq4cuda.execute.regions import install
 from ptq4cuda.graph.layers import activation_of, call_name, is_addition, is_concatenation, why_float_call
 from ptq4cuda.graph.readers import reads_shape
 from ptq4cuda.graph.shapes import name_of, source_of

@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4cuda.ops import checks, reference
+from ptq4cuda.ops import checks, layers, reference
 
 NAMESPACE = "ptq4cuda"
 
 _QUANTIZER = "Tensor scale, Tensor zero_point"
+_CONVOLUTION = (
+    "Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int? span, "
+    "float negative_slope, float upper, "
+    "Tensor? residual, Tensor? residual_scale, Tensor? residual_zero_point, "
+    "Tensor[] out_scale, Tensor[] out_zero_point, Tensor[] out_bits, Tensor[] out_starts, int[] out_bytes, "
+    "ScalarType? dtype"
+)
 SCHEMAS = (
     "channel_statistics(Tensor x, int axis, Tensor? centre=None) -> Tensor",
     "channel_histogram(Tensor x, Tensor low, Tensor high, int bins, int axis) -> Tensor",
@@ -34,12 +42,12 @@ SCHEMAS = (
     "unpack_codes.out(Tensor packed, Tensor bits, Tensor offsets, *, Tensor(a!) out) -> ()",
     "max_pool_codes(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
     "-> Tensor",
-    "conv2d_integer(Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int? span, "
-    "float negative_slope, float upper, "
-    "Tensor? residual, Tensor? residual_scale, Tensor? residual_zero_point, "
-    "Tensor[] out_scale, Tensor[] out_zero_point, Tensor[] out_bits, Tensor[] out_starts, int[] out_bytes, "
-    "ScalarType? dtype) -> Tensor[]",
+    f"conv2d_integer({_CONVOLUTION}) -> Tensor[]",
+)
+# What a processor executes at a stretch (ops.layers); each of the steps is an operator of its own, too.
+CPU_SCHEMAS = (
+    f"prepare_layer({_CONVOLUTION}) -> Tensor",
+    "run_layers(Tensor[] inputs, Tensor[] constants, int[] code, ScalarType dtype) -> Tensor[]",
 )
 
 
@@ -207,5 +215,8 @@ def implement(library: torch.library.Library, namespace: str) -> None:
 
 _library = define(NAMESPACE)
 implement(_library, NAMESPACE)
+for _schema in CPU_SCHEMAS:
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.register_fake(f"{NAMESPACE}::run_layers", layers.run_layers, lib=_library)
 
 from ptq4cuda import _native  # noqa: E402, F401  # registers the native kernels, now that the schemas exist

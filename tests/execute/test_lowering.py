@@ -13,7 +13,7 @@ from typing import Any
 import networks
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
@@ -21,12 +21,12 @@ import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.artifact.record import record_of
 from ptq4cuda.bench import architectures
-from ptq4cuda.execute.engines import IntegerConv2d, Packing, Quantize
+from ptq4cuda.execute.engines import IntegerConv2d, Packing
 from ptq4cuda.execute.lowering import lower_layers
-from ptq4cuda.execute.program import Layer
+from ptq4cuda.execute.program import Layer, MaxPool, Quantize
+from ptq4cuda.execute.regions import Region
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantConv2d, QuantLinear, QuantModule, QuantTensor
-from ptq4cuda.ops import max_pool_codes
 from ptq4cuda.quantizer import QuantParams
 
 FAST = QuantConfig.fast()
@@ -135,7 +135,7 @@ def test_codes_flow_through_pooling_and_concatenation(images: Tensor) -> None:
             module.register_forward_hook(hook(name))
     integer(images)
     assert float_values == []
-    assert any(node.target is max_pool_codes for node in integer.graph.nodes)  # type: ignore[union-attr]
+    assert any(isinstance(step, MaxPool) for step in ptq4cuda.program(integer))
 
 
 class Bottleneck(nn.Module):
@@ -165,8 +165,7 @@ def test_residual_blocks_pass_codes_alone(images: Tensor) -> None:
     torch.manual_seed(3)
     simulated, integer = both(Bottlenecks().eval(), images)
     assert executions(integer) == {"integer"}
-    quantized = [node.all_input_nodes[0] for node in integer.graph.nodes if is_quantize(integer, node)]
-    assert [node.name for node in quantized] == ["x", "mean"]
+    assert [step.source.name for step in ptq4cuda.program(integer) if isinstance(step, Quantize)] == ["x", "mean"]
     layers = [m.engine for m in integer.modules() if isinstance(m, QuantModule)]
     assert sum(layer.coded == 2 for layer in layers if isinstance(layer, IntegerConv2d)) == 3
     assert torch.equal(simulated(images), integer(images))
@@ -175,10 +174,6 @@ def test_residual_blocks_pass_codes_alone(images: Tensor) -> None:
         assert torch.equal(codes, found[name]), name
     compiled = torch.compile(integer, fullgraph=True, dynamic=True, backend="aot_eager")
     assert torch.equal(compiled(images), integer(images))
-
-
-def is_quantize(network: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), Quantize)
 
 
 class Edges(nn.Module):
@@ -313,7 +308,8 @@ def test_what_a_layer_returns_to_readers_that_disagree(images: Tensor, residual:
     assert engine.has_values == values
     assert (engine.has_values + engine.coded == 2) == (residual or values)
     # Two outputs serve two readers; the third one's codes are made of values.
-    assert sum(is_quantize(integer, node) for node in integer.graph.nodes) == 1 + (residual and values)
+    steps = list(ptq4cuda.program(integer))
+    assert sum(isinstance(step, Quantize) for step in steps) == 1 + (residual and values)
     for expected, found in zip(simulated(images), integer(images), strict=True):
         assert torch.equal(expected, found)
 
@@ -423,7 +419,7 @@ def test_codes_pass_through_a_pooling(images: Tensor, ceil_mode: bool) -> None:
     model(images[:1])
     simulated, integer = both(model.eval(), images)
     assert torch.equal(integer(images), simulated(images))
-    assert any(node.target is max_pool_codes for node in integer.graph.nodes)  # type: ignore[union-attr]
+    assert any(isinstance(step, MaxPool) for step in ptq4cuda.program(integer))
 
 
 def test_what_cannot_run_in_integers_says_why(model: nn.Module, images: Tensor) -> None:
@@ -453,7 +449,7 @@ def test_an_error_of_the_machine_is_no_reason(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(IntegerConv2d, "forward", fail)
+    monkeypatch.setattr(Region, "forward", fail)
     with pytest.raises(MemoryError, match="out of memory in a forward in integers"):
         quantize(model, [images], FAST, progress=False)
 

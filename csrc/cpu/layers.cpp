@@ -1,0 +1,580 @@
+// prepare_layer and run_layers: the integer part of a network as one operator. Its steps are executed one after
+// another without a word of Python, values lie in one block of memory that is planned before, and threads are entered
+// once (steps.h).
+//
+// The steps come as numbers (ptq4cuda/ops/layers.py writes and explains them), which may be anything: whatever they
+// say, nothing is read or written outside of the tensors.
+#include <map>
+#include <span>
+
+#include "conv_step.h"
+#include "pool_step.h"
+#include "rows.h"
+
+namespace ptq4cuda {
+namespace {
+
+const char* const kOp = "run_layers";
+
+enum Kind : int64_t { kQuantize, kConvolve, kMaxPool, kConcatenate, kFlatten };
+
+// What a step gives: codes, or values in floating point. In memory channels are innermost: [N, H, W, C].
+struct Value {
+    std::vector<int64_t> sizes;  // [N, C, H, W], [N, C, L], or, of features, [*, C]
+    bool features = false;
+    ScalarType dtype = ScalarType::Byte;
+    size_t made = 0, last = 0;  // the step that makes it, the last that reads it
+    uint8_t* data = nullptr;
+
+    bool codes() const { return dtype == ScalarType::Byte; }
+    int64_t channels() const { return features ? sizes.back() : sizes[1]; }
+    int64_t numel() const {
+        int64_t product = 1;
+        for (int64_t size : sizes) product *= size;
+        return product;
+    }
+    int64_t rows() const { return channels() ? numel() / channels() : 0; }
+    int64_t bytes() const {
+        return numel() * (codes() ? 1 : dtype == ScalarType::Float ? sizeof(float) : sizeof(uint16_t));
+    }
+    // As images [N, C, H, W].
+    std::vector<int64_t> images() const {
+        if (features) return {rows(), channels(), 1, 1};
+        return sizes.size() == 4 ? sizes : std::vector<int64_t>{sizes[0], sizes[1], 1, sizes[2]};
+    }
+    std::vector<int64_t> strides() const {
+        std::vector<int64_t> ordered = sizes;
+        if (!features) std::rotate(ordered.begin() + 1, ordered.begin() + 2, ordered.end());
+        std::vector<int64_t> strides = contiguous_strides(ordered);
+        if (!features) std::rotate(strides.begin() + 1, strides.end() - 1, strides.end());
+        return strides;
+    }
+    // The sizes of what has other images than this value.
+    std::vector<int64_t> resized(int64_t channels, const Extent& out) const {
+        std::vector<int64_t> resized = sizes;
+        if (features) {
+            resized.back() = channels;
+        } else {
+            resized[1] = channels;
+            resized.back() = out.width;
+            if (resized.size() == 4) resized[2] = out.height;
+        }
+        return resized;
+    }
+};
+
+// Values that come with channels apart from each other, or beside each other, become codes beside each other.
+template <class T>
+class QuantizeStep : public Step {
+public:
+    QuantizeStep(const T* x, bool beside, const Value& y, const QuantizerTable& table)
+        : x_(x), y_(y.data), channels_(y.channels()), pixels_(y.rows()) {
+        if (beside || channels_ == 1) {
+            whole_.emplace_back(ChannelLayout{pixels_, channels_, 1}, table);
+        } else {
+            plane_ = pixels_ / y.sizes[0];
+            for (int64_t c = 0; c < channels_; ++c) whole_.emplace_back(ChannelLayout{1, 1, plane_}, table.at(c));
+        }
+        pixels_per_task_ = std::max<int64_t>(kTaskCodes / channels_, 1);
+        tasks_ = plane_ ? pixels_ / plane_ * ceil_div(plane_, pixels_per_task_) : ceil_div(pixels_, pixels_per_task_);
+    }
+
+    int64_t tasks() const override { return tasks_; }
+
+    int64_t run(std::atomic<int64_t>& next, Scratch& scratch) const override {
+        int64_t done = 0;
+        for (int64_t task; (task = next++) < tasks_; ++done) {
+            if (!plane_) {
+                const int64_t begin = task * pixels_per_task_ * channels_;
+                const int64_t end = std::min(pixels_, (task + 1) * pixels_per_task_) * channels_;
+                whole_[0](x_ + begin, y_ + begin, begin, end);
+                continue;
+            }
+            const int64_t pieces = ceil_div(plane_, pixels_per_task_), image = task / pieces;
+            const int64_t begin = task % pieces * pixels_per_task_;
+            const int64_t count = std::min(plane_ - begin, pixels_per_task_);
+            uint8_t* codes = scratch.at_least(count * channels_);
+            for (int64_t c = 0; c < channels_; ++c)
+                whole_[c](x_ + (image * channels_ + c) * plane_ + begin, codes + c * count, begin, begin + count);
+            simd::run<Interleave>(static_cast<const uint8_t*>(codes), count, channels_,
+                                  y_ + (image * plane_ + begin) * channels_);
+        }
+        return done;
+    }
+
+private:
+    static constexpr int64_t kTaskCodes = 1 << 14;
+
+    // [C, pixels] to [pixels, C].
+    struct Interleave {
+        static PTQ_INLINE void run(const uint8_t* from, int64_t pixels, int64_t channels, uint8_t* to) {
+            if (channels == 3) {
+                const uint8_t *a = from, *b = from + pixels, *c = b + pixels;
+                for (int64_t p = 0; p < pixels; ++p) {
+                    to[3 * p] = a[p];
+                    to[3 * p + 1] = b[p];
+                    to[3 * p + 2] = c[p];
+                }
+                return;
+            }
+            for (int64_t first = 0; first < channels; first += kTogether)
+                for (int64_t p = 0; p < pixels; ++p)
+                    for (int64_t c = first; c < std::min(channels, first + kTogether); ++c)
+                        to[p * channels + c] = from[c * pixels + p];
+        }
+        static constexpr int64_t kTogether = 16;
+    };
+
+    const T* x_;
+    uint8_t* y_;
+    int64_t channels_, pixels_;
+    int64_t plane_ = 0;  // pixels of an image, where channels come apart
+    int64_t pixels_per_task_, tasks_;
+    std::vector<Rows<Quantize, T, uint8_t>> whole_;  // or one for each channel
+};
+
+// Copies rows of bytes: what each source has of a pixel to its place in the pixel.
+class ConcatenateStep : public Step {
+public:
+    struct Source {
+        const uint8_t* data;
+        int64_t channels;
+    };
+    ConcatenateStep(std::vector<Source> sources, const Value& y)
+        : sources_(std::move(sources)), y_(y.data), channels_(y.channels()), pixels_(y.rows()) {
+        pixels_per_task_ = kTaskCodes / channels_ + 1;
+    }
+
+    int64_t tasks() const override { return ceil_div(pixels_, pixels_per_task_); }
+
+    int64_t run(std::atomic<int64_t>& next, Scratch&) const override {
+        int64_t done = 0;
+        for (int64_t task; (task = next++) < tasks(); ++done) {
+            const int64_t begin = task * pixels_per_task_, end = std::min(pixels_, begin + pixels_per_task_);
+            int64_t at = 0;
+            for (const Source& source : sources_) {
+                for (int64_t p = begin; p < end; ++p)
+                    std::memcpy(y_ + p * channels_ + at, source.data + p * source.channels, source.channels);
+                at += source.channels;
+            }
+        }
+        return done;
+    }
+
+private:
+    static constexpr int64_t kTaskCodes = 1 << 16;
+
+    std::vector<Source> sources_;
+    uint8_t* y_;
+    int64_t channels_, pixels_, pixels_per_task_;
+};
+
+// [N, pixels, C] to [N, C, pixels].
+class FlattenStep : public Step {
+public:
+    FlattenStep(const Value& x, const Value& y)
+        : x_(x.data), y_(y.data), images_(x.sizes[0]), channels_(x.channels()), pixels_(x.rows() / x.sizes[0]) {}
+
+    int64_t tasks() const override { return images_; }
+
+    int64_t run(std::atomic<int64_t>& next, Scratch&) const override {
+        int64_t done = 0;
+        for (int64_t n; (n = next++) < images_; ++done) {
+            const uint8_t* from = x_ + n * channels_ * pixels_;
+            uint8_t* to = y_ + n * channels_ * pixels_;
+            if (pixels_ == 1) std::memcpy(to, from, channels_);
+            for (int64_t c = 0; pixels_ > 1 && c < channels_; ++c)
+                for (int64_t p = 0; p < pixels_; ++p) *to++ = from[p * channels_ + c];
+        }
+        return done;
+    }
+
+private:
+    const uint8_t* x_;
+    uint8_t* y_;
+    int64_t images_, channels_, pixels_;
+};
+
+// Places in one block of memory for values that live for some steps.
+class Arena {
+public:
+    // A place of so many bytes that is free from step `made` to step `last`. To be asked in the order of `made`.
+    int64_t place(int64_t bytes, size_t made, size_t last) {
+        std::erase_if(taken_, [&](const auto& item) { return item.second.second < made; });
+        bytes = ceil_div(bytes, simd::kLine) * simd::kLine;
+        int64_t begin = 0;  // the first gap that is wide enough
+        for (const auto& [at, place] : taken_) {
+            if (at - begin >= bytes) break;
+            begin = std::max(begin, at + place.first);
+        }
+        taken_.emplace(begin, std::pair{bytes, last});
+        size_ = std::max(size_, begin + bytes);
+        return begin;
+    }
+    int64_t size() const { return size_; }
+
+private:
+    std::map<int64_t, std::pair<int64_t, size_t>> taken_;  // bytes and the last step, by the beginning
+    int64_t size_ = 0;
+};
+
+class Execution {
+public:
+    Execution(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
+              const std::vector<int64_t>& code, ScalarType dtype)
+        : inputs_(inputs), constants_(constants), code_(code), dtype_(dtype) {}
+
+    std::vector<Tensor> run() {
+        values_.resize(bounded(next(), kMostValues));
+        const std::vector<int64_t> results = list();
+        for (size_t i = 0; i < inputs_.size(); ++i) take_input(i);
+        const size_t first = at_;
+        for (step_ = 0; at_ < code_.size(); ++step_) plan_step();
+        steps_ = step_;
+        for (int64_t r : results) value(r).last = steps_;
+        std::vector<Tensor> outputs;
+        for (int64_t r : results) {
+            Value& v = value(r);
+            STD_TORCH_CHECK(!v.data, kOp, ": value ", r, " is an input, or returned twice");
+            outputs.push_back(empty_strided(v.sizes, v.strides(), v.dtype, inputs_.at(0)));
+            v.data = static_cast<uint8_t*>(outputs.back().data_ptr());
+        }
+        place_values();
+        at_ = first;
+        for (step_ = 0; at_ < code_.size(); ++step_) make_step();
+        Steps(std::move(made_)).run();
+        return outputs;
+    }
+
+private:
+    static constexpr int64_t kMostValues = 1 << 20;
+
+    // --- reading numbers
+
+    int64_t next() {
+        STD_TORCH_CHECK(at_ < code_.size(), kOp, ": the code ends within a step");
+        return code_[at_++];
+    }
+    static int64_t bounded(int64_t number, int64_t limit) {
+        STD_TORCH_CHECK(0 <= number && number < limit, kOp, ": ", number, " in the code must be less than ", limit);
+        return number;
+    }
+    std::vector<int64_t> list() {
+        const int64_t count = bounded(next(), static_cast<int64_t>(code_.size() - at_) + 1);
+        at_ += count;
+        return {code_.begin() + at_ - count, code_.begin() + at_};
+    }
+    std::vector<int64_t> pair() {
+        const int64_t height = next();
+        return {height, next()};
+    }
+    Value& value(int64_t number) {
+        Value& v = values_[bounded(number, static_cast<int64_t>(values_.size()))];
+        STD_TORCH_CHECK(!v.sizes.empty(), kOp, ": value ", number, " is read before it is made");
+        return v;
+    }
+    Value& codes(int64_t number) {
+        Value& v = value(number);
+        STD_TORCH_CHECK(v.codes(), kOp, ": value ", number, " has no codes");
+        return v;
+    }
+    const Tensor& constant(int64_t number, ScalarType type) {
+        const Tensor& t = constants_[bounded(number, static_cast<int64_t>(constants_.size()))];
+        STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type && t.is_contiguous(), kOp, ": constant ", number,
+                        " must be ", name_of(type), " and contiguous on the CPU, got ", described(t));
+        return t;
+    }
+
+    // --- what values there will be
+
+    void take_input(size_t i) {
+        Tensor x = inputs_[i];
+        STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, kOp, ": input ", i, " must be on the CPU, got ", described(x));
+        Value& v = values_[bounded(i, static_cast<int64_t>(values_.size()))];
+        v.sizes = sizes_of(x);
+        v.dtype = x.scalar_type();
+        const bool features = next() != 0;
+        v.features = features;
+        STD_TORCH_CHECK(features || x.dim() == 3 || x.dim() == 4, kOp, ": input ", i, " has the shape ", shape_of(x));
+        STD_TORCH_CHECK(v.codes() || is_floating(v.dtype), kOp, ": input ", i, " is ", described(x));
+        // Codes must have their channels beside each other; so may values, or else lie as they usually do.
+        const bool beside = features ? x.is_contiguous() : is_channels_last(x);
+        if (!beside && (v.codes() || !x.is_contiguous())) {
+            x = torch::stable::contiguous(x);
+            if (!features && v.codes()) x = beside_each_other(x, v);
+        }
+        beside_.push_back(features || (v.codes() ? true : is_channels_last(x)));
+        held_.push_back(x);
+        v.data = static_cast<uint8_t*>(x.data_ptr());
+    }
+
+    static Tensor beside_each_other(const Tensor& x, const Value& v) {
+        const Tensor y = empty_strided(v.sizes, v.strides(), v.dtype, x);
+        const int64_t plane = v.sizes[0] && v.channels() ? v.rows() / v.sizes[0] : 0;
+        const uint8_t* from = x.const_data_ptr<uint8_t>();
+        uint8_t* to = y.mutable_data_ptr<uint8_t>();
+        for (int64_t n = 0; n < v.sizes[0]; ++n, from += plane * v.channels())
+            for (int64_t p = 0; p < plane; ++p)
+                for (int64_t c = 0; c < v.channels(); ++c) *to++ = from[c * plane + p];
+        return y;
+    }
+
+    void put(int64_t number, const Value& v) {
+        Value& to = values_[bounded(number, static_cast<int64_t>(values_.size()))];
+        STD_TORCH_CHECK(to.sizes.empty(), kOp, ": value ", number, " is made twice");
+        to = v;
+        to.made = to.last = step_;
+        order_.push_back(number);
+    }
+    Value& read(int64_t number) {
+        Value& v = codes(number);
+        v.last = step_;
+        return v;
+    }
+
+    void plan_step() {
+        switch (next()) {
+            case kQuantize: {
+                const Quantizing q = quantizing();
+                Value v = value(q.source);
+                value(q.source).last = step_;
+                STD_TORCH_CHECK(!v.codes(), kOp, ": value ", q.source, " has codes already");
+                v.dtype = ScalarType::Byte;
+                v.data = nullptr;
+                return put(q.out, v);
+            }
+            case kConvolve: {
+                const Convolving c = convolving();
+                Value v = read(c.source);
+                shapes_.push_back(
+                    conv_shape(kOp, v.images(), c.outputs, c.kernel, c.stride, c.padding, c.dilation, c.groups, 0));
+                const ConvShape& shape = shapes_.back();
+                STD_TORCH_CHECK(!v.features || shape.out.area() == 1, kOp, ": features have no images");
+                STD_TORCH_CHECK(v.sizes.size() != 3 || v.features || shape.out.height == 1, kOp,
+                                ": sequences have no rows");
+                Value y = v;
+                y.sizes = v.resized(c.outputs, shape.out);
+                y.data = nullptr;
+                if (c.residual >= 0) {
+                    STD_TORCH_CHECK(read(c.residual).sizes == y.sizes, kOp, ": value ", c.residual, " has the shape ",
+                                    list_of(value(c.residual).sizes), ", and ", list_of(y.sizes), " is needed");
+                }
+                Value coded = y;
+                if (c.values) y.dtype = dtype_;
+                put(c.out, y);
+                if (c.also >= 0) put(c.also, coded);
+                return;
+            }
+            case kMaxPool: {
+                const Pooling p = pooling();
+                Value v = read(p.source);
+                STD_TORCH_CHECK(!v.features, kOp, ": features have no images");
+                pools_.push_back(
+                    pool_problem(kOp, v.images(), p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode));
+                v.sizes = v.resized(v.channels(), pools_.back().out);
+                v.data = nullptr;
+                return put(p.out, v);
+            }
+            case kConcatenate: {
+                const int64_t out = next();
+                const std::vector<int64_t> sources = list();
+                STD_TORCH_CHECK(!sources.empty(), kOp, ": nothing is put side by side");
+                Value y = codes(sources[0]);
+                int64_t channels = 0;
+                for (int64_t s : sources) {
+                    Value v = read(s);
+                    channels += v.channels();
+                    (v.features ? v.sizes.back() : v.sizes[1]) = y.channels();
+                    STD_TORCH_CHECK(v.sizes == y.sizes && v.features == y.features, kOp, ": value ", s,
+                                    " has another shape than what it is put beside");
+                }
+                (y.features ? y.sizes.back() : y.sizes[1]) = channels;
+                y.data = nullptr;
+                return put(out, y);
+            }
+            case kFlatten: {
+                const int64_t source = next(), out = next();
+                Value v = read(source);
+                STD_TORCH_CHECK(!v.features, kOp, ": features are flat already");
+                const int64_t count = v.sizes[0] ? v.numel() / v.sizes[0] : 0;
+                v.sizes = {v.sizes[0], count};
+                v.features = true;
+                v.data = nullptr;
+                return put(out, v);
+            }
+            default: STD_TORCH_CHECK(false, kOp, ": the code has a step of no kind");
+        }
+    }
+
+    void place_values() {
+        Arena arena;
+        std::vector<std::pair<Value*, int64_t>> places;
+        for (int64_t number : order_) {
+            Value& v = values_[number];
+            if (!v.data) places.emplace_back(&v, arena.place(v.bytes(), v.made, v.last));
+        }
+        if (arena.size() == 0) return;
+        held_.push_back(empty_vector(arena.size() + simd::kLine, ScalarType::Byte, inputs_.at(0)));
+        uint8_t* begin = held_.back().mutable_data_ptr<uint8_t>();
+        begin += -reinterpret_cast<uintptr_t>(begin) & (simd::kLine - 1);
+        for (const auto& [v, at] : places) v->data = begin + at;
+    }
+
+    // --- the steps
+
+    struct Quantizing {
+        int64_t source, out, constant;
+    };
+    Quantizing quantizing() {
+        const int64_t source = next(), out = next();
+        return {source, out, next()};
+    }
+    struct Convolving {
+        int64_t source, residual, out, also, weight, prepared, outputs;
+        std::vector<int64_t> kernel, stride, padding, dilation;
+        int64_t groups, span;
+        bool values;
+    };
+    Convolving convolving() {
+        Convolving c;
+        for (int64_t* field : {&c.source, &c.residual, &c.out, &c.also, &c.weight, &c.prepared, &c.outputs})
+            *field = next();
+        bounded(c.outputs, kLimit);
+        for (auto* field : {&c.kernel, &c.stride, &c.padding, &c.dilation}) *field = pair();
+        c.groups = next();
+        c.span = next();
+        c.values = next() != 0;
+        return c;
+    }
+    struct Pooling {
+        int64_t source, out;
+        std::vector<int64_t> kernel, stride, padding, dilation;
+        bool ceil_mode;
+    };
+    Pooling pooling() {
+        Pooling p;
+        p.source = next();
+        p.out = next();
+        for (auto* field : {&p.kernel, &p.stride, &p.padding, &p.dilation}) *field = pair();
+        p.ceil_mode = next() != 0;
+        return p;
+    }
+
+    void make_step() {
+        switch (next()) {
+            case kQuantize: return quantize(quantizing());
+            case kConvolve: return convolve(convolving());
+            case kMaxPool: return pool(pooling());
+            case kConcatenate: {
+                const Value& y = value(next());
+                std::vector<ConcatenateStep::Source> sources;
+                for (int64_t s : list()) sources.push_back({value(s).data, value(s).channels()});
+                if (y.numel() > 0) made_.push_back(std::make_unique<ConcatenateStep>(std::move(sources), y));
+                return;
+            }
+            default: {
+                const Value &x = value(next()), &y = value(next());
+                if (y.numel() > 0) made_.push_back(std::make_unique<FlattenStep>(x, y));
+            }
+        }
+    }
+
+    void quantize(const Quantizing& q) {
+        const Value &x = value(q.source), &y = value(q.out);
+        const QuantizerArguments arguments(kOp, inputs_.at(0), constant(q.constant, ScalarType::Float),
+                                           constant(q.constant + 1, ScalarType::Int),
+                                           constant(q.constant + 2, ScalarType::Byte), y.channels());
+        const bool beside = q.source < static_cast<int64_t>(beside_.size()) ? beside_[q.source] : true;
+        if (y.numel() == 0) return;
+        dispatch_floating(x.dtype, [&](auto type) {
+            using T = decltype(type);
+            made_.push_back(
+                std::make_unique<QuantizeStep<T>>(reinterpret_cast<const T*>(x.data), beside, y, arguments.table()));
+        });
+    }
+
+    void convolve(const Convolving& c) {
+        const ConvShape& shape = shapes_[convolutions_++];
+        const Tensor &weight = constant(c.weight, ScalarType::Char), &bytes = constant(c.prepared, ScalarType::Byte);
+        const Value &x = value(c.source), &y = value(c.out);
+        const std::vector<int64_t> weights =
+            shape.depthwise() ? std::vector{shape.kernel.area(), shape.channels}
+                              : std::vector<int64_t>{shape.groups * shape.panels_per_group(), shape.panel_words(),
+                                                     kPanelOutputs, kWordChannels};
+        STD_TORCH_CHECK(sizes_of(weight) == weights, kOp, ": a weight must have the shape ", list_of(weights),
+                        ", got ", shape_of(weight));
+        STD_TORCH_CHECK(c.span != 0 && -kLimit <= c.span && c.span <= kLimit, kOp, ": a span is ", c.span);
+        if (y.numel() == 0) return;
+        auto layer = std::make_unique<ConvLayer>(
+            shape, c.span, weight.const_data_ptr<int8_t>(),
+            std::span(bytes.const_data_ptr<uint8_t>(), static_cast<size_t>(bytes.numel())));
+        STD_TORCH_CHECK(layer->returns_codes() != c.values && layer->has_also() == (c.also >= 0) &&
+                            layer->has_residual() == (c.residual >= 0),
+                        kOp, ": a layer was prepared for other outputs");
+        const auto step = [&]<class T>(T* to) {
+            const ConvCall<T> call = {x.data, c.residual >= 0 ? value(c.residual).data : nullptr, to,
+                                      c.also >= 0 ? value(c.also).data : nullptr};
+            made_.push_back(std::make_unique<Convolution<T>>(std::move(layer), shape, call));
+        };
+        if (!c.values) return step(y.data);
+        dispatch_floating(y.dtype, [&](auto type) { step(reinterpret_cast<decltype(type)*>(y.data)); });
+    }
+
+    void pool(const Pooling& p) {
+        PoolProblem problem = pools_[pooled_++];
+        problem.x = value(p.source).data;
+        problem.y = value(p.out).data;
+        if (value(p.out).numel() > 0) made_.push_back(std::make_unique<MaxPool>(problem));
+    }
+
+    const std::vector<Tensor>&inputs_, &constants_;
+    const std::vector<int64_t>& code_;
+    const ScalarType dtype_;
+    size_t at_ = 0, step_ = 0, steps_ = 0;
+    std::vector<Value> values_;
+    std::vector<int64_t> order_;  // in which values are made
+    std::vector<ConvShape> shapes_;
+    std::vector<PoolProblem> pools_;
+    size_t convolutions_ = 0, pooled_ = 0;
+    std::vector<bool> beside_;  // whether the channels of an input lie beside each other
+    std::vector<Tensor> held_;  // what values lie in
+    std::vector<std::unique_ptr<const Step>> made_;
+};
+
+std::vector<Tensor> run_layers(std::vector<Tensor> inputs, std::vector<Tensor> constants, std::vector<int64_t> code,
+                               ScalarType dtype) {
+    STD_TORCH_CHECK(!inputs.empty(), kOp, ": there is no input");
+    STD_TORCH_CHECK(is_floating(dtype), kOp, ": dtype must be float32, float16 or bfloat16, got ", name_of(dtype));
+    return Execution(inputs, constants, code, dtype).run();
+}
+
+// What run_layers needs of a call of conv2d_integer but for its weight: as bytes.
+Tensor prepare_layer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
+                     const Tensor& bias, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t low_bytes,
+                     std::optional<int64_t> span, double negative_slope, double upper, std::optional<Tensor> residual,
+                     std::optional<Tensor> residual_scale, std::optional<Tensor> residual_zero_point,
+                     std::vector<Tensor> out_scale, std::vector<Tensor> out_zero_point, std::vector<Tensor> out_bits,
+                     std::vector<Tensor> out_starts, std::vector<int64_t> out_bytes,
+                     std::optional<ScalarType> dtype) {
+    const ConvArguments arguments(x, weight, zero_sums, scale, bias, kernel_size, stride, padding, dilation, groups,
+                                  low_bytes, span, negative_slope, upper, residual, residual_scale,
+                                  residual_zero_point, out_scale, out_zero_point, out_bits, out_starts, out_bytes,
+                                  dtype);
+    const ConvProblem& problem = arguments.problem;
+    STD_TORCH_CHECK(!problem.shape.packed() && !problem.out_packing.starts && !problem.also_packing.starts,
+                    "prepare_layer: codes are packed");
+    const ConvLayer layer(problem);
+    const Tensor bytes = empty_vector(static_cast<int64_t>(layer.bytes().size()), ScalarType::Byte, x);
+    std::memcpy(bytes.mutable_data_ptr<uint8_t>(), layer.bytes().data(), layer.bytes().size());
+    return bytes;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) {
+    m.impl("prepare_layer", TORCH_BOX(&prepare_layer));
+    m.impl("run_layers", TORCH_BOX(&run_layers));
+}
+
+}  // namespace ptq4cuda

@@ -1,0 +1,249 @@
+"""Regions: what is executed at a stretch is what its steps compute one by one, whoever calls, with whatever."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ptq4cuda
+from ptq4cuda import QuantConfig, _native, quantize
+from ptq4cuda.bench import architectures
+from ptq4cuda.execute import program as steps
+from ptq4cuda.execute import regions
+from ptq4cuda.execute.regions import Region
+from ptq4cuda.nn import QuantModule
+
+FAST = replace(QuantConfig.fast(), activation_granularity="per_tensor")  # so that features are codes of images
+pytestmark = pytest.mark.skipif(not _native.cpu_loaded, reason="there is no native library")
+
+
+class Everything(nn.Module):
+    """All that a region can hold: sums, two outputs, pooling, concatenation, groups, flattening, linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.wide, self.narrow = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 16, 1)
+        self.depthwise, self.grouped = nn.Conv2d(32, 32, 3, 1, 1, groups=32), nn.Conv2d(16, 8, 3, 1, 1, groups=2)
+        self.last, self.fc, self.out = nn.Conv2d(24, 5, 3, padding=1), nn.Linear(5 * 16, 20), nn.Linear(20, 7)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.max_pool2d(F.relu(self.stem(x)), 3, 2, 1)
+        y = F.relu6(self.depthwise(F.leaky_relu(self.wide(x), 0.1)))
+        x = self.narrow(y) + x
+        x = F.relu(self.last(torch.cat((x, self.grouped(x)), 1)))
+        return self.out(F.relu(self.fc(x.flatten(1)))), y
+
+
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = nn.Conv1d(3, 16, 5, 2), nn.Conv1d(16, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.second(F.max_pool1d(F.relu(self.first(x)), 2)).mean(2))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    return architectures.images(5, 16)
+
+
+@pytest.fixture(scope="module")
+def network(pictures: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    return quantize(Everything().eval(), [pictures], FAST, progress=False)
+
+
+def regions_of(network: nn.Module) -> list[Region]:
+    return [module for module in network.modules() if isinstance(module, Region)]
+
+
+def same(expected: object, found: object) -> bool:
+    a, b = torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(found)
+    return len(a) == len(b) and all(
+        (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride()) and torch.equal(x, y)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def one_by_one(network: nn.Module, *inputs: Tensor) -> object:
+    """Call a network whose regions are watched."""
+    handles = [m.register_forward_hook(lambda *_: None) for r in regions_of(network) for m in r.engines]
+    try:
+        return network(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_all_in_integers_is_one_region(network: nn.Module, pictures: Tensor) -> None:
+    (region,) = regions_of(network)
+    kinds = {type(call.step) for call in region.calls}
+    assert kinds == {steps.Quantize, steps.Layer, steps.MaxPool, steps.Concatenate, steps.Reshape}
+    assert {call.step for call in region.calls} == set(ptq4cuda.program(network)) - {
+        step for step in ptq4cuda.program(network) if isinstance(step, (steps.Input, steps.Float))
+    }
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_at_a_stretch_as_one_by_one(network: nn.Module, pictures: Tensor, batch: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for x in (pictures[:batch], pictures[:batch].contiguous(memory_format=torch.channels_last)):
+            assert same(one_by_one(network, x), network(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision(network: nn.Module, pictures: Tensor, dtype: torch.dtype) -> None:
+    half = copy.deepcopy(network).to(dtype)
+    assert half(pictures.to(dtype))[1].dtype == dtype
+    assert same(one_by_one(half, pictures.to(dtype)), half(pictures.to(dtype)))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_sequences(strided: bool) -> None:
+    torch.manual_seed(0)
+    x = architectures.waves(6, 40) if hasattr(architectures, "waves") else torch.randn(6, 3, 40)
+    x = x[:, :1].repeat(1, 3, 1) if x.shape[1] != 3 else x
+    network = quantize(Sequence().eval(), [x], FAST, progress=False)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x
+    assert all(region._numbers for region in regions_of(network))
+    assert same(one_by_one(network, x), network(x))
+
+
+def test_other_sizes_of_images(network: nn.Module) -> None:
+    torch.manual_seed(0)
+    convolutions = quantize(
+        nn.Sequential(Everything().stem, nn.ReLU(), Everything().wide).eval(),
+        [architectures.images(4, 16)],
+        FAST,
+        progress=False,
+    )
+    for height, width in ((16, 16), (7, 33), (1, 1), (40, 3)):
+        x = torch.randn(2, 3, height, width)
+        assert same(one_by_one(convolutions, x), convolutions(x))
+
+
+def test_a_hook_sees_the_codes_of_its_layer(network: nn.Module, pictures: Tensor) -> None:
+    seen: list[torch.dtype] = []
+    layer = network.get_submodule("narrow")
+    assert isinstance(layer, QuantModule)
+    expected = network(pictures)
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    assert same(expected, network(pictures)) and seen == [torch.uint8]
+    handle.remove()
+    assert same(expected, network(pictures)) and len(seen) == 1
+
+
+def test_copies_and_pickles(network: nn.Module, pictures: Tensor) -> None:
+    expected = network(pictures)
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        (region,) = regions_of(other)
+        weights = {id(m.weight) for m in other.modules() if isinstance(m, regions.IntegerConv2d)}
+        assert weights <= {id(t) for t in region._constants}  # held once
+        assert same(expected, other(pictures))
+
+
+def test_many_threads_call_one_network(network: nn.Module, pictures: Tensor) -> None:
+    expected = [network(pictures[: n + 1]) for n in range(5)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: network(pictures[: i % 5 + 1]), range(60)))
+    assert all(same(expected[i % 5], y) for i, y in enumerate(found))
+
+
+def test_export_and_compile(network: nn.Module, pictures: Tensor) -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(network, (pictures,), dynamic_shapes={"x": {0: batch}})
+    called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert sum("run_layers" in name for name in called) == 1
+    assert not any("conv2d_integer" in name for name in called)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    for x in (pictures, pictures[:2]):
+        assert same(network(x), loaded(x))
+        assert same(network(x), compiled(x))
+
+
+SCRIPT = """
+import pickle, sys, torch
+x, network = pickle.load(open(sys.argv[1], "rb"))
+for region in network.modules():
+    if type(region).__name__ == "Region":
+        region._prepare()
+pickle.dump((x, [(r._numbers, r._constants) for r in network.modules() if type(r).__name__ == "Region"]),
+            open(sys.argv[2], "wb"))
+"""
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_what_another_processor_prepared_is_laid_out_anew(
+    network: nn.Module, pictures: Tensor, level: str, tmp_path: Path
+) -> None:
+    (tmp_path / "network").write_bytes(pickle.dumps((pictures, network)))
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "network"), str(tmp_path / "prepared")],
+        check=True,
+        env={**os.environ, "PTQ4CUDA_SIMD": level, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    _, ((numbers, constants),) = pickle.loads((tmp_path / "prepared").read_bytes())
+    (region,) = regions_of(network)
+    assert numbers == region._numbers
+    run = torch.ops.ptq4cuda.run_layers
+    assert same(
+        run([pictures], region._constants, region._numbers, torch.float32),
+        run([pictures], constants, numbers, torch.float32),
+    )
+
+
+def test_any_code_is_refused_or_executed(network: nn.Module, pictures: Tensor) -> None:
+    """Whatever the numbers say, memory stays whole: the sanitizers run this, too."""
+    (region,) = regions_of(network)
+    assert region._numbers is not None
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(limit: int) -> int:
+        return int(torch.randint(limit, (1,), generator=generator))
+
+    refused = 0
+    for _ in range(1500):
+        code, constants = list(region._numbers), list(region._constants)
+        for _ in range(1 + draw(2)):
+            kind = draw(4)
+            if kind == 0:
+                del code[draw(len(code)) :]
+            elif kind == 1:
+                code[draw(len(code))] = draw(20) - 2
+            elif kind == 2:
+                i, j = draw(len(constants)), draw(len(constants))
+                constants[i], constants[j] = constants[j], constants[i]
+            else:
+                i = draw(len(constants))
+                constants[i] = constants[i].flatten()[: draw(constants[i].numel() + 1)]
+            if not code:
+                break
+        try:
+            torch.ops.ptq4cuda.run_layers([pictures[:1]], constants, code, torch.float32)
+        except RuntimeError as error:
+            refused += 1
+            assert "run_layers" in str(error) or "must" in str(error)
+    assert 300 < refused < 1500
