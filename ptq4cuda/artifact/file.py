@@ -26,6 +26,7 @@ from ptq4cuda._version import __version__
 from ptq4cuda.artifact.record import QuantRecord, attach_record, record_of
 from ptq4cuda.artifact.structure import replace_module, structure_of
 from ptq4cuda.artifact.writing import write_whole
+from ptq4cuda.calibrate.allocator import memory_kept
 from ptq4cuda.calibrate.inputs import check_float_model, not_finite
 from ptq4cuda.errors import LaterVersionError, first_line, kind_and_line
 from ptq4cuda.execute.choice import lower
@@ -71,6 +72,7 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
     write_whole(path, safetensors.torch.save(tensors, metadata=metadata))
 
 
+@memory_kept()
 def load(path: str | os.PathLike[str], model: nn.Module, execution: Literal["simulate"] | None = None) -> nn.Module:
     """Read a quantized network.
 

@@ -1,4 +1,4 @@
-"""Memory that is freed is kept for the next tensor while a network is quantized.
+"""Memory that is freed is kept for the next tensor while a network is quantized or loaded, and given back after that.
 
 A walk makes and frees tensors of megabytes by the thousand. The C library (glibc) gets each anew from the system,
 which clears every page that is touched: a quarter of the time of a walk, or more than all the rest.

@@ -1,10 +1,11 @@
-"""Freed memory is kept while a network is quantized, and given back after: counted in pages that were cleared."""
+"""Freed memory is kept while a network is quantized or loaded, and given back after: counted in pages."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +47,32 @@ def test_memory_is_kept_meanwhile(chosen: str | None) -> None:
         assert first + again < 5 * PAGES
     else:
         assert min(first, again) > 9 * PAGES
+
+
+LOAD = """
+import re, sys, torch, ptq4cuda
+from ptq4cuda.bench import architectures, models
+from ptq4cuda.calibrate.allocator import trim
+
+def held():
+    trim()
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+
+net = architectures.build_resnet18().eval()
+images = [torch.randn(2, 3, 32, 32)]
+ptq4cuda.save(ptq4cuda.quantize(net, images, ptq4cuda.QuantConfig.naive(), progress=False), sys.argv[1])
+before = held()
+trim = lambda: None
+network = ptq4cuda.load(sys.argv[1], net)
+print(held() - before, models.held_bytes(network), models.held_bytes(net))
+"""
+
+
+@pytest.mark.skipif(not hasattr(allocator._LIBC, "malloc_trim"), reason="the C library is not glibc")
+def test_what_load_used_meanwhile_is_given_back(tmp_path: Path) -> None:
+    """It copies the float network, more than once."""
+    environment = {name: value for name, value in os.environ.items() if name not in allocator._CHOSEN}
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "net.ptq4")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    grown, network, float_network = map(int, run.stdout.split())
+    assert grown < network + float_network / 2
