@@ -13,6 +13,9 @@ they take turns, in rounds: a call that does not count and then as many as fit i
 rounds' medians. With --busy each round is followed by one beside a process that keeps a core busy. Every contender
 is asked what it executes, and its output is compared with the float one.
 
+--simd lets all of them use lesser instructions than the processor has, with the same names as PTQ4CUDA_SIMD;
+onnxruntime cannot be told, and is left out.
+
 `pip install '.[peers]'` brings the others; one that is not there is left out. Files that contenders load are made
 once, in --folder. Figures go to --json, in which cases that are not measured anew stay as they are.
 """
@@ -45,6 +48,11 @@ CASES = (
     *("resnet18@224x1", "resnet18@224x8", "resnet50@224x1", "resnet50@224x8"),
     *("mobilenet_v2@224x1", "mobilenet_v2@224x8", "mobilenet_v2@32x1"),
 )
+# What ours is told by PTQ4CUDA_SIMD, and how the others are: oneDNN, which OpenVINO has too, and PyTorch.
+SIMD = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx512"},
+}
 _CALIBRATION = 16  # images
 _PAUSE = 0.05  # seconds between turns, in which the threads of the one before go to sleep
 _QUICK = 10.0  # seconds of starts after which a contender is not started again
@@ -518,9 +526,7 @@ def machine() -> str:
     line = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     flags = line[1].split() if line else []
     known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
-    limits = ("PTQ4CUDA_SIMD", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # of ours, and of PyTorch
-    limited = [f"{key}={os.environ[key]}" for key in limits if key in os.environ]
-    has = ", ".join([*(flag for flag in known if flag in flags), *limited])
+    has = ", ".join(flag for flag in known if flag in flags)
     return f"{processor()}, {len(os.sched_getaffinity(0))} cores ({has})"
 
 
@@ -609,6 +615,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--turn", type=float, default=0.3, help="seconds of a turn")
     parser.add_argument("--starts", type=int, default=3, help="of each contender's process, at most")
+    parser.add_argument("--simd", choices=SIMD, help="lesser instructions for all")
     parser.add_argument("--busy", action="store_true", help="measure beside a busy core, too")
     parser.add_argument("--json", type=Path, default=Path("peers.json"), help="default: %(default)s")
     parser.add_argument("--make", action="store_true", help="only make the files that contenders load")
@@ -628,16 +635,23 @@ def main() -> None:
     if arguments.show:
         print(tables(measured))
         return
+    if arguments.simd:
+        os.environ.update(PTQ4CUDA_SIMD=arguments.simd, **SIMD[arguments.simd])
     names = arguments.only.split(",")
     unknown = sorted(set(names) - set(CONTENDERS))
     if unknown:
         parser.error(f"there is no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
     cases = chosen_cases(arguments.cases)
     for name in list(names):
-        if missing := CONTENDERS[name].missing:
+        missing = CONTENDERS[name].missing
+        why = f"{', '.join(missing)} is not installed (extra peers)" if missing else ""
+        if arguments.simd and name == "onnxruntime":
+            why = f"it takes all instructions that there are, not {arguments.simd} alone"
+        if why:
             names.remove(name)
-            print(f"{CONTENDERS[name].label} is left out: {', '.join(missing)} is not installed (extra peers)")
+            print(f"{CONTENDERS[name].label} is left out: {why}")
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
     with open(arguments.folder / "log", "w") as log:
         for name in cases:
             case = Case(name, arguments.folder)
@@ -647,10 +661,11 @@ def main() -> None:
                 continue
             rows = measure(case, names, arguments, log)
             about = f"{machine()}, {arguments.threads} threads, {versions()}"
-            measured[name] = {"machine": about, "rows": rows}
+            key = f"{name}, {arguments.simd}" if arguments.simd else name
+            found[key] = measured[key] = {"machine": about, "rows": rows}
             arguments.json.write_text(json.dumps(measured, indent=1) + "\n")
     if not arguments.make:
-        print(tables({name: measured[name] for name in cases}))
+        print(tables(found))
 
 
 if __name__ == "__main__":
