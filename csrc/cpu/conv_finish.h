@@ -8,7 +8,8 @@
 
 namespace ptq4cuda {
 
-// The parameters of a panel's outputs: field f of output o is parameters[16 f + o]; panels follow each other.
+// The parameters of a panel's outputs: field f of output o is parameters[16 f + o]; panels follow each other. Behind
+// the fields are the lowest and the highest codes of 64 outputs from the panel's first one on, a byte each.
 enum Field {
     kZeroSum,  // an integer: what the zero points have in the sum, all taps together
     kScale,
@@ -18,13 +19,16 @@ enum Field {
     kInvScale,
     kZeroPoint,
     kQmax,
-    // For AVX2 and AVX-512: the zero point as an integer, the limits of y / scale, the activation's among them.
+    // For AVX2 and AVX-512: the zero point as an integer, the codes that are left by the activation.
     kZeroPointBits,
     kLowest,
     kHighest,
     kFields
 };
-constexpr int64_t kPanelParameters = kFields * kPanelOutputs;
+constexpr int64_t kStripOutputs = 64;  // that are finished together, at most
+constexpr int64_t kLowestCodes = kFields * kPanelOutputs;
+constexpr int64_t kHighestCodes = kLowestCodes + kStripOutputs / sizeof(float);
+constexpr int64_t kPanelParameters = kHighestCodes + kStripOutputs / sizeof(float);
 
 // What the activation is made of: nothing, a ReLU, or anything piecewise linear.
 enum class Curve { identity, relu, other };
@@ -33,7 +37,8 @@ enum class Curve { identity, relu, other };
 // pixel to pixel.
 template <class T>
 struct Finishing {
-    int64_t pixels, panels, stride;
+    int64_t pixels, outputs, stride;
+    bool block_order;  // of the sums and the parameters: see place_in_block
     const uint8_t* residual;
     T* y;
     const float* parameters;  // of the first panel
@@ -58,9 +63,10 @@ inline std::array<float, kFields> parameters_of(const ConvProblem& problem, cons
     for (int64_t t = 0; problem.zero_sums && t < problem.shape.kernel.area(); ++t)
         zero_sum += problem.zero_sums[t * problem.shape.out_channels + o];
     const auto [slope, upper] = problem.activation;
-    float lowest = -out.zero_point, highest = out.qmax - out.zero_point;
-    if (upper != INFINITY) highest = std::clamp(upper * out.inv_scale, lowest, highest);
-    if (slope == 0.0f) lowest = std::clamp(0.0f, lowest, highest);
+    // Rounding keeps order, as a product with a positive number does: limits of values are limits of codes.
+    float lowest = 0.0f, highest = out.qmax;
+    if (upper != INFINITY) highest = float_code(upper, out);
+    if (slope == 0.0f) lowest = std::min(float_code(0.0f, out), highest);
     return {simd::reinterpret<float>(zero_sum),
             problem.scale[o],
             problem.bias[o],
@@ -74,12 +80,17 @@ inline std::array<float, kFields> parameters_of(const ConvProblem& problem, cons
             highest};
 }
 
+// Never in block order.
 template <class T, bool kResidual, Curve curve>
 struct Finish {
-    static void any(const int32_t* sums, const Finishing<T>& f) { simd::run<Finish>(sums, &f); }
+    static void any(const int32_t* sums, const Finishing<T>& f) {
+        const int64_t full = f.outputs / kPanelOutputs, rest = f.outputs % kPanelOutputs;
+        if (full > 0) simd::run<Finish>(sums, &f, full);
+        if (rest > 0) part(sums + full * kPanelSums, f, full * kPanelOutputs, rest);
+    }
 
-    static PTQ_INLINE void run(const int32_t* sums, const Finishing<T>* f) {
-        for (int64_t i = 0; i < f->panels; ++i, sums += kPanelSums)
+    static PTQ_INLINE void run(const int32_t* sums, const Finishing<T>* f, int64_t panels) {
+        for (int64_t i = 0; i < panels; ++i, sums += kPanelSums)
             for (int64_t p = 0; p < f->pixels; ++p) {
                 const int64_t at = p * f->stride + i * kPanelOutputs;
                 of_pixel(sums + p * kPanelOutputs, kResidual ? f->residual + at : nullptr, f->y + at,
@@ -89,6 +100,28 @@ struct Finish {
     }
 
 private:
+    // Less than a panel: by way of a full one.
+    static void part(const int32_t* sums, const Finishing<T>& f, int64_t first, int64_t outputs) {
+        uint8_t residual[kPanelSums] = {}, also[kPanelSums];
+        T y[kPanelSums];
+        const auto copy = [&](auto* into, int64_t into_stride, const auto* from, int64_t from_stride) {
+            for (int p = 0; p < f.pixels; ++p)
+                std::memcpy(static_cast<void*>(into + p * into_stride), from + p * from_stride,
+                            outputs * sizeof(*from));
+        };
+        Finishing<T> full = f;
+        full.stride = kPanelOutputs;
+        full.residual = f.residual ? residual : nullptr;
+        full.y = y;
+        full.parameters += first / kPanelOutputs * kPanelParameters;
+        full.also = f.also ? also : nullptr;
+        if (f.also) full.also_parameters += first / kPanelOutputs * kPanelParameters;
+        if (f.residual) copy(residual, kPanelOutputs, f.residual + first, f.stride);
+        simd::run<Finish>(sums, static_cast<const Finishing<T>*>(&full), int64_t{1});
+        copy(f.y + first, f.stride, y, kPanelOutputs);
+        if (f.also) copy(f.also + first, f.stride, also, kPanelOutputs);
+    }
+
     static PTQ_INLINE void of_pixel(const int32_t* __restrict sums, const uint8_t* __restrict residual,
                                     T* __restrict y, const float* __restrict parameters, uint8_t* __restrict also,
                                     const float* __restrict also_parameters, const Activation& act) {
@@ -120,147 +153,285 @@ private:
 };
 
 #if defined(__x86_64__)
-// The same for codes, with fewer steps. Rounding keeps order, as a product with a positive number does: so both ends
-// of the codes, and those of the activation, can be taken as limits before rint, in units of codes, and the
-// conversion to integers rounds. (It rounds half to even, as rint does.) What is left of the activation is a slope
-// other than 0 and 1. What NaN becomes is not the same, so they are for problems in which there can be none.
-//
-// A panel's outputs of all pixels at a time, or eight of them, so that their parameters stay in registers.
-struct EightQuantizers {
-    __m256 inv_scale, lowest, highest;
-    __m256i zero_point;
+// The same for codes, with fewer steps, a strip of outputs at a time. Rounding keeps order, so both ends of the
+// codes, and those of the activation, can be taken as limits after it: of bytes, 32 or 64 at a time. (The conversion
+// to integers rounds half to even, as rint does, and those that it cannot hold are out of the question, see
+// stays_in_range.) What is left of the activation is a slope other than 0 and 1. Packing words into bytes saturates
+// and brings outputs in block order into theirs; others are left to be put in order, four at a time.
 
-    explicit PTQ_AVX2_INLINE EightQuantizers(const float* parameters)
-        : inv_scale(_mm256_loadu_ps(parameters + kInvScale * kPanelOutputs)),
-          lowest(_mm256_loadu_ps(parameters + kLowest * kPanelOutputs)),
-          highest(_mm256_loadu_ps(parameters + kHighest * kPanelOutputs)),
-          zero_point(load_bytes(parameters + kZeroPointBits * kPanelOutputs)) {}
+// Writes the first n of some bytes.
+PTQ_AVX2_INLINE void store_first(__m128i bytes, uint8_t* y, int64_t n) {
+    if (n >= 16) return _mm_storeu_si128(reinterpret_cast<__m128i*>(y), bytes);
+    if (n & 8) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(y), bytes);
+        bytes = _mm_unpackhi_epi64(bytes, bytes);
+        y += 8;
+    }
+    uint64_t rest = _mm_cvtsi128_si64(bytes);
+    if (n & 4) {
+        std::memcpy(y, &rest, 4);
+        rest >>= 32;
+        y += 4;
+    }
+    for (int64_t i = 0; i < (n & 3); ++i) y[i] = static_cast<uint8_t>(rest >> 8 * i);
+}
+PTQ_AVX2_INLINE void store_first(__m256i bytes, uint8_t* y, int64_t n) {
+    if (n >= 32) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), bytes);
+    store_first(_mm256_castsi256_si128(bytes), y, n);
+    if (n > 16) store_first(_mm256_extracti128_si256(bytes, 1), y + 16, n - 16);
+}
 
-    PTQ_AVX2_INLINE void put(__m256 values, uint8_t* y) const {
-        values = _mm256_mul_ps(values, inv_scale);
-        values = _mm256_min_ps(_mm256_max_ps(values, lowest), highest);
-        const __m256i codes = _mm256_add_epi32(_mm256_cvtps_epi32(values), zero_point);
-        const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(y), _mm_packus_epi16(words, words));
+#define PTQ_AVX512_INLINE PTQ_TARGET_AVX512 inline __attribute__((always_inline))
+
+// (A masked store of bytes takes longer.)
+PTQ_AVX512_INLINE void store_first(__m512i bytes, uint8_t* y, int64_t n) {
+    if (n >= 64) return _mm512_storeu_si512(y, bytes);
+    store_first(_mm512_castsi512_si256(bytes), y, n);
+    if (n > 32) store_first(_mm512_extracti64x4_epi64(bytes, 1), y + 32, n - 32);
+}
+
+// Two vectors of 8 outputs, or four.
+template <int kVectors, bool kBlock>
+struct StripQuantizerAvx2 {
+    static constexpr int64_t kSecond = kVectors > 2 ? kPanelParameters : 0;  // panel's parameters, if there is one
+    const float* parameters;
+    __m256i zero_points[2], lowest, highest;
+
+    explicit PTQ_AVX2_INLINE StripQuantizerAvx2(const float* parameters_) : parameters(parameters_) {
+        const auto two = [&](const float* p) PTQ_TARGET_AVX2 {
+            p += kZeroPointBits * kPanelOutputs;
+            return _mm256_packs_epi32(load_bytes(p), load_bytes(p + 8));
+        };
+        zero_points[0] = two(parameters);
+        zero_points[1] = two(parameters + kSecond);
+        lowest = load_bytes(parameters + kLowestCodes);
+        highest = load_bytes(parameters + kHighestCodes);
+    }
+
+    PTQ_AVX2_INLINE void put(const __m256 (&values)[kVectors], uint8_t* y, int64_t n) const {
+        __m256i codes[kVectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+            const float* inv_scale = parameters + i / 2 * kSecond + kInvScale * kPanelOutputs + i % 2 * 8;
+            codes[i] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i], _mm256_loadu_ps(inv_scale)));
+        }
+        const __m256i words0 = _mm256_adds_epi16(_mm256_packs_epi32(codes[0], codes[1]), zero_points[0]);
+        const __m256i words1 =
+            kVectors > 2
+                ? _mm256_adds_epi16(_mm256_packs_epi32(codes[kVectors - 2], codes[kVectors - 1]), zero_points[1])
+                : words0;
+        __m256i bytes = _mm256_packus_epi16(words0, words1);
+        if (!kBlock) bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        store_first(_mm256_min_epu8(_mm256_max_epu8(bytes, lowest), highest), y, n);
     }
 };
 
-template <bool kResidual, bool kSlope, bool kAlso>
-PTQ_AVX2_INLINE void finish_eight(const int32_t* sums, const Finishing<uint8_t>& f, int64_t panel, int64_t first) {
-    const float* parameters = f.parameters + panel * kPanelParameters + first;
-    const auto of = [&](Field field) { return parameters + field * kPanelOutputs; };
-    const __m256i zero_sum = load_bytes(of(kZeroSum));
-    const __m256 scale = _mm256_loadu_ps(of(kScale)), bias = _mm256_loadu_ps(of(kBias));
-    const __m256 residual_scale = _mm256_loadu_ps(of(kResidualScale));
-    const __m256 residual_zero_point = _mm256_loadu_ps(of(kResidualZeroPoint));
-    const EightQuantizers out(parameters);
-    const EightQuantizers also(kAlso ? f.also_parameters + panel * kPanelParameters + first : parameters);
-    sums += panel * kPanelSums + first;
-    int64_t at = panel * kPanelOutputs + first;
-    for (int64_t p = 0; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
-        __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(load_bytes(sums), zero_sum));
-        v = _mm256_add_ps(_mm256_mul_ps(v, scale), bias);
-        if (kResidual) {
-            const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(f.residual + at));
-            const __m256 r = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)), residual_zero_point);
-            v = _mm256_add_ps(v, _mm256_mul_ps(r, residual_scale));
+// The first n of some bytes, and zeros.
+PTQ_AVX2_INLINE __m128i load_first_half(const uint8_t* from, int64_t n) {
+    if (n >= 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    uint64_t words[2] = {0, 0};
+    if (n >= 8) {
+        std::memcpy(&words[0], from, 8);
+        std::memcpy(&words[1], from + n - 8, 8);  // some of them again
+        words[1] = n > 8 ? words[1] >> 8 * (16 - n) : 0;
+    } else {
+        for (int64_t i = 0; i < n; ++i) words[0] |= uint64_t{from[i]} << 8 * i;
+    }
+    return _mm_set_epi64x(static_cast<int64_t>(words[1]), static_cast<int64_t>(words[0]));
+}
+PTQ_AVX2_INLINE __m256i load_first(const uint8_t* from, int64_t n) {
+    if (n >= 32) return load_bytes(from);
+    const __m128i high = n > 16 ? load_first_half(from + 16, n - 16) : _mm_setzero_si128();
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(load_first_half(from, n)), high, 1);
+}
+
+// Bytes as the integers of four vectors: in block order, or in theirs.
+template <bool kBlock>
+PTQ_AVX2_INLINE void widen_bytes(__m256i bytes, __m256i (&to)[4]) {
+    const __m256i zero = _mm256_setzero_si256();
+    if (!kBlock) bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    const __m256i low = _mm256_unpacklo_epi8(bytes, zero), high = _mm256_unpackhi_epi8(bytes, zero);
+    to[0] = _mm256_unpacklo_epi16(low, zero);
+    to[1] = _mm256_unpackhi_epi16(low, zero);
+    to[2] = _mm256_unpacklo_epi16(high, zero);
+    to[3] = _mm256_unpackhi_epi16(high, zero);
+}
+
+template <bool kResidual, bool kSlope, bool kBlock, int kVectors>
+PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t>& f, int64_t first) {
+    const int64_t n = std::min<int64_t>(f.outputs - first, 8 * kVectors), skipped = first / kPanelOutputs;
+    const float* parameters = f.parameters + skipped * kPanelParameters;
+    const StripQuantizerAvx2<kVectors, kBlock> out(parameters);
+    const StripQuantizerAvx2<kVectors, kBlock> also(f.also ? f.also_parameters + skipped * kPanelParameters
+                                                           : parameters);
+    sums += skipped * kPanelSums;
+    for (int64_t p = 0, at = first; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
+        __m256 v[kVectors];
+        __m256i r[4];
+        if (kResidual) widen_bytes<kBlock>(load_first(f.residual + at, n), r);
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+            const auto of = [&](Field field) PTQ_TARGET_AVX2 {
+                return _mm256_loadu_ps(parameters + i / 2 * kPanelParameters + field * kPanelOutputs + i % 2 * 8);
+            };
+            const __m256i sum = load_bytes(sums + i / 2 * kPanelSums + i % 2 * 8);
+            v[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_castps_si256(of(kZeroSum))));
+            v[i] = _mm256_add_ps(_mm256_mul_ps(v[i], of(kScale)), of(kBias));
+            if (kResidual) {
+                const __m256 code = _mm256_sub_ps(_mm256_cvtepi32_ps(r[i]), of(kResidualZeroPoint));
+                v[i] = _mm256_add_ps(v[i], _mm256_mul_ps(code, of(kResidualScale)));
+            }
+            if (kSlope) {
+                const __m256 low = _mm256_mul_ps(v[i], _mm256_set1_ps(f.activation.negative_slope));
+                v[i] = _mm256_blendv_ps(low, v[i], _mm256_cmp_ps(v[i], _mm256_setzero_ps(), _CMP_GT_OQ));
+            }
         }
-        if (kSlope) {
-            const __m256 low = _mm256_mul_ps(v, _mm256_set1_ps(f.activation.negative_slope));
-            v = _mm256_blendv_ps(low, v, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ));
-        }
-        out.put(v, f.y + at);
-        if (kAlso) also.put(v, f.also + at);
+        out.put(v, f.y + at, n);
+        if (f.also) also.put(v, f.also + at, n);
     }
 }
 
 template <bool kResidual, bool kSlope>
 PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, const Finishing<uint8_t>& f) {
-    for (int64_t i = 0; i < f.panels; ++i)
-        for (int64_t first = 0; first < kPanelOutputs; first += 8)
-            f.also ? finish_eight<kResidual, kSlope, true>(sums, f, i, first)
-                   : finish_eight<kResidual, kSlope, false>(sums, f, i, first);
+    for (int64_t first = 0; first < f.outputs; first += 32)
+        if (f.block_order)
+            finish_strip<kResidual, kSlope, true, 4>(sums, f, first);
+        else if (f.outputs - first > kPanelOutputs)
+            finish_strip<kResidual, kSlope, false, 4>(sums, f, first);
+        else
+            finish_strip<kResidual, kSlope, false, 2>(sums, f, first);
 }
 
-#define PTQ_AVX512_INLINE PTQ_TARGET_AVX512 inline __attribute__((always_inline))
+// Some vectors of 16 outputs.
+template <int kVectors, bool kBlock>
+struct StripQuantizer {
+    __m512 inv_scale[kVectors];
+    __m512i zero_points[2], lowest, highest;
 
-struct PanelQuantizers {
-    __m512 inv_scale, lowest, highest;
-    __m512i zero_point;
+    explicit PTQ_AVX512_INLINE StripQuantizer(const float* parameters)
+        : lowest(_mm512_loadu_si512(parameters + kLowestCodes)),
+          highest(_mm512_loadu_si512(parameters + kHighestCodes)) {
+        __m512i zero_point[kVectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+            inv_scale[i] = _mm512_loadu_ps(parameters + i * kPanelParameters + kInvScale * kPanelOutputs);
+            zero_point[i] = _mm512_loadu_si512(parameters + i * kPanelParameters + kZeroPointBits * kPanelOutputs);
+        }
+        pack_words(zero_point, zero_points);
+    }
 
-    explicit PTQ_AVX512_INLINE PanelQuantizers(const float* parameters)
-        : inv_scale(_mm512_loadu_ps(parameters + kInvScale * kPanelOutputs)),
-          lowest(_mm512_loadu_ps(parameters + kLowest * kPanelOutputs)),
-          highest(_mm512_loadu_ps(parameters + kHighest * kPanelOutputs)),
-          zero_point(_mm512_loadu_si512(parameters + kZeroPointBits * kPanelOutputs)) {}
+    PTQ_AVX512_INLINE void put(const __m512 (&values)[kVectors], uint8_t* y, int64_t n) const {
+        __m512i codes[kVectors], words[2];
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) codes[i] = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inv_scale[i]));
+        pack_words(codes, words);
+        words[0] = _mm512_adds_epi16(words[0], zero_points[0]);
+        words[1] = kVectors > 2 ? _mm512_adds_epi16(words[1], zero_points[1]) : words[0];
+        __m512i bytes = _mm512_packus_epi16(words[0], words[1]);
+        if (!kBlock)
+            bytes = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
+                                             bytes);
+        bytes = _mm512_min_epu8(_mm512_max_epu8(bytes, lowest), highest);
+        store_first(bytes, y, n);
+    }
 
-    PTQ_AVX512_INLINE void put(__m512 values, uint8_t* y) const {
-        values = _mm512_mul_ps(values, inv_scale);
-        values = _mm512_min_ps(_mm512_max_ps(values, lowest), highest);
-        const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(values), zero_point);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_cvtepi32_epi8(codes));
+private:
+    static PTQ_AVX512_INLINE void pack_words(const __m512i (&from)[kVectors], __m512i (&to)[2]) {
+        to[0] = _mm512_packs_epi32(from[0], from[kVectors > 1]);
+        to[1] = kVectors > 2 ? _mm512_packs_epi32(from[kVectors > 2 ? 2 : 0], from[kVectors - 1]) : to[0];
     }
 };
 
-template <bool kResidual, bool kSlope, bool kAlso>
-PTQ_AVX512_INLINE void finish_panel(const int32_t* sums, const Finishing<uint8_t>& f, int64_t panel) {
-    const float* parameters = f.parameters + panel * kPanelParameters;
-    const auto of = [&](Field field) { return parameters + field * kPanelOutputs; };
-    const __m512i zero_sum = _mm512_loadu_si512(of(kZeroSum));
-    const __m512 scale = _mm512_loadu_ps(of(kScale)), bias = _mm512_loadu_ps(of(kBias));
-    const __m512 residual_scale = _mm512_loadu_ps(of(kResidualScale));
-    const __m512 residual_zero_point = _mm512_loadu_ps(of(kResidualZeroPoint));
+template <bool kResidual, bool kSlope, bool kBlock, int kVectors>
+PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8_t>& f) {
+    const __mmask64 present = f.outputs < 64 ? (__mmask64{1} << f.outputs) - 1 : ~__mmask64{0};
+    const StripQuantizer<kVectors, kBlock> out(f.parameters);
+    const StripQuantizer<kVectors, kBlock> also(f.also ? f.also_parameters : f.parameters);
     const __m512 slope = _mm512_set1_ps(f.activation.negative_slope);
-    const PanelQuantizers out(parameters);
-    const PanelQuantizers also(kAlso ? f.also_parameters + panel * kPanelParameters : parameters);
-    sums += panel * kPanelSums;
-    int64_t at = panel * kPanelOutputs;
-    for (int64_t p = 0; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
-        __m512 v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), zero_sum));
-        v = _mm512_add_ps(_mm512_mul_ps(v, scale), bias);
-        if (kResidual) {
-            const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(f.residual + at));
-            const __m512 r = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)), residual_zero_point);
-            v = _mm512_add_ps(v, _mm512_mul_ps(r, residual_scale));
+    for (int64_t p = 0, at = 0; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
+        __m512 v[kVectors];
+        __m512i r[4];
+        if (kResidual && kBlock) {
+            const __m512i zero = _mm512_setzero_si512();
+            const __m512i bytes = _mm512_maskz_loadu_epi8(present, f.residual + at);
+            const __m512i low = _mm512_unpacklo_epi8(bytes, zero), high = _mm512_unpackhi_epi8(bytes, zero);
+            r[0] = _mm512_unpacklo_epi16(low, zero);
+            r[1] = _mm512_unpackhi_epi16(low, zero);
+            r[2] = _mm512_unpacklo_epi16(high, zero);
+            r[3] = _mm512_unpackhi_epi16(high, zero);
         }
-        if (kSlope) v = _mm512_mask_mul_ps(v, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NGT_UQ), v, slope);
-        out.put(v, f.y + at);
-        if (kAlso) also.put(v, f.also + at);
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+            const auto of = [&](Field field) PTQ_TARGET_AVX512 {
+                return _mm512_loadu_ps(f.parameters + i * kPanelParameters + field * kPanelOutputs);
+            };
+            const __m512i sum = _mm512_loadu_si512(sums + i * kPanelSums);
+            v[i] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_castps_si512(of(kZeroSum))));
+            v[i] = _mm512_add_ps(_mm512_mul_ps(v[i], of(kScale)), of(kBias));
+            if (kResidual) {
+                if (!kBlock)
+                    r[i] = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>(present >> 16 * i),
+                                                                     f.residual + at + i * kPanelOutputs));
+                const __m512 code = _mm512_sub_ps(_mm512_cvtepi32_ps(r[i]), of(kResidualZeroPoint));
+                v[i] = _mm512_add_ps(v[i], _mm512_mul_ps(code, of(kResidualScale)));
+            }
+            if (kSlope)
+                v[i] =
+                    _mm512_mask_mul_ps(v[i], _mm512_cmp_ps_mask(v[i], _mm512_setzero_ps(), _CMP_NGT_UQ), v[i], slope);
+        }
+        out.put(v, f.y + at, f.outputs);
+        if (f.also) also.put(v, f.also + at, f.outputs);
     }
 }
 
 template <bool kResidual, bool kSlope>
 PTQ_TARGET_AVX512 void finish_avx512(const int32_t* sums, const Finishing<uint8_t>& f) {
-    for (int64_t i = 0; i < f.panels; ++i)
-        f.also ? finish_panel<kResidual, kSlope, true>(sums, f, i)
-               : finish_panel<kResidual, kSlope, false>(sums, f, i);
+    if (f.block_order) return finish_vectors<kResidual, kSlope, true, 4>(sums, f);
+    if (f.outputs > 48) return finish_vectors<kResidual, kSlope, false, 4>(sums, f);
+    if (f.outputs > 32) return finish_vectors<kResidual, kSlope, false, 3>(sums, f);
+    if (f.outputs > 16) return finish_vectors<kResidual, kSlope, false, 2>(sums, f);
+    finish_vectors<kResidual, kSlope, false, 1>(sums, f);
 }
 
-// Whether all values are finite, whatever the sums are.
-inline bool stays_finite(const ConvProblem& problem) {
+// Whether all values are finite, and all codes before their limits integers of 32 bits, whatever the sums are.
+inline bool stays_in_range(const ConvProblem& problem) {
+    constexpr float kMostOfWord = 0x1p30f, kMostZeroPoint = 32000.0f;
+    const ConvShape& shape = problem.shape;
     const float slope = std::max(1.0f, std::abs(problem.activation.negative_slope));
-    for (int64_t o = 0; o < problem.shape.out_channels; ++o) {
-        float largest = std::abs(problem.scale[o]) * 0x1p31f + std::abs(problem.bias[o]);
+    const float products = 255.0f * 128.0f * static_cast<float>(shape.kernel.area() * shape.group_channels());
+    for (int64_t o = 0; o < shape.out_channels; ++o) {
+        float sum = products;
+        for (int64_t t = 0; problem.zero_sums && t < shape.kernel.area(); ++t)
+            sum += std::abs(static_cast<float>(problem.zero_sums[t * shape.out_channels + o]));
+        float largest = std::abs(problem.scale[o]) * std::min(sum, 0x1p31f) + std::abs(problem.bias[o]);
         if (problem.residual) {
             const Quantizer q = problem.residual_quantizer[o];
             largest += (255.0f + std::abs(q.zero_point)) * q.scale;
         }
-        if (!std::isfinite(largest * slope)) return false;
+        const auto fits = [&](const QuantizerTable& quantizer) {
+            if (!quantizer.scale) return true;
+            const Quantizer q = quantizer[o];
+            return largest * slope * q.inv_scale < kMostOfWord && std::abs(q.zero_point) <= kMostZeroPoint;
+        };
+        if (!(std::isfinite(largest * slope) && fits(problem.out_quantizer) && fits(problem.also_quantizer)))
+            return false;
     }
     return true;
 }
 
 template <bool kResidual, bool kSlope>
 Finisher<uint8_t> code_finisher() {
-    return simd::level() >= simd::Level::avx512 ? finish_avx512<kResidual, kSlope> : finish_avx2<kResidual, kSlope>;
+    // As wide as the blocks of the tiles.
+    return simd::level() >= simd::Level::avx512_vnni ? finish_avx512<kResidual, kSlope>
+                                                     : finish_avx2<kResidual, kSlope>;
 }
 #endif
 
 template <class T, bool kResidual>
-Finisher<T> finisher(const Activation& act, [[maybe_unused]] bool finite) {
+Finisher<T> finisher(const Activation& act, [[maybe_unused]] bool in_range) {
 #if defined(__x86_64__)
     if constexpr (std::is_same_v<T, uint8_t>)
-        if (simd::level() >= simd::Level::avx2 && finite)
+        if (simd::level() >= simd::Level::avx2 && in_range)
             return act.negative_slope == 0.0f || act.negative_slope == 1.0f ? code_finisher<kResidual, false>()
                                                                             : code_finisher<kResidual, true>();
 #endif
@@ -271,10 +442,10 @@ Finisher<T> finisher(const Activation& act, [[maybe_unused]] bool finite) {
     }
 }
 
-// `finite`: all values are, whatever the sums.
+// `in_range`: see stays_in_range.
 template <class T>
-Finisher<T> finisher_of(bool residual, const Activation& act, bool finite) {
-    return residual ? finisher<T, true>(act, finite) : finisher<T, false>(act, finite);
+Finisher<T> finisher_of(bool residual, const Activation& act, bool in_range) {
+    return residual ? finisher<T, true>(act, in_range) : finisher<T, false>(act, in_range);
 }
 
 }  // namespace ptq4cuda

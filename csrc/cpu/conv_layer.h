@@ -29,6 +29,7 @@ struct Panel {
 struct Blocks {
     int32_t panels;  // of a block
     int32_t whole;   // the last block begins early enough to be full, and does some channels again
+    int32_t mixed;   // sums of a block are in the order of place_in_block
 };
 
 inline std::vector<Panel> panels_of(const ConvShape& shape, const Blocks& blocks) {
@@ -56,7 +57,7 @@ class ConvLayer {
 public:
     // Lays out what the arguments of the operator hold.
     explicit ConvLayer(const ConvProblem& problem) : ConvLayer(problem.shape, problem.span) {
-        begin(problem.weight, {problem.activation.negative_slope, problem.activation.upper, is_finite(problem),
+        begin(problem.weight, {problem.activation.negative_slope, problem.activation.upper, is_in_range(problem),
                                problem.zero_sums != nullptr, problem.also != nullptr, problem.residual != nullptr,
                                problem.out_quantizer.scale != nullptr});
         lay_out([&](int64_t o) { return parameters_of(problem, problem.out_quantizer, o); },
@@ -91,11 +92,12 @@ public:
         begin(weight, header.facts);
         std::vector<std::pair<int64_t, int64_t>> places(shape.out_channels);  // panel and lane of each output
         for (size_t i = 0; i < other.panels_.size(); ++i)
-            for (int64_t j = 0; j < other.panels_[i].outputs; ++j) places[other.panels_[i].output + j] = {i, j};
+            for (int64_t j = 0; j < other.panels_[i].outputs; ++j)
+                places[other.panels_[i].output + j] = other.place(i, j);
         const auto fields = [&](const float* from, int64_t o) {
             std::array<float, kFields> values;
             for (int f = 0; f < kFields; ++f)
-                values[f] = from[(places[o].first * kFields + f) * kPanelOutputs + places[o].second];
+                values[f] = from[places[o].first * kPanelParameters + f * kPanelOutputs + places[o].second];
             return values;
         };
         lay_out(
@@ -129,12 +131,14 @@ public:
     const std::vector<Panel>& panels() const { return panels_; }
     const std::vector<int64_t>& grouped() const { return grouped_; }
     bool columns() const { return shape_.kernel.height == 3 && tiles_.depthwise_taps == 4; }
+    // Sums of a block of panels, their parameters and zeros are in the order of place_in_block.
+    bool block_order() const { return depthwise_ && blocks_.mixed && facts_.codes && facts_.in_range; }
     const Panels& weights() const { return weights_; }
     const int32_t* zeros() const { return zeros_; }  // nullptr where padding makes no difference
     const float* parameters(int64_t panel) const { return parameters_ + panel * kPanelParameters; }
     const float* also_parameters(int64_t panel) const { return also_parameters_ + panel * kPanelParameters; }
     Activation activation() const { return {facts_.negative_slope, facts_.upper}; }
-    bool finite() const { return facts_.finite; }
+    bool in_range() const { return facts_.in_range; }
     // What it was prepared for: outputs in codes, a second one, a residual.
     bool returns_codes() const { return facts_.codes; }
     bool has_also() const { return facts_.also; }
@@ -143,9 +147,9 @@ public:
 private:
     struct Facts {
         float negative_slope, upper;
-        uint8_t finite, zeros, also, residual, codes;  // 0: no
+        uint8_t in_range, zeros, also, residual, codes;  // 0: no
     };
-    static constexpr uint64_t kMagic = 0x31726579616c3471;  // changes with what follows
+    static constexpr uint64_t kMagic = 0x32726579616c3471;  // changes with what follows
     struct alignas(simd::kLine) Header {
         uint64_t magic;
         int32_t tiles;  // see tile_kind
@@ -155,7 +159,8 @@ private:
     enum Part { kParameters, kAlsoParameters, kZeros, kWeights, kEnd };
 
     ConvLayer(const ConvShape& shape, int64_t span)
-        : ConvLayer(shape, span, {best_tiles().depthwise_panels, best_tiles().whole_blocks}) {}
+        : ConvLayer(shape, span,
+                    {best_tiles().depthwise_panels, best_tiles().whole_blocks, best_tiles().block_order}) {}
 
     ConvLayer(const ConvShape& shape, int64_t span, const Blocks& blocks)
         : shape_(shape),
@@ -185,9 +190,9 @@ private:
         while (grouped_.size() % tiles_.depthwise_taps) grouped_.push_back(-1);
     }
 
-    static bool is_finite(const ConvProblem& problem) {
+    static bool is_in_range(const ConvProblem& problem) {
 #if defined(__x86_64__)
-        return stays_finite(problem);
+        return stays_in_range(problem);
 #else
         return false;
 #endif
@@ -219,6 +224,14 @@ private:
     }
     int64_t size() const { return offset(kEnd); }
 
+    // The panel and the lane where what belongs to output j of panel i is laid out.
+    std::pair<int64_t, int64_t> place(int64_t i, int64_t j) const {
+        if (!block_order()) return {i, j};
+        const int64_t in_block = i % blocks_.panels,
+                      at = place_in_block(in_block * kPanelOutputs + j, blocks_.panels);
+        return {i - in_block + at / kPanelOutputs, at % kPanelOutputs};
+    }
+
     void point_into(const uint8_t* bytes) {
         const auto part = [&]<class T>(Part p, const T*& to) {
             to = offset(p) < offset(static_cast<Part>(p + 1)) ? reinterpret_cast<const T*>(bytes + offset(p))
@@ -243,10 +256,20 @@ private:
         };
         const auto put = [&](Part part, const auto& of) {
             float* to = reinterpret_cast<float*>(own_.data() + offset(part));
+            std::vector<uint8_t> lowest(shape_.out_channels), highest(shape_.out_channels);
             each([&](size_t i, int64_t j, int64_t o) {
                 const auto values = of(o);
-                for (int f = 0; f < kFields; ++f) to[(i * kFields + f) * kPanelOutputs + j] = values[f];
+                const auto [panel, lane] = place(i, j);
+                for (int f = 0; f < kFields; ++f) to[panel * kPanelParameters + f * kPanelOutputs + lane] = values[f];
+                lowest[o] = static_cast<uint8_t>(values[kLowest]);
+                highest[o] = static_cast<uint8_t>(values[kHighest]);
             });
+            for (size_t i = 0; i < panels_.size(); ++i) {
+                const int64_t first = std::min(panels_[i].output, shape_.out_channels);
+                const int64_t count = std::min(kStripOutputs, shape_.out_channels - first);
+                std::memcpy(to + i * kPanelParameters + kLowestCodes, lowest.data() + first, count);
+                std::memcpy(to + i * kPanelParameters + kHighestCodes, highest.data() + first, count);
+            }
         };
         put(kParameters, fields_of);
         if (facts_.also) put(kAlsoParameters, also_fields_of);
@@ -254,7 +277,8 @@ private:
         if (zeros_) {
             int32_t* to = reinterpret_cast<int32_t*>(own_.data() + offset(kZeros));
             each([&](size_t i, int64_t j, int64_t o) {
-                for (int64_t t = 0; t < area; ++t) to[(i * area + t) * kPanelOutputs + j] = zeros_of(t, o);
+                const auto [panel, lane] = place(i, j);
+                for (int64_t t = 0; t < area; ++t) to[(panel * area + t) * kPanelOutputs + lane] = zeros_of(t, o);
             });
         }
         if (depthwise_ || dense_) lay_out_weights(own_.data() + offset(kWeights));

@@ -43,7 +43,7 @@ public:
           packed_(layer_->packed()),
           dense_(layer_->dense()),
           split_(layer_->split()),
-          finish_(finisher_of<T>(call.residual != nullptr, layer_->activation(), layer_->finite())) {
+          finish_(finisher_of<T>(call.residual != nullptr, layer_->activation(), layer_->in_range())) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
@@ -146,16 +146,14 @@ private:
     void take_pixels(int64_t first, int64_t count, Unit& unit) const {
         const Extent in = shape_.in, out = shape_.out, stride = shape_.stride;
         unit.first = first;
-        unit.pixels.clear();
-        int64_t n = first / out.area(), row = first / out.width % out.height, column = first % out.width;
-        for (int64_t i = first; i < std::min(first + count, shape_.pixels()); ++i) {
-            unit.pixels.push_back(call_.x + (n * in.height + row * stride.height) * row_bytes_ +
-                                  column * stride.width * pixel_bytes_);
-            if (++column < out.width) continue;
-            column = 0;
-            if (++row < out.height) continue;
-            row = 0;
-            ++n;
+        const int64_t end = std::min(first + count, shape_.pixels());
+        unit.pixels.resize(end - first);
+        for (int64_t i = first; i < end;) {  // row by row
+            const int64_t row = i / out.width, column = i % out.width, n = row / out.height;
+            const int64_t last = std::min(end, i + out.width - column), step = stride.width * pixel_bytes_;
+            const uint8_t* x =
+                call_.x + (n * in.height + row % out.height * stride.height) * row_bytes_ + column * step;
+            for (; i < last; ++i, x += step) unit.pixels[i - first] = x;
         }
     }
 
@@ -244,14 +242,17 @@ private:
     // Blocks begin to end for all pixels of a unit, in tiles of nearly equal size. A few blocks are taken together:
     // their weights stay in cache, and a tile's outputs share lines of memory.
     void compute(const Unit& unit, int64_t begin, int64_t end) const {
-        const int64_t count = unit.pixels.size(), tiles = ceil_div(count, kTilePixels);
-        const int64_t most = depthwise_ ? 1 : tiles_.panels;
+        const int64_t count = unit.pixels.size();
+        // Panels that are shared out evenly: a tile of few has more pixels.
+        const int64_t most = depthwise_ ? 1 : ceil_div(end - begin, ceil_div(end - begin, int64_t{tiles_.panels}));
+        const int64_t most_pixels = depthwise_ ? kTilePixels : tiles_.pixels[most - 1];
+        const int64_t tiles = ceil_div(count, most_pixels);
         const int64_t together = std::max(most, kPanelBytes / layer_->weights().bytes / most * most);
         for (int64_t first = begin; first < end; first += together)
             for (int64_t t = 0, pixel = 0; t < tiles; ++t) {
                 const int pixels = static_cast<int>((count - pixel) / (tiles - t));
                 const int64_t last = std::min(first + together, end);
-                prefetch_outputs(unit.first + pixel + pixels, std::min<int64_t>(kTilePixels, count - pixel - pixels),
+                prefetch_outputs(unit.first + pixel + pixels, std::min(most_pixels, count - pixel - pixels),
                                  first * layer_->block_panels(), last * layer_->block_panels());
                 for (int64_t b = first, n; b < last; b += n) {
                     // Blocks of a tile read the same channels.
@@ -312,51 +313,30 @@ private:
 
     // Finishes the sums of a tile: panels that follow each other.
     void put(const Unit& unit, int64_t begin, int count, int64_t index, int64_t n, int32_t* sums) const {
+        if (depthwise_ && tiles_.block_order && !layer_->block_order()) put_in_order(count, n, sums);
         if (layer_->zeros())
             for (int64_t i = 0; i < n; ++i)
                 for (int p = 0; p < count; ++p)
                     give_back_zeros(unit.windows[begin + p], index + i, sums + i * kPanelSums + p * kPanelOutputs);
-        int64_t full = 0;
-        while (full < n && layer_->panels()[index + full].outputs == kPanelOutputs) ++full;
+        int64_t outputs = 0;
+        for (int64_t i = 0; i < n; ++i) outputs += layer_->panels()[index + i].outputs;
         const int64_t stride = shape_.out_channels,
                       to = (unit.first + begin) * stride + layer_->panels()[index].output;
-        const Finishing<T> f = {count,
-                                full,
-                                stride,
-                                call_.residual ? call_.residual + to : nullptr,
-                                call_.y + to,
-                                layer_->parameters(index),
-                                call_.also ? call_.also + to : nullptr,
-                                call_.also ? layer_->also_parameters(index) : nullptr,
-                                layer_->activation()};
-        if (full > 0) finish_(sums, f);
-        if (full < n && layer_->panels()[index + full].outputs > 0)
-            put_part(f, layer_->panels()[index + full].outputs, sums);
+        finish_(sums, {count, outputs, stride, layer_->block_order(), call_.residual ? call_.residual + to : nullptr,
+                       call_.y + to, layer_->parameters(index), call_.also ? call_.also + to : nullptr,
+                       call_.also ? layer_->also_parameters(index) : nullptr, layer_->activation()});
     }
 
-    // Less than a panel, after the full ones: by way of a full one.
-    void put_part(const Finishing<T>& f, int64_t outputs, const int32_t* sums) const {
-        uint8_t residual[kPanelSums] = {}, also[kPanelSums];
-        T y[kPanelSums];
-        const auto copy = [&](auto* into, int64_t into_stride, const auto* from, int64_t from_stride) {
-            for (int p = 0; p < f.pixels; ++p)
-                std::memcpy(static_cast<void*>(into + p * into_stride), from + p * from_stride,
-                            outputs * sizeof(*from));
-        };
-        const int64_t at = f.panels * kPanelOutputs, parameters = f.panels * kPanelParameters;
-        const Finishing<T> full = {f.pixels,
-                                   1,
-                                   kPanelOutputs,
-                                   f.residual ? residual : nullptr,
-                                   y,
-                                   f.parameters + parameters,
-                                   f.also ? also : nullptr,
-                                   f.also ? f.also_parameters + parameters : nullptr,
-                                   f.activation};
-        if (f.residual) copy(residual, kPanelOutputs, f.residual + at, f.stride);
-        finish_(sums + f.panels * kPanelSums, full);
-        copy(f.y + at, f.stride, y, kPanelOutputs);
-        if (f.also) copy(f.also + at, f.stride, also, kPanelOutputs);
+    // From the order of place_in_block to that of channels.
+    static void put_in_order(int count, int64_t panels, int32_t* sums) {
+        int32_t block[kTilePanels * kPanelOutputs];
+        for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
+            for (int64_t i = 0; i < panels; ++i)
+                std::memcpy(block + i * kPanelOutputs, sums + i * kPanelSums, kPanelOutputs * sizeof(int32_t));
+            for (int64_t c = 0; c < panels * kPanelOutputs; c += 4)
+                std::memcpy(sums + c / kPanelOutputs * kPanelSums + c % kPanelOutputs,
+                            block + place_in_block(c, static_cast<int>(panels)), 4 * sizeof(int32_t));
+        }
     }
 
     // Finishing subtracts the share of the zero points in all taps: adds that of the taps outside of the image.

@@ -14,7 +14,7 @@
 
 namespace ptq4cuda {
 
-constexpr int kTilePixels = 6;
+constexpr int kTilePixels = 12;  // at most
 constexpr int kTilePanels = 4;
 constexpr int kPanelSums = kTilePixels * kPanelOutputs;  // sums are [panels][kTilePixels][kPanelOutputs]
 
@@ -38,8 +38,9 @@ using DotTile = void (*)(const uint8_t* const* pixels, int count, int64_t channe
                          const Panels& panels, int32_t* sums);
 
 // A depthwise block is some panels; its weights are [groups of taps][channels][taps of a group], those that are
-// missing zero, the channels as place_in_block says: the order into which unpacking bytes brings them. Computes
-// sums[b][p][o] of channel 16 b + o of the block and pixel p.
+// missing zero, the channels as place_in_block says: the order into which unpacking bytes brings them, and out of
+// which packing does. Computes sums[b][p][o] of pixel p and channel 16 b + o of the block, or of the one at that
+// place.
 struct TapGroups {
     const int64_t* offsets;  // of every tap
     int64_t count;
@@ -56,11 +57,13 @@ struct Tiles {
     DotTile dot;
     bool narrow_sums;  // of 16 bits: needs a span, and nibbles where codes leave none
     DotTile dense;
-    int dense_codes;  // in a word of a dense row: 4 bytes, or 2 that are widened to 16 bits
-    int panels;       // that dot and dense take at a time, at most
+    int dense_codes;          // in a word of a dense row: 4 bytes, or 2 that are widened to 16 bits
+    int panels;               // that dot and dense take at a time, at most
+    int pixels[kTilePanels];  // of a tile of one panel, of two...
     DepthwiseTile depthwise;
     int depthwise_panels, depthwise_taps;  // of a block, of a group; the weights of a group fill a word
     bool whole_blocks;                     // a depthwise block of less channels is slow
+    bool block_order;                      // sums of a depthwise block are in the order of place_in_block
 };
 
 inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t,
@@ -91,7 +94,8 @@ inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t chan
         }
 }
 
-constexpr Tiles kTiles = {dot_tile, false, dot_tile, 4, 1, depthwise_tile, kTilePanels, 4, false};
+constexpr Tiles kTiles = {dot_tile,       false,       dot_tile, 4,     1,    {12, 12, 12, 12},
+                          depthwise_tile, kTilePanels, 4,        false, false};
 
 // Calls f with a number from 1 to `most` as a constant.
 template <int most, class F>

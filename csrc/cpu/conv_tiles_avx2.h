@@ -26,6 +26,8 @@ namespace ptq4cuda {
 
 #define PTQ_AVX2_INLINE PTQ_TARGET_AVX2 inline __attribute__((always_inline))
 
+constexpr int kAvx2Pixels = 6;
+
 PTQ_AVX2_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
 // Adds 16-bit sums to 32-bit ones in memory, or begins these with them, and starts anew.
@@ -86,8 +88,10 @@ PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel
 
 inline void dot_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t span,
                           const Panels& panels, int32_t* sums) {
-    with_constant<kTilePixels>(count,
-                               [&](auto p) { dot_tile_avx2<p>(pixels, channel, taps, span, panels.weights, sums); });
+    for (int b = 0; b < panels.count; ++b)
+        with_constant<kAvx2Pixels>(count, [&](auto p) {
+            dot_tile_avx2<p>(pixels, channel, taps, span, panels.weights + b * panels.bytes, sums + b * kPanelSums);
+        });
 }
 
 // Of 16-bit codes, two in a word, and weights [words][16 outputs][2].
@@ -124,7 +128,10 @@ PTQ_TARGET_AVX2 void dense_tile_avx2(const uint8_t* const* pixels, const Taps& t
 
 inline void dense_tile_avx2(const uint8_t* const* pixels, int count, int64_t, const Taps& taps, int64_t,
                             const Panels& panels, int32_t* sums) {
-    with_constant<kTilePixels>(count, [&](auto p) { dense_tile_avx2<p>(pixels, taps, panels.weights, sums); });
+    for (int b = 0; b < panels.count; ++b)
+        with_constant<kAvx2Pixels>(count, [&](auto p) {
+            dense_tile_avx2<p>(pixels, taps, panels.weights + b * panels.bytes, sums + b * kPanelSums);
+        });
 }
 
 // A block is 32 channels; that of a tensor of less reads beyond them, into weights that are zero.
@@ -152,15 +159,25 @@ inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, in
                 wide[i] = _mm256_add_epi32(wide[i], _mm256_madd_epi16(codes[i], load_bytes(w + 32 * i)));
         }
         __m256i* to = reinterpret_cast<__m256i*>(sums + p * kPanelOutputs);
-        _mm256_storeu_si256(to, _mm256_permute2x128_si256(wide[0], wide[1], 0x20));
-        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(wide[2], wide[3], 0x20));
+        _mm256_storeu_si256(to, wide[0]);
+        _mm256_storeu_si256(to + 1, wide[1]);
         to += kPanelSums / 8;
-        _mm256_storeu_si256(to, _mm256_permute2x128_si256(wide[0], wide[1], 0x31));
-        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(wide[2], wide[3], 0x31));
+        _mm256_storeu_si256(to, wide[2]);
+        _mm256_storeu_si256(to + 1, wide[3]);
     }
 }
 
-constexpr Tiles kTilesAvx2 = {dot_tile_avx2, true, dense_tile_avx2, 2, 1, depthwise_tile_avx2, 2, 2, true};
+constexpr Tiles kTilesAvx2 = {dot_tile_avx2,
+                              true,
+                              dense_tile_avx2,
+                              2,
+                              kTilePanels,
+                              {kAvx2Pixels, kAvx2Pixels, kAvx2Pixels, kAvx2Pixels},
+                              depthwise_tile_avx2,
+                              2,
+                              2,
+                              true,
+                              true};
 
 }  // namespace ptq4cuda
 #endif

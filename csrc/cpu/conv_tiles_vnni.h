@@ -27,7 +27,7 @@ PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel
                                    const Panels& panels, int32_t* sums) {
     __m512i sum[P][B];
     const uint8_t* x[P];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int p = 0; p < P; ++p) {
         x[p] = pixels[p];
 #pragma GCC unroll 4
@@ -40,7 +40,7 @@ PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel
             __m512i w[B];
 #pragma GCC unroll 4
             for (int b = 0; b < B; ++b) w[b] = _mm512_loadu_si512(weights + b * panels.bytes);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
             for (int p = 0; p < P; ++p) {
                 int32_t word;
                 std::memcpy(&word, x[p] + at, sizeof word);
@@ -50,16 +50,20 @@ PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel
             }
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) _mm512_storeu_si512(sums + b * kPanelSums + p * kPanelOutputs, sum[p][b]);
 }
 
+// Pixels of a tile of so many panels: their sums fill 24 registers, or less where there is one panel.
+constexpr int kVnniPixels[kTilePanels] = {12, 12, 8, 6};
+
 inline void dot_tile_vnni(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t,
                           const Panels& panels, int32_t* sums) {
     with_constant<kTilePanels>(panels.count, [&](auto b) {
-        with_constant<kTilePixels>(count, [&](auto p) { dot_tile_vnni<p, b>(pixels, channel, taps, panels, sums); });
+        with_constant<kVnniPixels[b - 1]>(count,
+                                          [&](auto p) { dot_tile_vnni<p, b>(pixels, channel, taps, panels, sums); });
     });
 }
 
@@ -73,25 +77,23 @@ PTQ_VNNI_INLINE void unpack_taps(__m512i x0, __m512i x1, __m512i x2, __m512i x3,
     taps[3] = _mm512_unpackhi_epi16(high01, high23);
 }
 
-// Lane b of vector i are channels 4 i to 4 i + 3 of panel b: a transposition of lanes.
 PTQ_VNNI_INLINE void store_block(const __m512i (&sum)[4], int32_t* sums) {
-    const __m512i low01 = _mm512_shuffle_i32x4(sum[0], sum[1], 0x44);
-    const __m512i low23 = _mm512_shuffle_i32x4(sum[2], sum[3], 0x44);
-    const __m512i high01 = _mm512_shuffle_i32x4(sum[0], sum[1], 0xee);
-    const __m512i high23 = _mm512_shuffle_i32x4(sum[2], sum[3], 0xee);
-    _mm512_storeu_si512(sums, _mm512_shuffle_i32x4(low01, low23, 0x88));
-    _mm512_storeu_si512(sums + kPanelSums, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-    _mm512_storeu_si512(sums + 2 * kPanelSums, _mm512_shuffle_i32x4(high01, high23, 0x88));
-    _mm512_storeu_si512(sums + 3 * kPanelSums, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(sums + i * kPanelSums, sum[i]);
 }
 
+template <bool kFull>
+PTQ_VNNI_INLINE __m512i load_channels(__mmask64 present, const uint8_t* from) {
+    return kFull ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(present, from);
+}
+
+template <bool kFull>
 PTQ_VNNI_INLINE void depthwise_pixel(const uint8_t* x, const TapGroups& groups, const int8_t* weights,
                                      __mmask64 present, int32_t* sums) {
     __m512i sum[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
     for (int64_t g = 0; g < groups.count; ++g, weights += 256) {
-        const auto tap = [&](int64_t i) PTQ_TARGET_VNNI {
-            return _mm512_maskz_loadu_epi8(present, x + groups.offsets[4 * g + i]);
-        };
+        const auto tap = [&](int64_t i)
+                             PTQ_TARGET_VNNI { return load_channels<kFull>(present, x + groups.offsets[4 * g + i]); };
         __m512i taps[4];
         unpack_taps(tap(0), tap(1), tap(2), tap(3), taps);
 #pragma GCC unroll 4
@@ -101,49 +103,89 @@ PTQ_VNNI_INLINE void depthwise_pixel(const uint8_t* x, const TapGroups& groups, 
     store_block(sum, sums);
 }
 
-// Pixels side by side and a 3x3 kernel: each column of codes adds to the sums of up to three pixels.
+// Pixels side by side and a 3x3 kernel: what is unpacked of a column of codes serves all pixels whose window has it,
+// up to three if windows are one column apart, up to two if they are two.
+template <bool kFull, int kStride>
 PTQ_VNNI_INLINE void depthwise_row(const uint8_t* x, int count, const TapGroups& columns, const int8_t* weights,
                                    __mmask64 present, int32_t* sums) {
     const int64_t *rows = columns.offsets, step = columns.offsets[4] - columns.offsets[0];
     __m512i w[3][4], sum[2][4];  // sum[0] lacks the last column, sum[1] two
+    const auto column = [&](__m512i(&taps)[4]) PTQ_TARGET_VNNI {
+        unpack_taps(load_channels<kFull>(present, x + rows[0]), load_channels<kFull>(present, x + rows[1]),
+                    load_channels<kFull>(present, x + rows[2]), _mm512_setzero_si512(), taps);
+        x += step;
+    };
+    __m512i taps[4];
+    column(taps);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        sum[0][i] = sum[1][i] = _mm512_setzero_si512();
 #pragma GCC unroll 3
         for (int s = 0; s < 3; ++s) w[s][i] = _mm512_loadu_si512(weights + 256 * s + 64 * i);
+        sum[1][i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), taps[i], w[0][i]);
     }
-    for (int column = 0; column < count + 2; ++column, x += step) {
-        __m512i taps[4];
-        unpack_taps(_mm512_maskz_loadu_epi8(present, x + rows[0]), _mm512_maskz_loadu_epi8(present, x + rows[1]),
-                    _mm512_maskz_loadu_epi8(present, x + rows[2]), _mm512_setzero_si512(), taps);
+    if (kStride == 1) {
+        column(taps);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            sum[0][i] = _mm512_dpbusd_epi32(sum[1][i], taps[i], w[1][i]);
+            sum[1][i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), taps[i], w[0][i]);
+        }
+    }
+    for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
+        if (kStride == 2) {
+            column(taps);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) sum[0][i] = _mm512_dpbusd_epi32(sum[1][i], taps[i], w[1][i]);
+        }
+        column(taps);
         __m512i done[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             done[i] = _mm512_dpbusd_epi32(sum[0][i], taps[i], w[2][i]);
-            sum[0][i] = _mm512_dpbusd_epi32(sum[1][i], taps[i], w[1][i]);
+            if (kStride == 1) sum[0][i] = _mm512_dpbusd_epi32(sum[1][i], taps[i], w[1][i]);
             sum[1][i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), taps[i], w[0][i]);
         }
-        if (column >= 2) store_block(done, sums + (column - 2) * kPanelOutputs);
+        store_block(done, sums);
     }
 }
 
-inline PTQ_TARGET_VNNI void depthwise_tile_vnni(const uint8_t* const* pixels, int count, int64_t channel,
-                                                const TapGroups& groups, const int8_t* weights, int64_t channels,
-                                                int32_t* sums) {
-    const __mmask64 present = channels >= 64 ? ~__mmask64{0} : (__mmask64{1} << channels) - 1;
-    const bool columns = groups.columns && groups.count == 3;
+template <bool kFull>
+PTQ_TARGET_VNNI void depthwise_tile_vnni(const uint8_t* const* pixels, int count, int64_t channel,
+                                         const TapGroups& groups, const int8_t* weights, __mmask64 present,
+                                         int32_t* sums) {
+    const int64_t step = groups.columns && groups.count == 3 ? groups.offsets[4] - groups.offsets[0] : 0;
     for (int p = 0, n; p < count; p += n, sums += n * kPanelOutputs) {
         const uint8_t* x = pixels[p] + channel;
+        const int64_t apart = p + 1 < count ? pixels[p + 1] - pixels[p] : 0;
         n = 1;
-        if (columns)
-            while (p + n < count && pixels[p + n] - pixels[p + n - 1] == groups.offsets[4] - groups.offsets[0]) ++n;
-        n > 1 ? depthwise_row(x, n, groups, weights, present, sums)
-              : depthwise_pixel(x, groups, weights, present, sums);
+        if (step == 0 || (apart != step && apart != 2 * step)) {
+            depthwise_pixel<kFull>(x, groups, weights, present, sums);
+            continue;
+        }
+        while (p + n < count && pixels[p + n] - pixels[p + n - 1] == apart) ++n;
+        apart == step ? depthwise_row<kFull, 1>(x, n, groups, weights, present, sums)
+                      : depthwise_row<kFull, 2>(x, n, groups, weights, present, sums);
     }
 }
 
-constexpr Tiles kTilesVnni = {dot_tile_vnni, false, dot_tile_vnni, 4, kTilePanels, depthwise_tile_vnni,
-                              kTilePanels,   4,     false};
+inline void depthwise_tile_vnni(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& groups,
+                                const int8_t* weights, int64_t channels, int32_t* sums) {
+    channels >= 64
+        ? depthwise_tile_vnni<true>(pixels, count, channel, groups, weights, ~__mmask64{0}, sums)
+        : depthwise_tile_vnni<false>(pixels, count, channel, groups, weights, (__mmask64{1} << channels) - 1, sums);
+}
+
+constexpr Tiles kTilesVnni = {dot_tile_vnni,
+                              false,
+                              dot_tile_vnni,
+                              4,
+                              kTilePanels,
+                              {kVnniPixels[0], kVnniPixels[1], kVnniPixels[2], kVnniPixels[3]},
+                              depthwise_tile_vnni,
+                              kTilePanels,
+                              4,
+                              false,
+                              true};
 
 }  // namespace ptq4cuda
 #endif
