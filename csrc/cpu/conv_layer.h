@@ -75,7 +75,8 @@ public:
         std::memcpy(&header, bytes.data(), sizeof header);
         STD_TORCH_CHECK(header.magic == kMagic && 0 < header.blocks.panels && header.blocks.panels <= kTilePixels, op,
                         ": the bytes hold no prepared layer");
-        if (header.tiles == tile_kind() && header.blocks.panels == block_panels()) {
+        if (header.tiles == tile_kind() && header.blocks.panels == blocks_.panels &&
+            header.blocks.whole == blocks_.whole) {
             begin(weight, header.facts);
             STD_TORCH_CHECK(static_cast<int64_t>(bytes.size()) == size(), op, ": a layer was prepared in ",
                             bytes.size(), " bytes, this one takes ", size());
