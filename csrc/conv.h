@@ -37,7 +37,7 @@ constexpr int64_t kLimit = 1 << 30;
 constexpr int64_t kWindowBytes = int64_t{1} << 31;
 constexpr int64_t kOutputs = int64_t{1} << 60;  // of a result
 
-inline Extent extent(const char* op, const char* name, const std::vector<int64_t>& pair, int64_t least) {
+inline Extent extent(const char* op, const char* name, Numbers pair, int64_t least) {
     STD_TORCH_CHECK(pair.size() == 2 && least <= std::min(pair[0], pair[1]) && std::max(pair[0], pair[1]) < kLimit,
                     op, ": ", name, " must be two numbers from ", least, " to ", kLimit - 1, ", got ", list_of(pair));
     return {pair[0], pair[1]};
@@ -94,10 +94,8 @@ struct ConvProblem {
 };
 
 // The shape of a convolution of codes [N, C, H, W], x. Fails with a sentence.
-inline ConvShape conv_shape(const char* op, const std::vector<int64_t>& x, int64_t out_channels,
-                            const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
-                            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                            int64_t low_bytes) {
+inline ConvShape conv_shape(const char* op, Numbers x, int64_t out_channels, Numbers kernel_size, Numbers stride,
+                            Numbers padding, Numbers dilation, int64_t groups, int64_t low_bytes) {
     ConvShape s;
     s.batch = x[0];
     s.in = {x[2], x[3]};

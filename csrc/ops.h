@@ -30,7 +30,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // --- what an error says --------------------------------------------------------------------------------------------
 
-inline std::string list_of(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
+using Numbers = torch::headeronly::IntHeaderOnlyArrayRef;
+
+inline std::string list_of(Numbers numbers) {
     std::string s = "[";
     for (size_t i = 0; i < numbers.size(); ++i) s += (i ? ", " : "") + std::to_string(numbers[i]);
     return s + "]";

@@ -43,10 +43,8 @@ private:
 };
 
 // The problem of pooling codes of this shape [N, C, H, W], without pointers. Fails with a sentence.
-inline PoolProblem pool_problem(const char* op, const std::vector<int64_t>& x,
-                                const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
-                                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                bool ceil_mode) {
+inline PoolProblem pool_problem(const char* op, Numbers x, Numbers kernel_size, Numbers stride, Numbers padding,
+                                Numbers dilation, bool ceil_mode) {
     PoolProblem problem{};
     problem.batch = x[0];
     problem.channels = x[1];

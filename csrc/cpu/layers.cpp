@@ -4,6 +4,8 @@
 //
 // The steps come as numbers (ptq4cuda/ops/layers.py writes and explains them), which may be anything: whatever they
 // say, nothing is read or written outside of the tensors.
+#include <array>
+#include <deque>
 #include <map>
 #include <span>
 
@@ -18,49 +20,49 @@ const char* const kOp = "run_layers";
 
 enum Kind : int64_t { kQuantize, kConvolve, kMaxPool, kConcatenate, kFlatten };
 
-// What a step gives: codes, or values in floating point. In memory channels are innermost: [N, H, W, C].
+// What a value is: images [N, C, H, W], sequences [N, C, L], or features [*, C].
+enum class Form : uint8_t { none, images, sequences, features };
+
+// What a step gives: codes, or values in floating point. In memory channels are innermost: [N, H, W, C]. Sequences
+// are images of height one, features images of one pixel.
 struct Value {
-    std::vector<int64_t> sizes;  // [N, C, H, W], [N, C, L], or, of features, [*, C]
-    bool features = false;
+    Form form = Form::none;
     ScalarType dtype = ScalarType::Byte;
-    size_t made = 0, last = 0;  // the step that makes it, the last that reads it
+    std::array<int64_t, 4> images{};                // N, C, H, W
+    const std::vector<int64_t>* leading = nullptr;  // of features: their sizes but for the last
+    size_t made = 0, last = 0;                      // the step that makes it, the last that reads it
     uint8_t* data = nullptr;
 
     bool codes() const { return dtype == ScalarType::Byte; }
-    int64_t channels() const { return features ? sizes.back() : sizes[1]; }
-    int64_t numel() const {
-        int64_t product = 1;
-        for (int64_t size : sizes) product *= size;
-        return product;
-    }
-    int64_t rows() const { return channels() ? numel() / channels() : 0; }
+    int64_t channels() const { return images[1]; }
+    int64_t rows() const { return images[0] * images[2] * images[3]; }
+    int64_t numel() const { return rows() * channels(); }
     int64_t bytes() const {
         return numel() * (codes() ? 1 : dtype == ScalarType::Float ? sizeof(float) : sizeof(uint16_t));
     }
-    // As images [N, C, H, W].
-    std::vector<int64_t> images() const {
-        if (features) return {rows(), channels(), 1, 1};
-        return sizes.size() == 4 ? sizes : std::vector<int64_t>{sizes[0], sizes[1], 1, sizes[2]};
+    std::vector<int64_t> sizes() const {
+        if (form == Form::images) return {images.begin(), images.end()};
+        if (form == Form::sequences) return {images[0], images[1], images[3]};
+        std::vector<int64_t> sizes = *leading;
+        sizes.push_back(channels());
+        return sizes;
     }
     std::vector<int64_t> strides() const {
-        std::vector<int64_t> ordered = sizes;
-        if (!features) std::rotate(ordered.begin() + 1, ordered.begin() + 2, ordered.end());
+        std::vector<int64_t> ordered = sizes();
+        if (form != Form::features) std::rotate(ordered.begin() + 1, ordered.begin() + 2, ordered.end());
         std::vector<int64_t> strides = contiguous_strides(ordered);
-        if (!features) std::rotate(strides.begin() + 1, strides.end() - 1, strides.end());
+        if (form != Form::features) std::rotate(strides.begin() + 1, strides.end() - 1, strides.end());
         return strides;
     }
-    // The sizes of what has other images than this value.
-    std::vector<int64_t> resized(int64_t channels, const Extent& out) const {
-        std::vector<int64_t> resized = sizes;
-        if (features) {
-            resized.back() = channels;
-        } else {
-            resized[1] = channels;
-            resized.back() = out.width;
-            if (resized.size() == 4) resized[2] = out.height;
-        }
-        return resized;
+    // What a step makes of it: codes of other images.
+    Value with(int64_t channels, const Extent& size) const {
+        Value v = *this;
+        v.images = {images[0], channels, size.height, size.width};
+        v.dtype = ScalarType::Byte;
+        v.data = nullptr;
+        return v;
     }
+    Extent size() const { return {images[2], images[3]}; }
 };
 
 // Values that come with channels apart from each other, or beside each other, become codes beside each other.
@@ -72,7 +74,7 @@ public:
         if (beside || channels_ == 1) {
             whole_.emplace_back(ChannelLayout{pixels_, channels_, 1}, table);
         } else {
-            plane_ = pixels_ / y.sizes[0];
+            plane_ = y.size().area();
             for (int64_t c = 0; c < channels_; ++c) whole_.emplace_back(ChannelLayout{1, 1, plane_}, table.at(c));
         }
         pixels_per_task_ = std::max<int64_t>(kTaskCodes / channels_, 1);
@@ -173,7 +175,7 @@ private:
 class FlattenStep : public Step {
 public:
     FlattenStep(const Value& x, const Value& y)
-        : x_(x.data), y_(y.data), images_(x.sizes[0]), channels_(x.channels()), pixels_(x.rows() / x.sizes[0]) {}
+        : x_(x.data), y_(y.data), images_(x.images[0]), channels_(x.channels()), pixels_(x.size().area()) {}
 
     int64_t tasks() const override { return images_; }
 
@@ -226,28 +228,38 @@ public:
 
     std::vector<Tensor> run() {
         values_.resize(bounded(next(), kMostValues));
-        const std::vector<int64_t> results = list();
+        const Numbers results = list();
         for (size_t i = 0; i < inputs_.size(); ++i) take_input(i);
-        const size_t first = at_;
-        for (step_ = 0; at_ < code_.size(); ++step_) plan_step();
-        steps_ = step_;
-        for (int64_t r : results) value(r).last = steps_;
+        steps_.reserve((code_.size() - at_) / kLeastNumbers + 1);
+        while (at_ < code_.size()) plan_step();
         std::vector<Tensor> outputs;
         for (int64_t r : results) {
             Value& v = value(r);
             STD_TORCH_CHECK(!v.data, kOp, ": value ", r, " is an input, or returned twice");
-            outputs.push_back(empty_strided(v.sizes, v.strides(), v.dtype, inputs_.at(0)));
+            v.last = steps_.size();
+            outputs.push_back(empty_strided(v.sizes(), v.strides(), v.dtype, inputs_.at(0)));
             v.data = static_cast<uint8_t*>(outputs.back().data_ptr());
         }
         place_values();
-        at_ = first;
-        for (step_ = 0; at_ < code_.size(); ++step_) make_step();
+        made_.reserve(steps_.size());
+        for (const Planned& step : steps_) make_step(step);
         Steps(std::move(made_)).run();
         return outputs;
     }
 
 private:
     static constexpr int64_t kMostValues = 1 << 20;
+    static constexpr size_t kLeastNumbers = 3;  // of a step
+
+    // A step as it was read.
+    struct Planned {
+        int64_t kind;
+        const int64_t* fields;
+        union {
+            ConvShape shape;
+            PoolProblem pool;
+        };
+    };
 
     // --- reading numbers
 
@@ -259,18 +271,20 @@ private:
         STD_TORCH_CHECK(0 <= number && number < limit, kOp, ": ", number, " in the code must be less than ", limit);
         return number;
     }
-    std::vector<int64_t> list() {
+    Numbers list() {
         const int64_t count = bounded(next(), static_cast<int64_t>(code_.size() - at_) + 1);
         at_ += count;
-        return {code_.begin() + at_ - count, code_.begin() + at_};
+        return {code_.data() + at_ - count, static_cast<size_t>(count)};
     }
-    std::vector<int64_t> pair() {
-        const int64_t height = next();
-        return {height, next()};
+    // So many numbers that follow.
+    const int64_t* fields(size_t count) {
+        STD_TORCH_CHECK(count <= code_.size() - at_, kOp, ": the code ends within a step");
+        at_ += count;
+        return code_.data() + at_ - count;
     }
     Value& value(int64_t number) {
         Value& v = values_[bounded(number, static_cast<int64_t>(values_.size()))];
-        STD_TORCH_CHECK(!v.sizes.empty(), kOp, ": value ", number, " is read before it is made");
+        STD_TORCH_CHECK(v.form != Form::none, kOp, ": value ", number, " is read before it is made");
         return v;
     }
     Value& codes(int64_t number) {
@@ -291,29 +305,38 @@ private:
         Tensor x = inputs_[i];
         STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, kOp, ": input ", i, " must be on the CPU, got ", described(x));
         Value& v = values_[bounded(i, static_cast<int64_t>(values_.size()))];
-        v.sizes = sizes_of(x);
-        v.dtype = x.scalar_type();
         const bool features = next() != 0;
-        v.features = features;
         STD_TORCH_CHECK(features || x.dim() == 3 || x.dim() == 4, kOp, ": input ", i, " has the shape ", shape_of(x));
+        v.form = features ? Form::features : x.dim() == 3 ? Form::sequences : Form::images;
+        v.dtype = x.scalar_type();
         STD_TORCH_CHECK(v.codes() || is_floating(v.dtype), kOp, ": input ", i, " is ", described(x));
+        if (features) {
+            leading_.push_back({x.sizes().begin(), x.sizes().end() - 1});
+            v.leading = &leading_.back();
+            int64_t rows = 1;
+            for (int64_t size : *v.leading) rows *= size;
+            v.images = {rows, x.size(x.dim() - 1), 1, 1};
+        } else {
+            v.images = {x.size(0), x.size(1), x.dim() == 3 ? 1 : x.size(2), x.size(x.dim() - 1)};
+        }
         // Codes must have their channels beside each other; so may values, or else lie as they usually do.
-        const bool beside = features ? x.is_contiguous() : is_channels_last(x);
+        bool beside = features ? x.is_contiguous() : is_channels_last(x);
         if (!beside && (v.codes() || !x.is_contiguous())) {
             x = torch::stable::contiguous(x);
+            beside = features || v.codes();
             if (!features && v.codes()) x = beside_each_other(x, v);
         }
-        beside_.push_back(features || (v.codes() ? true : is_channels_last(x)));
+        beside_.push_back(beside);
         held_.push_back(x);
         v.data = static_cast<uint8_t*>(x.data_ptr());
     }
 
     static Tensor beside_each_other(const Tensor& x, const Value& v) {
-        const Tensor y = empty_strided(v.sizes, v.strides(), v.dtype, x);
-        const int64_t plane = v.sizes[0] && v.channels() ? v.rows() / v.sizes[0] : 0;
+        const Tensor y = empty_strided(v.sizes(), v.strides(), v.dtype, x);
+        const int64_t plane = v.size().area();
         const uint8_t* from = x.const_data_ptr<uint8_t>();
         uint8_t* to = y.mutable_data_ptr<uint8_t>();
-        for (int64_t n = 0; n < v.sizes[0]; ++n, from += plane * v.channels())
+        for (int64_t n = 0; n < v.images[0]; ++n, from += plane * v.channels())
             for (int64_t p = 0; p < plane; ++p)
                 for (int64_t c = 0; c < v.channels(); ++c) *to++ = from[c * plane + p];
         return y;
@@ -321,86 +344,87 @@ private:
 
     void put(int64_t number, const Value& v) {
         Value& to = values_[bounded(number, static_cast<int64_t>(values_.size()))];
-        STD_TORCH_CHECK(to.sizes.empty(), kOp, ": value ", number, " is made twice");
+        STD_TORCH_CHECK(to.form == Form::none, kOp, ": value ", number, " is made twice");
+        const auto& [n, channels, height, width] = v.images;
+        STD_TORCH_CHECK(product_below(kOutputs, {n, channels, height, width}), kOp, ": value ", number,
+                        " is too large: ", list_of(v.images));
         to = v;
-        to.made = to.last = step_;
+        to.made = to.last = steps_.size() - 1;
         order_.push_back(number);
     }
-    Value& read(int64_t number) {
-        Value& v = codes(number);
-        v.last = step_;
+    const Value& read(int64_t number) {
+        Value& v = value(number);
+        STD_TORCH_CHECK(v.codes(), kOp, ": value ", number, " has no codes");
+        v.last = steps_.size() - 1;
         return v;
     }
 
     void plan_step() {
-        switch (next()) {
+        const int64_t kind = next();
+        Planned& step = steps_.emplace_back();
+        step.kind = kind;
+        switch (kind) {
             case kQuantize: {
-                const Quantizing q = quantizing();
-                Value v = value(q.source);
-                value(q.source).last = step_;
+                step.fields = fields(sizeof(Quantizing) / sizeof(int64_t));
+                const Quantizing& q = quantizing(step);
+                Value& v = value(q.source);
                 STD_TORCH_CHECK(!v.codes(), kOp, ": value ", q.source, " has codes already");
-                v.dtype = ScalarType::Byte;
-                v.data = nullptr;
-                return put(q.out, v);
+                v.last = steps_.size() - 1;
+                return put(q.out, v.with(v.channels(), v.size()));
             }
             case kConvolve: {
-                const Convolving c = convolving();
-                Value v = read(c.source);
-                shapes_.push_back(
-                    conv_shape(kOp, v.images(), c.outputs, c.kernel, c.stride, c.padding, c.dilation, c.groups, 0));
-                const ConvShape& shape = shapes_.back();
-                STD_TORCH_CHECK(!v.features || shape.out.area() == 1, kOp, ": features have no images");
-                STD_TORCH_CHECK(v.sizes.size() != 3 || v.features || shape.out.height == 1, kOp,
+                step.fields = fields(sizeof(Convolving) / sizeof(int64_t));
+                const Convolving& c = convolving(step);
+                const Value& v = read(c.source);
+                step.shape = conv_shape(kOp, v.images, bounded(c.outputs, kLimit), c.kernel, c.stride, c.padding,
+                                        c.dilation, c.groups, 0);
+                STD_TORCH_CHECK(v.form != Form::features || step.shape.out.area() == 1, kOp,
+                                ": features have no images");
+                STD_TORCH_CHECK(v.form != Form::sequences || step.shape.out.height == 1, kOp,
                                 ": sequences have no rows");
-                Value y = v;
-                y.sizes = v.resized(c.outputs, shape.out);
-                y.data = nullptr;
-                if (c.residual >= 0) {
-                    STD_TORCH_CHECK(read(c.residual).sizes == y.sizes, kOp, ": value ", c.residual, " has the shape ",
-                                    list_of(value(c.residual).sizes), ", and ", list_of(y.sizes), " is needed");
-                }
-                Value coded = y;
+                Value y = v.with(c.outputs, step.shape.out);
+                if (c.residual >= 0)
+                    STD_TORCH_CHECK(read(c.residual).images == y.images, kOp, ": value ", c.residual,
+                                    " has another shape than what it is added to");
+                if (c.also >= 0) put(c.also, y);
                 if (c.values) y.dtype = dtype_;
-                put(c.out, y);
-                if (c.also >= 0) put(c.also, coded);
-                return;
+                return put(c.out, y);
             }
             case kMaxPool: {
-                const Pooling p = pooling();
-                Value v = read(p.source);
-                STD_TORCH_CHECK(!v.features, kOp, ": features have no images");
-                pools_.push_back(
-                    pool_problem(kOp, v.images(), p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode));
-                v.sizes = v.resized(v.channels(), pools_.back().out);
-                v.data = nullptr;
-                return put(p.out, v);
+                step.fields = fields(sizeof(Pooling) / sizeof(int64_t));
+                const Pooling& p = pooling(step);
+                const Value& v = read(p.source);
+                STD_TORCH_CHECK(v.form != Form::features, kOp, ": features have no images");
+                step.pool = pool_problem(kOp, v.images, p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode != 0);
+                STD_TORCH_CHECK(v.form != Form::sequences || step.pool.out.height == 1, kOp,
+                                ": sequences have no rows");
+                return put(p.out, v.with(v.channels(), step.pool.out));
             }
             case kConcatenate: {
-                const int64_t out = next();
-                const std::vector<int64_t> sources = list();
+                step.fields = fields(1);
+                const Numbers sources = list();
                 STD_TORCH_CHECK(!sources.empty(), kOp, ": nothing is put side by side");
-                Value y = codes(sources[0]);
+                const Value& first = value(sources[0]);
                 int64_t channels = 0;
                 for (int64_t s : sources) {
-                    Value v = read(s);
+                    const Value& v = read(s);
                     channels += v.channels();
-                    (v.features ? v.sizes.back() : v.sizes[1]) = y.channels();
-                    STD_TORCH_CHECK(v.sizes == y.sizes && v.features == y.features, kOp, ": value ", s,
+                    std::array<int64_t, 4> images = v.images;
+                    images[1] = first.channels();
+                    STD_TORCH_CHECK(images == first.images && v.form == first.form, kOp, ": value ", s,
                                     " has another shape than what it is put beside");
                 }
-                (y.features ? y.sizes.back() : y.sizes[1]) = channels;
-                y.data = nullptr;
-                return put(out, y);
+                return put(step.fields[0], first.with(channels, first.size()));
             }
             case kFlatten: {
-                const int64_t source = next(), out = next();
-                Value v = read(source);
-                STD_TORCH_CHECK(!v.features, kOp, ": features are flat already");
-                const int64_t count = v.sizes[0] ? v.numel() / v.sizes[0] : 0;
-                v.sizes = {v.sizes[0], count};
-                v.features = true;
-                v.data = nullptr;
-                return put(out, v);
+                step.fields = fields(2);
+                const Value& v = read(step.fields[0]);
+                STD_TORCH_CHECK(v.form != Form::features, kOp, ": features are flat already");
+                Value y = v.with(v.channels() * v.size().area(), {1, 1});
+                leading_.push_back({v.images[0]});
+                y.leading = &leading_.back();
+                y.form = Form::features;
+                return put(step.fields[1], y);
             }
             default: STD_TORCH_CHECK(false, kOp, ": the code has a step of no kind");
         }
@@ -420,60 +444,37 @@ private:
         for (const auto& [v, at] : places) v->data = begin + at;
     }
 
-    // --- the steps
+    // --- the steps: their fields in the code, and what executes them
 
     struct Quantizing {
         int64_t source, out, constant;
     };
-    Quantizing quantizing() {
-        const int64_t source = next(), out = next();
-        return {source, out, next()};
-    }
     struct Convolving {
-        int64_t source, residual, out, also, weight, prepared, outputs;
-        std::vector<int64_t> kernel, stride, padding, dilation;
-        int64_t groups, span;
-        bool values;
+        int64_t source, residual, out, also, weight, prepared, outputs, kernel[2], stride[2], padding[2], dilation[2],
+            groups, span, values;
     };
-    Convolving convolving() {
-        Convolving c;
-        for (int64_t* field : {&c.source, &c.residual, &c.out, &c.also, &c.weight, &c.prepared, &c.outputs})
-            *field = next();
-        bounded(c.outputs, kLimit);
-        for (auto* field : {&c.kernel, &c.stride, &c.padding, &c.dilation}) *field = pair();
-        c.groups = next();
-        c.span = next();
-        c.values = next() != 0;
-        return c;
-    }
     struct Pooling {
-        int64_t source, out;
-        std::vector<int64_t> kernel, stride, padding, dilation;
-        bool ceil_mode;
+        int64_t source, out, kernel[2], stride[2], padding[2], dilation[2], ceil_mode;
     };
-    Pooling pooling() {
-        Pooling p;
-        p.source = next();
-        p.out = next();
-        for (auto* field : {&p.kernel, &p.stride, &p.padding, &p.dilation}) *field = pair();
-        p.ceil_mode = next() != 0;
-        return p;
-    }
+    static const Quantizing& quantizing(const Planned& p) { return *reinterpret_cast<const Quantizing*>(p.fields); }
+    static const Convolving& convolving(const Planned& p) { return *reinterpret_cast<const Convolving*>(p.fields); }
+    static const Pooling& pooling(const Planned& p) { return *reinterpret_cast<const Pooling*>(p.fields); }
 
-    void make_step() {
-        switch (next()) {
-            case kQuantize: return quantize(quantizing());
-            case kConvolve: return convolve(convolving());
-            case kMaxPool: return pool(pooling());
+    void make_step(const Planned& step) {
+        switch (step.kind) {
+            case kQuantize: return quantize(quantizing(step));
+            case kConvolve: return convolve(convolving(step), step.shape);
+            case kMaxPool: return pool(pooling(step), step.pool);
             case kConcatenate: {
-                const Value& y = value(next());
+                const Value& y = value(step.fields[0]);
                 std::vector<ConcatenateStep::Source> sources;
-                for (int64_t s : list()) sources.push_back({value(s).data, value(s).channels()});
+                for (const int64_t* s = step.fields + 2; s < step.fields + 2 + step.fields[1]; ++s)
+                    sources.push_back({value(*s).data, value(*s).channels()});
                 if (y.numel() > 0) made_.push_back(std::make_unique<ConcatenateStep>(std::move(sources), y));
                 return;
             }
             default: {
-                const Value &x = value(next()), &y = value(next());
+                const Value &x = value(step.fields[0]), &y = value(step.fields[1]);
                 if (y.numel() > 0) made_.push_back(std::make_unique<FlattenStep>(x, y));
             }
         }
@@ -493,22 +494,21 @@ private:
         });
     }
 
-    void convolve(const Convolving& c) {
-        const ConvShape& shape = shapes_[convolutions_++];
+    void convolve(const Convolving& c, const ConvShape& shape) {
         const Tensor &weight = constant(c.weight, ScalarType::Char), &bytes = constant(c.prepared, ScalarType::Byte);
         const Value &x = value(c.source), &y = value(c.out);
-        const std::vector<int64_t> weights =
-            shape.depthwise() ? std::vector{shape.kernel.area(), shape.channels}
-                              : std::vector<int64_t>{shape.groups * shape.panels_per_group(), shape.panel_words(),
-                                                     kPanelOutputs, kWordChannels};
-        STD_TORCH_CHECK(sizes_of(weight) == weights, kOp, ": a weight must have the shape ", list_of(weights),
-                        ", got ", shape_of(weight));
+        const std::array<int64_t, 4> panels = {shape.groups * shape.panels_per_group(), shape.panel_words(),
+                                               kPanelOutputs, kWordChannels};
+        const std::array<int64_t, 2> rows = {shape.kernel.area(), shape.channels};
+        const Numbers weights = shape.depthwise() ? Numbers(rows) : Numbers(panels), found = weight.sizes();
+        STD_TORCH_CHECK(std::equal(weights.begin(), weights.end(), found.begin(), found.end()), kOp,
+                        ": a weight must have the shape ", list_of(weights), ", got ", shape_of(weight));
         STD_TORCH_CHECK(c.span != 0 && -kLimit <= c.span && c.span <= kLimit, kOp, ": a span is ", c.span);
         if (y.numel() == 0) return;
         auto layer = std::make_unique<ConvLayer>(
             shape, c.span, weight.const_data_ptr<int8_t>(),
             std::span(bytes.const_data_ptr<uint8_t>(), static_cast<size_t>(bytes.numel())));
-        STD_TORCH_CHECK(layer->returns_codes() != c.values && layer->has_also() == (c.also >= 0) &&
+        STD_TORCH_CHECK(layer->returns_codes() == (c.values == 0) && layer->has_also() == (c.also >= 0) &&
                             layer->has_residual() == (c.residual >= 0),
                         kOp, ": a layer was prepared for other outputs");
         const auto step = [&]<class T>(T* to) {
@@ -520,8 +520,7 @@ private:
         dispatch_floating(y.dtype, [&](auto type) { step(reinterpret_cast<decltype(type)*>(y.data)); });
     }
 
-    void pool(const Pooling& p) {
-        PoolProblem problem = pools_[pooled_++];
+    void pool(const Pooling& p, PoolProblem problem) {
         problem.x = value(p.source).data;
         problem.y = value(p.out).data;
         if (value(p.out).numel() > 0) made_.push_back(std::make_unique<MaxPool>(problem));
@@ -530,12 +529,11 @@ private:
     const std::vector<Tensor>&inputs_, &constants_;
     const std::vector<int64_t>& code_;
     const ScalarType dtype_;
-    size_t at_ = 0, step_ = 0, steps_ = 0;
+    size_t at_ = 0;  // the next number
     std::vector<Value> values_;
-    std::vector<int64_t> order_;  // in which values are made
-    std::vector<ConvShape> shapes_;
-    std::vector<PoolProblem> pools_;
-    size_t convolutions_ = 0, pooled_ = 0;
+    std::deque<std::vector<int64_t>> leading_;  // sizes that features share
+    std::vector<int64_t> order_;                // in which values are made
+    std::vector<Planned> steps_;
     std::vector<bool> beside_;  // whether the channels of an input lie beside each other
     std::vector<Tensor> held_;  // what values lie in
     std::vector<std::unique_ptr<const Step>> made_;

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq4cuda import _native, ops
-from ptq4cuda.compat import HOOKS, has_hooks
+from ptq4cuda.compat import HOOKS, has_forward_hooks
 from ptq4cuda.execute import program as steps
 from ptq4cuda.execute.engines import (
     IntegerConv2d,
@@ -66,6 +66,7 @@ class Region(nn.Module):
         super().__init__()
         self.features, self.calls, self.results = tuple(features), tuple(calls), tuple(results)
         self.engines = nn.ModuleList([c.function for c in calls if isinstance(c.function, nn.Module)])
+        self._watched = tuple(self.engines)  # a ModuleList takes its time to be looked through
         self._prepare()
 
     def _prepare(self) -> None:
@@ -96,8 +97,8 @@ class Region(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """Return the results for inputs."""
-        first = inputs[0]
-        if self._numbers and isinstance(first, Tensor) and first.device.type == "cpu" and not has_hooks(self.engines):
+        on_cpu = isinstance(inputs[0], Tensor) and inputs[0].device.type == "cpu"
+        if on_cpu and self._numbers and not has_forward_hooks(self._watched):
             if torch.compiler.is_compiling():
                 return self._at_a_stretch(inputs)
             try:
