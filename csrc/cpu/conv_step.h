@@ -174,11 +174,12 @@ private:
                      band + i * row_bytes_ + pad.width * pixel_bytes_, unit.plane);
         }
         unit.first = (n * out.height + top) * out.width;
-        unit.pixels.clear();
+        unit.pixels.resize((bottom - top) * out.width);
         unit.windows.clear();
         for (int64_t r = 0; r < bottom - top; ++r) {
             const uint8_t* row = band + r * stride.height * row_bytes_;
-            for (int64_t c = 0; c < out.width; ++c) unit.pixels.push_back(row + c * stride.width * pixel_bytes_);
+            for (int64_t c = 0; c < out.width; ++c)
+                unit.pixels[r * out.width + c] = row + c * stride.width * pixel_bytes_;
             if (!layer_->zeros()) continue;
             const auto [first, end] = inside_rows(top + r);
             for (const auto& [left, right] : columns_) unit.windows.push_back({first, end, left, right});
@@ -314,10 +315,12 @@ private:
     // Finishes the sums of a tile: panels that follow each other.
     void put(const Unit& unit, int64_t begin, int count, int64_t index, int64_t n, int32_t* sums) const {
         if (depthwise_ && tiles_.block_order && !layer_->block_order()) put_in_order(count, n, sums);
-        if (layer_->zeros())
+        for (int p = 0; layer_->zeros() && p < count; ++p) {
+            const Window& window = unit.windows[begin + p];
+            if (is_whole(window)) continue;
             for (int64_t i = 0; i < n; ++i)
-                for (int p = 0; p < count; ++p)
-                    give_back_zeros(unit.windows[begin + p], index + i, sums + i * kPanelSums + p * kPanelOutputs);
+                give_back_zeros(window, index + i, sums + i * kPanelSums + p * kPanelOutputs);
+        }
         int64_t outputs = 0;
         for (int64_t i = 0; i < n; ++i) outputs += layer_->panels()[index + i].outputs;
         const int64_t stride = shape_.out_channels,
@@ -339,10 +342,13 @@ private:
         }
     }
 
+    bool is_whole(const Window& w) const {
+        return w.bottom - w.top == shape_.kernel.height && w.right - w.left == shape_.kernel.width;
+    }
+
     // Finishing subtracts the share of the zero points in all taps: adds that of the taps outside of the image.
     void give_back_zeros(const Window& w, int64_t index, int32_t* sums) const {
         const Extent kernel = shape_.kernel;
-        if (w.bottom - w.top == kernel.height && w.right - w.left == kernel.width) return;
         const int32_t* of_tap = layer_->zeros() + index * kernel.area() * kPanelOutputs;
         for (int64_t r = 0; r < kernel.height; ++r)
             for (int64_t s = 0; s < kernel.width; ++s, of_tap += kPanelOutputs) {
