@@ -9,6 +9,7 @@ from ptq4cuda.config import QuantConfig
 from ptq4cuda.execute.lowering import lower_layers
 from ptq4cuda.execute.program import program
 from ptq4cuda.execute.saturation import saturation
+from ptq4cuda.export.onnx_file import export_onnx
 from ptq4cuda.nn import QuantConv1d, QuantConv2d, QuantConvTranspose1d, QuantConvTranspose2d, QuantLinear
 from ptq4cuda.pipeline import quantize
 from ptq4cuda.quantizer import QuantParams
@@ -23,6 +24,7 @@ __all__ = [
     "QuantParams",
     "__version__",
     "benchmark",
+    "export_onnx",
     "load",
     "lower_layers",
     "ops",

@@ -233,6 +233,30 @@ def benchmark_command(
             write_whole(json, (dumps(found.to_dict(), indent=1) + "\n").encode())
 
 
+@app.command("export")
+def export_command(
+    model: Model,
+    file: File,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the network into this file, as ONNX.")],
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    classes: Classes = None,
+    packed: Annotated[bool, typer.Option(help="Store 4-bit weights as uint4; else all as int8.")] = True,
+    size: Size = None,
+) -> None:
+    """Write a file's network as ONNX, for onnxruntime, OpenVINO and others."""
+    with _mistakes(ImportError):
+        import torch
+
+        import ptq4cuda
+
+        _check_folders(output)
+        subject = _Subject(model, weights, pretrained, classes, "cpu", size)
+        network = ptq4cuda.load(file, subject.model, execution="simulate")
+        example = torch.zeros(1, len(subject.preprocessing.mean), *subject.preprocessing.size)
+        print(f"\n{ptq4cuda.export_onnx(network, output, example, packed=packed)}")
+
+
 class _Subject:
     """A float model on its device, and how it wants images; says so before anything is done."""
 

@@ -11,6 +11,7 @@ What comes out is a LayerProgram, for any target. lower_layers lets our engines 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import defaultdict
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def lower_layers(
     """
     layers = {name: module for name, module in network.named_modules() if isinstance(module, QuantModule)}
     simulated = {name: layer for name, layer in layers.items() if layer.engine is None}
-    reasons = {name: reason for name, layer in simulated.items() if (reason := _why_simulated(layer))}
+    reasons = _why_simulated(simulated)
     if not (by_graph is not False and isinstance(network, fx.GraphModule)):
         for name, layer in simulated.items():
             if name not in reasons:
@@ -84,17 +85,45 @@ def note_execution(record: QuantRecord, reasons: dict[str, str]) -> None:
             layer.reason = layer.reason or reasons.get(layer.name, "")
 
 
-def _why_simulated(layer: QuantModule) -> str:
-    try:
-        steps.Layer.alone(layer).check()
-    except NotExecutable as reason:
-        return str(reason)
-    return ""
+def _why_simulated(layers: dict[str, QuantModule]) -> dict[str, str]:
+    """Return those layers that cannot be executed in integers, each with the reason."""
+    reasons = {}
+    for name, layer in layers.items():
+        try:
+            steps.Layer.alone(layer).check()
+        except NotExecutable as reason:
+            reasons[name] = str(reason)
+    return reasons
 
 
 def _refuse_state(network: nn.Module, *_: Any) -> None:
     if any(isinstance(module, QuantModule) and module.engine is not None for module in network.modules()):
         raise RuntimeError(STATE_IS_REFUSED)
+
+
+def program_of(network: nn.Module) -> LayerProgram:
+    """Return what a quantized network computes: its program in integers, or that of a simulated one if it had one.
+
+    Args:
+        network: as quantized; it is not changed.
+
+    Raises:
+        TypeError: it is no quantized network.
+        ValueError: it was not traced as a whole, so that it has no program.
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, QuantModule)}
+    if not layers:
+        raise TypeError(f"{type(network).__name__} has no quantized layer: quantize it first")
+    with contextlib.suppress(TypeError):
+        return steps.program(network)
+    if not isinstance(network, fx.GraphModule) or any(layer.engine is not None for layer in layers.values()):
+        raise ValueError(
+            f"{type(network).__name__} has no program: it was walked by its modules, not traced as a whole "
+            "(report() says why)"
+        )
+    return lower_graph(network, _why_simulated(layers))
 
 
 def lower_graph(network: fx.GraphModule, reasons: dict[str, str]) -> LayerProgram:

@@ -128,6 +128,16 @@ def test_benchmark_takes_numbers_of_images(folder: Path) -> None:
         assert f"--batches must be numbers of images, as 1,8, got {batches!r}" in result.stderr
 
 
+def test_export(folder: Path) -> None:
+    file = quantized(folder)
+    result = run("export", "small_model:build", file, "-o", folder / "net.onnx", "--size", 16)
+    assert result.exit_code == 0, result.output
+    network = ptq4cuda.load(file, build())
+    summary = ptq4cuda.export_onnx(network, folder / "expected.onnx", torch.zeros(1, 3, 16, 16))
+    assert str(summary) in result.output
+    assert (folder / "net.onnx").read_bytes() == (folder / "expected.onnx").read_bytes()
+
+
 def test_inspect_and_report(folder: Path) -> None:
     file = quantized(folder, "--set", "overrides={'3': {'weight_bits': 6}}")
     text = run("inspect", file).output

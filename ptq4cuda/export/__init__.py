@@ -1,0 +1,1 @@
+"""Quantized networks as files for other runtimes, each made of a LayerProgram."""
