@@ -55,6 +55,7 @@ SIMD = {
 }
 _CALIBRATION = 16  # images
 _PAUSE = 0.05  # seconds between turns, in which the threads of the one before go to sleep
+_QUIET = 0.05  # share of the cores that other work may take
 _QUICK = 10.0  # seconds of starts after which a contender is not started again
 
 
@@ -458,27 +459,21 @@ def child(role: str, case: Case, names: str, threads: int, log: Any) -> subproce
 
 
 @contextlib.contextmanager
-def busy_core() -> Iterator[Callable[[bool], None]]:
-    """Give what starts and stops a process that keeps the last core that may be used busy."""
+def busy_core() -> Iterator[subprocess.Popen[bytes]]:
+    """Give a process, stopped, that keeps the last core that may be used busy."""
     core = max(os.sched_getaffinity(0))
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile 1: pass"]
-    )
-
-    def work(now: bool) -> None:
-        process.send_signal(signal.SIGCONT if now else signal.SIGSTOP)
-        time.sleep(_PAUSE)
-
+    program = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", program])
     try:
-        work(False)
-        yield work
+        process.send_signal(signal.SIGSTOP)
+        yield process
     finally:
         process.kill()
         process.wait()
 
 
-def measure(case: Case, names: list[str], arguments: argparse.Namespace, log: Any) -> dict[str, dict[str, Any]]:
-    """Return the figures of each contender on a case."""
+def measure(case: Case, names: list[str], arguments: argparse.Namespace, log: Any) -> dict[str, Any]:
+    """Return the figures of each contender on a case, and the share of the processors that other work took."""
     children: dict[str, Child] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -487,16 +482,18 @@ def measure(case: Case, names: list[str], arguments: argparse.Namespace, log: An
         except RuntimeError as error:
             print(f"{case.name}: {CONTENDERS[name].label} is left out: {error}; {log.name} says why", flush=True)
     found: dict[tuple[str, bool], list[dict[str, float]]] = {}
-    with busy_core() if arguments.busy else contextlib.nullcontext() as work:
+    with busy_core() if arguments.busy else contextlib.nullcontext() as beside:
+        own = [*(served.process.pid for served in children.values()), *([beside.pid] if beside else [])]
+        before = processor_time(own)
         for number in range(arguments.rounds if children else 0):
-            for busy in (False, True) if work else (False,):
-                if work:
-                    work(busy)
-                order = [*children][number % len(children) :] + [*children][: number % len(children)]
-                for name in order:
+            first = number % len(children)  # no one always comes after the same
+            for busy in (False, True) if beside else (False,):
+                if beside:
+                    beside.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
+                    time.sleep(_PAUSE)
+                for name in [*children][first:] + [*children][:first]:
                     found.setdefault((name, busy), []).append(children[name].turn(arguments.turn))
-            if work:
-                work(False)
+        whole, others = (after - earlier for after, earlier in zip(processor_time(own), before, strict=True))
     for served in children.values():
         served.end()
     for (name, busy), replies in found.items():
@@ -504,7 +501,18 @@ def measure(case: Case, names: list[str], arguments: argparse.Namespace, log: An
             figures = [reply[key] for reply in replies]
             rows[name][f"busy_{key}" if busy else key] = statistics.median(figures)
             rows[name][f"rounds_{'busy_' if busy else ''}{key}"] = figures
-    return rows
+    return {"others": others / max(whole, 1), "rows": rows}
+
+
+def processor_time(own: list[int]) -> tuple[int, int]:
+    """Return ticks of all processors so far: all, and those of other processes than these and this one."""
+    user, nice, system, idle, waiting, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
+    busy = user + nice + system + sum(rest)
+    others = busy
+    for pid in (os.getpid(), *own):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        others -= int(fields[11]) + int(fields[12])
+    return busy + idle + waiting, others
 
 
 def start(case: Case, name: str, arguments: argparse.Namespace, log: Any) -> tuple[Child, dict[str, Any]]:
@@ -559,9 +567,15 @@ def chosen_cases(words: list[str]) -> list[str]:
 
 
 def ratio_to_int8(rows: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return how many times faster ours is than the better of the int8 runtimes."""
-    others = [rows[name]["ms"] for name in INT8_RUNTIMES if name in rows]
-    return min(others) / rows["ours"]["ms"] if others and "ours" in rows else None
+    """Return how many times faster ours is than the better of the int8 runtimes: medians of ratios of a round."""
+    found = [
+        statistics.median(
+            theirs / ours for theirs, ours in zip(rows[name]["rounds_ms"], rows["ours"]["rounds_ms"], strict=True)
+        )
+        for name in INT8_RUNTIMES
+        if name in rows and "ours" in rows
+    ]
+    return min(found, default=None)
 
 
 def tables(cases: Mapping[str, Mapping[str, Any]]) -> str:
@@ -582,6 +596,9 @@ def tables(cases: Mapping[str, Mapping[str, Any]]) -> str:
     head = ["network", "pixels x batch", *labels]
     texts = ["\n".join(dict.fromkeys(case["machine"] for case in cases.values()))]
     texts += ["Milliseconds of a call:", markdown([*head, "int8 runtimes / ours"], times)]
+    loud = [f"{name} {case['others']:.0%}" for name, case in cases.items() if case.get("others", 0) > _QUIET]
+    if loud:
+        texts.append(f"Not quiet: other work took a share of the cores meanwhile ({', '.join(loud)}).")
     if any("busy_ms" in row for case in cases.values() for row in case["rows"].values()):
 
         def slower(row: Mapping[str, Any]) -> str:
@@ -659,10 +676,10 @@ def main() -> None:
                 making.communicate()
             if arguments.make:
                 continue
-            rows = measure(case, names, arguments, log)
+            figures = measure(case, names, arguments, log)
             about = f"{machine()}, {arguments.threads} threads, {versions()}"
             key = f"{name}, {arguments.simd}" if arguments.simd else name
-            found[key] = measured[key] = {"machine": about, "rows": rows}
+            found[key] = measured[key] = {"machine": about, **figures}
             arguments.json.write_text(json.dumps(measured, indent=1) + "\n")
     if not arguments.make:
         print(tables(found))

@@ -24,7 +24,7 @@ def test_a_case_from_its_files_to_the_table(tmp_path: Path) -> None:
     assert stored.keys() == {"resnet18@224x1", "shufflenet@32x2"}  # what was not measured anew stays
     row = stored["shufflenet@32x2"]["rows"]["ours"]
     assert row["integer"]
-    assert "16 ptq4cuda::conv2d_integer" in row["executes"] or "ptq4cuda::" in row["executes"]
+    assert "layers: 16 integer" in row["executes"]
     assert row["sqnr"] > 15.0
     assert all(row[key] > 0 for key in ("ms", "cpu_ms", "busy_ms", "busy_cpu_ms", "start", "rss"))
     assert "1 threads" in stored["shufflenet@32x2"]["machine"]
@@ -38,7 +38,7 @@ def test_a_contender_that_does_not_run_is_left_out(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(peers, "Child", refuse)
     arguments = peers.argparse.Namespace(threads=1, rounds=2, turn=0.0, starts=1, busy=False)
     with open(tmp_path / "log", "w") as log:
-        assert peers.measure(peers.Case("resnet18@32x1", tmp_path), ["ours"], arguments, log) == {}
+        assert peers.measure(peers.Case("resnet18@32x1", tmp_path), ["ours"], arguments, log)["rows"] == {}
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_tables_show_who_is_ahead_and_what_was_executed() -> None:
             "executes": "u8",
             "integer": True,
         }
-        return {**given, **more}
+        return {**given, "rounds_ms": [ms, 1.1 * ms, 0.9 * ms], **more}
 
     rows = {
         "ours": row(5.0, busy_ms=10.0, busy_cpu_ms=15.0),
@@ -78,10 +78,18 @@ def test_tables_show_who_is_ahead_and_what_was_executed() -> None:
         "onnxruntime": row(4.0, integer=False, executes="53 Conv"),
         "eager": row(20.0, integer=False),
     }
-    text = peers.tables({"resnet18@224x8": {"machine": "a machine", "rows": rows}})
+    text = peers.tables({"resnet18@224x8": {"machine": "a machine", "others": 0.25, "rows": rows}})
     lines = text.splitlines()
     assert "| resnet18 | 224x8 | 5 | 7.5 | 4 | 20 | 0.80 |" in lines
     assert "| resnet18 | 224x8 | 2.00 (1.50) | – | – | – |" in lines
     assert "| resnet18 | 224x8 | 300, 1.2 s | 300, 1.2 s | 300, 1.2 s | 300, 1.2 s |" in lines
     assert "- resnet18@224x8, onnxruntime int8: 53 Conv; 20.0 dB; NOT ALL IN INTEGERS" in lines
     assert "- resnet18@224x8, float32: u8; 20.0 dB" in lines
+    assert "Not quiet: other work took a share of the cores meanwhile (resnet18@224x8 25%)." in lines
+
+
+def test_the_ratio_is_that_of_rounds() -> None:
+    """A slow minute counts for both."""
+    ours, theirs = {"ms": 3.0, "rounds_ms": [1.0, 3.0, 9.0]}, {"ms": 6.0, "rounds_ms": [2.0, 4.5, 18.0]}
+    assert peers.ratio_to_int8({"ours": ours, "openvino": theirs}) == 2.0
+    assert peers.ratio_to_int8({"ours": ours, "eager": theirs}) is None
