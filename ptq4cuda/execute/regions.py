@@ -73,7 +73,7 @@ class Region(nn.Module):
         """Write the code of the operator, for layers as they are."""
         self._numbers: list[int] | None = None
         self._constants: list[Tensor] = []
-        self._level = _native.build_info.get("simd_level")
+        self._build = _build()
         layers = [e.convolution if isinstance(e, IntegerLayer) else e for e in self.engines]
         convolutions = [layer for layer in layers if isinstance(layer, IntegerConv2d)]
         self._dtype = next((layer.dtype for layer in convolutions), torch.float32)
@@ -92,7 +92,7 @@ class Region(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._level != _native.build_info.get("simd_level"):  # pickled on another machine
+        if self._build != _build():  # pickled on another machine
             self._prepare()
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
@@ -122,6 +122,11 @@ class Region(nn.Module):
     def extra_repr(self) -> str:
         """Say how many steps there are."""
         return f"{len(self.calls)} steps"
+
+
+def _build() -> tuple[Any, ...]:
+    """Return what layers are prepared for."""
+    return tuple(_native.build_info.get(fact) for fact in ("version", "simd_level"))
 
 
 def _write(call: Call, code: Code) -> list[int]:

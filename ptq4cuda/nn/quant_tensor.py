@@ -39,6 +39,12 @@ class QuantizerState(nn.Module):
         super()._apply(move, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which asks for this, in one sentence."""
+        raise TypeError(
+            "torch.jit.script does not take quantized layers: use torch.export.export or torch.jit.trace (see Deployment)"
+        )
+
     def _make_room(
         self,
         state_dict: dict[str, Any],

@@ -184,6 +184,13 @@ def test_export_and_compile(network: nn.Module, pictures: Tensor) -> None:
         assert same(network(x), compiled(x))
 
 
+def test_traced_and_not_scripted(network: nn.Module, pictures: Tensor) -> None:
+    traced = torch.jit.trace(network, (pictures,))
+    assert same(network(pictures[:3]), traced(pictures[:3]))
+    with pytest.raises(TypeError, match=r"^torch\.jit\.script does not take quantized layers: use torch\.export"):
+        torch.jit.script(network)
+
+
 SCRIPT = """
 import pickle, sys, torch
 x, network = pickle.load(open(sys.argv[1], "rb"))
