@@ -207,10 +207,12 @@ def test_what_another_processor_prepared_is_laid_out_anew(
     network: nn.Module, pictures: Tensor, level: str, tmp_path: Path
 ) -> None:
     (tmp_path / "network").write_bytes(pickle.dumps((pictures, network)))
+    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "network"), str(tmp_path / "prepared")],
         check=True,
-        env={**os.environ, "PTQ4CUDA_SIMD": level, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,  # not the source folder, which may hold no library
+        env={**os.environ, "PTQ4CUDA_SIMD": level, "PYTHONPATH": os.pathsep.join(folders)},
     )
     _, ((numbers, constants),) = pickle.loads((tmp_path / "prepared").read_bytes())
     (region,) = regions_of(network)
