@@ -41,9 +41,7 @@ class QuantizerState(nn.Module):
 
     def __prepare_scriptable__(self) -> None:
         """Refuse torch.jit.script, which asks for this, in one sentence."""
-        raise TypeError(
-            "torch.jit.script does not take quantized layers: use torch.export.export or torch.jit.trace (see Deployment)"
-        )
+        raise TypeError("torch.jit.script does not take quantized layers: use torch.export.export or torch.jit.trace")
 
     def _make_room(
         self,
