@@ -242,7 +242,7 @@ class IntegerConv2d(QuantizerState):
         residual = None
         if self.residual_scale is not None:
             g = self.geometry
-            size = checks.output_size(x, self.kernel_size, g.stride, g.padding, g.dilation)
+            size = checks.output_size(x.shape[2:], self.kernel_size, g.stride, g.padding, g.dilation)
             residual = x.new_zeros((1, len(self.scale), *size))
         return torch.ops.ptq4cuda.prepare_layer(*self._arguments(x, residual))  # type: ignore[no-any-return]
 

@@ -32,8 +32,6 @@ from ptq4cuda.execute.engines import (
 from ptq4cuda.execute.program import LayerProgram, Step, Value, map_values
 from ptq4cuda.ops.layers import Code
 
-Engine = IntegerConv2d | IntegerLayer | Quantize
-
 
 @dataclass(frozen=True)
 class Call:
@@ -180,9 +178,8 @@ def _joins(step: Step, forms: dict[Value, bool | None]) -> bool:
     return isinstance(step, steps.Reshape) and step.kind == "flatten" and forms[step.source] is False
 
 
-def stages(program: LayerProgram) -> list[tuple[list[Step], list[Step]]]:
+def _stages(program: LayerProgram, forms: dict[Value, bool | None]) -> list[tuple[list[Step], list[Step]]]:
     """Return the steps in another order in which they can be executed: by turns a region's, and others."""
-    forms = _forms(program)
     stage: dict[Value, int] = {}
     joined: set[Value] = set()
     found: dict[int, tuple[list[Step], list[Step]]] = defaultdict(lambda: ([], []))
@@ -224,7 +221,7 @@ class _Installation:
         map_values(self.returned.add, program.result)
 
     def run(self) -> None:
-        for joined, others in stages(self.program):
+        for joined, others in _stages(self.program, self.forms):
             if joined:
                 self._region(joined)
             for step in others:
@@ -250,7 +247,8 @@ class _Installation:
         for step in joined:
             for value in step.outputs:
                 numbers[value] = len(inputs) + len(numbers)
-        results = [v for v in numbers if v in self.returned or any(r not in joined for r in self.readers[v])]
+        members = set(joined)
+        results = [v for v in numbers if v in self.returned or not members.issuperset(self.readers[v])]
         kept = {numbers[v] for v in results}
         calls: list[Call] = []
         read: set[int] = set()
@@ -273,18 +271,13 @@ class _Installation:
 
     def _function(self, step: Step) -> Callable[..., Any]:
         """Return what computes a step by itself."""
-        value = step.outputs[0]
         if isinstance(step, steps.Layer):
             return self._engine(step)
         if isinstance(step, steps.Quantize):
-            assert value.quantizer is not None
-            return Quantize(value.quantizer)
-        if isinstance(step, steps.MaxPool):
-            return partial(_pooled, step.window, value.quantizer is not None and value.quantizer.axis == -2)
-        if isinstance(step, steps.Concatenate):
-            return _side_by_side
-        assert isinstance(step, steps.Reshape)
-        return partial(_reshaped, step.kind, step.dim)
+            assert step.output.quantizer is not None
+            return Quantize(step.output.quantizer)
+        function, args = _moves(step)
+        return partial(function, *args)
 
     def _engine(self, step: steps.Layer) -> IntegerConv2d | IntegerLayer:
         packing = Packing(
@@ -319,17 +312,9 @@ class _Installation:
         elif isinstance(step, steps.Quantize):
             name = self._add(f"{step.source.name}_codes", self._function(step))
             self.made[value] = self.graph.call_module(name, self._argument(step.sources))
-        elif isinstance(step, steps.PixelShuffle):
-            self.made[value] = self.graph.call_function(
-                nn.functional.pixel_shuffle, (self.made[step.source], step.factor)
-            )
-        elif isinstance(step, steps.MaxPool):
-            flat = value.quantizer is not None and value.quantizer.axis == -2
-            self.made[value] = self.graph.call_function(_pooled, (step.window, flat, self.made[step.source]))
-        elif isinstance(step, steps.Concatenate):
-            self.made[value] = self.graph.call_function(_side_by_side, self._argument(step.sources))
         else:
-            self.made[value] = self.graph.call_function(_reshaped, (step.kind, step.dim, self.made[step.source]))
+            function, args = _moves(step)
+            self.made[value] = self.graph.call_function(function, (*args, *self._argument(step.sources)))
 
     def _named(self, value: Value, node: fx.Node) -> fx.Node:
         """Let a node that computes what it did before be known as it was."""
@@ -359,6 +344,18 @@ class _Installation:
         return name
 
 
+def _moves(step: Step) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """Return the function that computes a step which works on codes as on values, and its arguments before these."""
+    if isinstance(step, steps.MaxPool):
+        return _pooled, (step.window, step.output.quantizer is not None and step.output.quantizer.axis == -2)
+    if isinstance(step, steps.Concatenate):
+        return _side_by_side, ()
+    if isinstance(step, steps.PixelShuffle):
+        return _shuffled, (step.factor,)
+    assert isinstance(step, steps.Reshape)
+    return _reshaped, (step.kind, step.dim)
+
+
 def _pooled(window: tuple[Any, ...], of_sequences: bool, codes: Tensor) -> Tensor:
     images = codes.unsqueeze(-2) if of_sequences else codes  # sequences are images of height one
     pooled = ops.max_pool_codes(images, *window)
@@ -367,6 +364,10 @@ def _pooled(window: tuple[Any, ...], of_sequences: bool, codes: Tensor) -> Tenso
 
 def _side_by_side(*codes: Tensor) -> Tensor:
     return torch.cat(codes, 1)
+
+
+def _shuffled(factor: int, codes: Tensor) -> Tensor:
+    return nn.functional.pixel_shuffle(codes, factor)
 
 
 def _reshaped(kind: str, dim: int, codes: Tensor) -> Tensor:

@@ -368,13 +368,15 @@ def _check_tensor(name: str, t: Tensor, dtype: torch.dtype, shape: Sequence[int]
     _check_device(name, t, x)
 
 
-def pooled_size(x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> list[int]:
-    """Return rows and columns of what max_pool_codes returns, as torch.nn.MaxPool2d counts them."""
+def output_size(
+    size: Sequence[Any], kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool = False
+) -> list[Any]:
+    """Return how often a window finds a place along each of some dimensions, as convolutions and pooling count."""
     sizes = []
-    for n, k, s, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True):
-        size = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)) // s + 1
+    for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True):
+        places = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)) // s + 1
         # A window must begin before the padding on its right.
-        sizes.append(size - 1 if ceil_mode and (size - 1) * s >= n + p else size)
+        sizes.append(places - 1 if ceil_mode and (places - 1) * s >= n + p else places)
     return sizes
 
 
@@ -398,24 +400,20 @@ def max_pool_codes(
     small = all(_holds(n < _LIMIT) for n in x.shape[1:])
     if small and not all(_holds(p >= r) for p, r in zip(padded, reach, strict=True)):
         raise ValueError(f"the window {list(kernel_size)} is larger than the padded input {list(x.shape)}")
+
+    def size() -> list[Any]:  # of what is small enough
+        return output_size(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
+
     if not (
         small
         and _holds(padded[0] * padded[1] < _LIMIT)
         and _holds(2 * padded[1] * x.shape[1] < _WINDOW_BYTES)
-        and _holds(
-            _product((*x.shape[:2], *pooled_size(x, kernel_size, stride, padding, dilation, ceil_mode))) < _OUTPUTS
-        )
+        and _holds(_product((*x.shape[:2], *size())) < _OUTPUTS)
     ):
         raise ValueError(
             f"x {list(x.shape)} with the padding {list(padding)} or the window {list(kernel_size)} with the stride "
             f"{list(stride)} is too large"
         )
-
-
-def output_size(x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
-    """Return rows and columns of the output of a convolution."""
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
-    return [(x.shape[2 + d] + 2 * padding[d] - reach[d]) // stride[d] + 1 for d in (0, 1)]
 
 
 def conv2d_integer(
@@ -468,7 +466,7 @@ def conv2d_integer(
     small = all(_holds(n < _LIMIT) for n in (channels, rows, columns, outputs))
     if small and not all(_holds(p >= r) for p, r in zip(padded, reach, strict=True)):
         raise ValueError(f"the kernel {list(kernel_size)} is larger than the padded input {list(x.shape)}")
-    size = output_size(x, kernel_size, stride, padding, dilation)
+    size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     codes = 2 * channels if low_bytes else channels
     words = -(-(codes // groups) // panels.CHANNELS)
     if not (

@@ -25,9 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq4cuda.ops.checks import output_size
+from ptq4cuda.ops.panels import NIBBLES
+
 Pair = tuple[int, int]
 QUANTIZE, CONVOLVE, MAX_POOL, CONCATENATE, FLATTEN = range(5)
-NIBBLES = -8  # the span that holds for all codes and weights
 
 
 class Code:
@@ -139,12 +141,9 @@ def _form(kind: int, numbers: Iterator[int], sizes: list[Any], flat: list[bool],
     def moved(source: int, channels: Any, window: list[Pair], ceil_mode: bool) -> list[Any]:
         if flat[source]:
             return [*sizes[source][:-1], channels]
-        spatial = []
-        rank = len(sizes[source]) - 2
-        for n, k, s, p, d in zip(sizes[source][2:], *(pair[2 - rank :] for pair in window), strict=True):
-            size = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)) // s + 1
-            spatial.append(size - 1 if ceil_mode and (size - 1) * s >= n + p else size)
-        return [sizes[source][0], channels, *spatial]
+        n, _, *size = sizes[source]
+        kernel, step, pad, spread = (pair[-len(size) :] for pair in window)  # sequences are images of height one
+        return [n, channels, *output_size(size, kernel, step, pad, spread, ceil_mode)]
 
     if kind == QUANTIZE:
         source, out, _ = next(numbers), next(numbers), next(numbers)

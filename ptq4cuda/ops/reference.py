@@ -163,7 +163,7 @@ def max_pool_codes(
     ceil_mode: bool,
 ) -> Tensor:
     """Take the largest code of each window: rows first, then columns, as maxima of shifted views."""
-    sizes = checks.pooled_size(x, kernel_size, stride, padding, dilation, ceil_mode)
+    sizes = checks.output_size(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
     if not x.numel():
         return x.new_zeros((x.shape[0], *sizes, x.shape[1])).movedim(-1, 1)
     for dim, size, k, s, p, d in zip((2, 3), sizes, kernel_size, stride, padding, dilation, strict=True):
@@ -205,7 +205,7 @@ def conv2d_integer(
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Convolve codes with integer weights; values, or the codes of the next layer, channels innermost in memory."""
-    size = checks.output_size(x, kernel_size, stride, padding, dilation)
+    size = checks.output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     shape = (x.shape[0], scale.numel(), *size)
     inside = torch.ones_like(x[:1, :1], dtype=torch.float64)
     if low_bytes:  # every nibble is a channel

@@ -106,7 +106,7 @@ def _fake_max_pool_codes(
     dilation: tuple[int, int],
     ceil_mode: bool,
 ) -> Tensor:
-    size = checks.pooled_size(x, kernel_size, stride, padding, dilation, ceil_mode)
+    size = checks.output_size(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
     return x.new_empty((x.shape[0], *size, x.shape[1])).movedim(-1, 1)
 
 
@@ -123,7 +123,7 @@ def _fake_conv2d_integer(
     *arguments: Any,
 ) -> list[Tensor]:
     starts, sizes, values = arguments[-3:]
-    height, width = checks.output_size(x, kernel_size, stride, padding, dilation)
+    height, width = checks.output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     channels = [scale.shape[0]] if values is not None else []
     channels += [size if s.shape[0] else scale.shape[0] for s, size in zip(starts, sizes, strict=True)]
     dtypes = [torch.uint8 if i or values is None else values for i in range(len(channels))]
