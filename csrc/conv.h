@@ -93,18 +93,24 @@ struct ConvProblem {
     Packing also_packing;
 };
 
+// Reads how a window moves over images, into what has a kernel, stride, padding and dilation.
+template <class Problem>
+void set_window(const char* op, Numbers kernel_size, Numbers stride, Numbers padding, Numbers dilation, Problem& p) {
+    p.kernel = extent(op, "kernel_size", kernel_size, 1);
+    p.stride = extent(op, "stride", stride, 1);
+    p.padding = extent(op, "padding", padding, 0);
+    p.dilation = extent(op, "dilation", dilation, 1);
+    if (p.kernel.height == 1) p.dilation.height = 1;
+    if (p.kernel.width == 1) p.dilation.width = 1;
+}
+
 // The shape of a convolution of codes [N, C, H, W], x. Fails with a sentence.
 inline ConvShape conv_shape(const char* op, Numbers x, int64_t out_channels, Numbers kernel_size, Numbers stride,
                             Numbers padding, Numbers dilation, int64_t groups, int64_t low_bytes) {
     ConvShape s;
     s.batch = x[0];
     s.in = {x[2], x[3]};
-    s.kernel = extent(op, "kernel_size", kernel_size, 1);
-    s.stride = extent(op, "stride", stride, 1);
-    s.padding = extent(op, "padding", padding, 0);
-    s.dilation = extent(op, "dilation", dilation, 1);
-    if (s.kernel.height == 1) s.dilation.height = 1;
-    if (s.kernel.width == 1) s.dilation.width = 1;
+    set_window(op, kernel_size, stride, padding, dilation, s);
     s.out_channels = out_channels;
     STD_TORCH_CHECK(low_bytes == 0 || (0 < low_bytes && low_bytes <= x[1] && low_bytes % kWordChannels == 0 &&
                                        x[1] % kWordChannels == 0 && groups == 1),

@@ -49,12 +49,7 @@ inline PoolProblem pool_problem(const char* op, Numbers x, Numbers kernel_size, 
     problem.batch = x[0];
     problem.channels = x[1];
     problem.in = {x[2], x[3]};
-    problem.kernel = extent(op, "kernel_size", kernel_size, 1);
-    problem.stride = extent(op, "stride", stride, 1);
-    problem.padding = extent(op, "padding", padding, 0);
-    problem.dilation = extent(op, "dilation", dilation, 1);
-    if (problem.kernel.height == 1) problem.dilation.height = 1;
-    if (problem.kernel.width == 1) problem.dilation.width = 1;
+    set_window(op, kernel_size, stride, padding, dilation, problem);
     const auto too_large = [&](bool fits) {
         STD_TORCH_CHECK(fits, op, ": x ", list_of(x), " with the padding ", list_of(padding), " or the window ",
                         list_of(kernel_size), " with the stride ", list_of(stride), " is too large");

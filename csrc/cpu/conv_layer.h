@@ -115,7 +115,6 @@ public:
     // As they were laid out by the first constructor.
     std::span<const uint8_t> bytes() const { return own_; }
 
-    const ConvShape& shape() const { return shape_; }
     const Tiles& tiles() const { return tiles_; }
     bool depthwise() const { return depthwise_; }
     bool packed() const { return packed_; }

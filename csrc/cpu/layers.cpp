@@ -65,6 +65,26 @@ struct Value {
     Extent size() const { return {images[2], images[3]}; }
 };
 
+// [C, pixels] to [pixels, C].
+struct Interleave {
+    static PTQ_INLINE void run(const uint8_t* from, int64_t pixels, int64_t channels, uint8_t* to) {
+        if (channels == 3) {
+            const uint8_t *a = from, *b = from + pixels, *c = b + pixels;
+            for (int64_t p = 0; p < pixels; ++p) {
+                to[3 * p] = a[p];
+                to[3 * p + 1] = b[p];
+                to[3 * p + 2] = c[p];
+            }
+            return;
+        }
+        for (int64_t first = 0; first < channels; first += kTogether)
+            for (int64_t p = 0; p < pixels; ++p)
+                for (int64_t c = first; c < std::min(channels, first + kTogether); ++c)
+                    to[p * channels + c] = from[c * pixels + p];
+    }
+    static constexpr int64_t kTogether = 16;
+};
+
 // Values that come with channels apart from each other, or beside each other, become codes beside each other.
 template <class T>
 class QuantizeStep : public Step {
@@ -106,26 +126,6 @@ public:
 
 private:
     static constexpr int64_t kTaskCodes = 1 << 14;
-
-    // [C, pixels] to [pixels, C].
-    struct Interleave {
-        static PTQ_INLINE void run(const uint8_t* from, int64_t pixels, int64_t channels, uint8_t* to) {
-            if (channels == 3) {
-                const uint8_t *a = from, *b = from + pixels, *c = b + pixels;
-                for (int64_t p = 0; p < pixels; ++p) {
-                    to[3 * p] = a[p];
-                    to[3 * p + 1] = b[p];
-                    to[3 * p + 2] = c[p];
-                }
-                return;
-            }
-            for (int64_t first = 0; first < channels; first += kTogether)
-                for (int64_t p = 0; p < pixels; ++p)
-                    for (int64_t c = first; c < std::min(channels, first + kTogether); ++c)
-                        to[p * channels + c] = from[c * pixels + p];
-        }
-        static constexpr int64_t kTogether = 16;
-    };
 
     const T* x_;
     uint8_t* y_;
@@ -203,6 +203,7 @@ public:
     // A place of so many bytes that is free from step `made` to step `last`. To be asked in the order of `made`.
     int64_t place(int64_t bytes, size_t made, size_t last) {
         std::erase_if(taken_, [&](const auto& item) { return item.second.second < made; });
+        if (bytes == 0) return 0;
         bytes = ceil_div(bytes, simd::kLine) * simd::kLine;
         int64_t begin = 0;  // the first gap that is wide enough
         for (const auto& [at, place] : taken_) {
@@ -336,9 +337,8 @@ private:
         const int64_t plane = v.size().area();
         const uint8_t* from = x.const_data_ptr<uint8_t>();
         uint8_t* to = y.mutable_data_ptr<uint8_t>();
-        for (int64_t n = 0; n < v.images[0]; ++n, from += plane * v.channels())
-            for (int64_t p = 0; p < plane; ++p)
-                for (int64_t c = 0; c < v.channels(); ++c) *to++ = from[c * plane + p];
+        for (int64_t n = 0; n < v.images[0]; ++n, from += plane * v.channels(), to += plane * v.channels())
+            simd::run<Interleave>(from, plane, v.channels(), to);
         return y;
     }
 
