@@ -1,18 +1,16 @@
 """Loads the native libraries, once, when imported, and remembers what is missing and why.
 
-Two libraries: `_C` holds the CPU kernels and the facts about the build, `_C_cuda` the CUDA kernels. Both only
-register kernels for operators that ptq4cuda.ops has defined before it imports this module. A library that
-cannot be loaded is no error: the operators then run their pure-PyTorch reference, slow but right.
+Two libraries, neither of which knows Python: `_C` brings the operators, their CPU kernels and the facts about the
+build, `_C_cuda` the CUDA kernels. A library that cannot be loaded is no error: the operators then run their
+pure-PyTorch reference, slow but right.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import importlib
 import re
-import sys
 import warnings
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +19,52 @@ import torch
 _FOLDER = Path(__file__).resolve().parent
 
 
-def _load_cpu() -> tuple[str, str, dict[str, Any]]:
-    """Return the path of the loaded library, or "" and the reason; and the facts about the build."""
+def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """Return a library, or None and the reason."""
     try:
-        library = importlib.import_module("ptq4cuda._C")
-    except ModuleNotFoundError as error:
-        if error.name != "ptq4cuda._C":
-            raise
-        source = _FOLDER.parent
-        if (source / "setup.py").is_file() and (source / "csrc").is_dir():
-            reason = (
-                f"ptq4cuda was imported from its source folder {source}, which holds no built library: "
-                "run `pip install .` there and start Python in another folder, or run `pip install -e .`"
-            )
-        else:
-            reason = (
-                f"{_FOLDER} holds no library for Python {sys.version_info.major}.{sys.version_info.minor} "
-                "on this platform: reinstall ptq4cuda with this Python"
-            )
-        return "", reason, {}
-    except ImportError as error:
-        reason = f"the library did not load ({error}): reinstall ptq4cuda beside torch {torch.__version__}"
-        return "", reason, {}
-    return str(library.__file__), "", library.build_info()
+        return ctypes.CDLL(str(path)), ""
+    except OSError as error:
+        return None, f"the library did not load ({error}): reinstall ptq4cuda beside torch {torch.__version__}"
+
+
+def _load_cpu() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library, or None and the reason."""
+    path = _FOLDER / "_C.so"
+    if path.is_file():
+        return _load(path)
+    source = _FOLDER.parent
+    if (source / "setup.py").is_file() and (source / "csrc").is_dir():
+        return None, (
+            f"ptq4cuda was imported from its source folder {source}, which holds no built library: "
+            "run `pip install .` there and start Python in another folder, or run `pip install -e .`"
+        )
+    return None, f"{_FOLDER} holds no library for this platform: reinstall ptq4cuda"
+
+
+def _facts(library: ctypes.CDLL) -> dict[str, Any]:
+    """Return the facts about the build."""
+    library.ptq4cuda_build_info.restype = ctypes.c_char_p
+    lines = library.ptq4cuda_build_info().decode().splitlines()
+    facts: dict[str, Any] = dict(line.split("=", 1) for line in lines)
+    return {**facts, "simd_levels": facts["simd_levels"].split()}
 
 
 def _load_cuda(missing: str) -> tuple[str, str]:
     """Return the path of the loaded library, or "" and the reason. `missing` is the reason the build gave."""
     if torch.version.cuda is None:
         return "", f"torch {torch.__version__} has no CUDA"
-    candidates = (_FOLDER / f"_C_cuda{suffix}" for suffix in EXTENSION_SUFFIXES)
-    path = next((str(path) for path in candidates if path.is_file()), "")
-    if not path:
+    path = _FOLDER / "_C_cuda.so"
+    if not path.is_file():
         return "", missing or cpu_reason or f"{_FOLDER} holds no CUDA library: reinstall ptq4cuda"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return "", f"the library did not load ({error}): reinstall ptq4cuda beside torch {torch.__version__}"
-    return path, ""
+    loaded, reason = _load(path)
+    return str(path) if loaded else "", reason
 
 
-cpu_path, cpu_reason, build_info = _load_cpu()
+library, cpu_reason = _load_cpu()
+cpu_loaded = library is not None
+cpu_path = str(_FOLDER / "_C.so") if cpu_loaded else ""
+build_info = _facts(library) if library is not None else {}
 cuda_path, cuda_reason = _load_cuda(build_info.get("cuda_missing", ""))
-cpu_loaded = bool(cpu_path)
 # Do integer convolutions on the CPU add up products in 16 bits, for as long as their span allows?
 narrow_sums = build_info.get("simd_level") in ("avx2", "avx512")
 cuda_loaded = bool(cuda_path)

@@ -44,7 +44,8 @@ def test_the_library_needs_only_the_stable_c_shim(library: str) -> None:
         ("aoti_torch_get_sizes", True),
         ("torch_call_dispatcher", True),
         ("_ZNSt8ios_base4InitC1Ev", True),
-        ("PyObject_Repr", True),
+        ("PyObject_Repr", False),
+        ("_Py_Dealloc", False),
         # torch's types may be arguments: they are defined in headers.
         ("_ZN8ptq4cuda4packEN3c1010ScalarTypeE", True),
         ("_ZN2at6Tensor4sizeEl", False),
@@ -199,6 +200,16 @@ def test_metadata_and_sdist_compile_nothing() -> None:
     assert not build_config.compiles(["setup.py", "dist_info"])
     assert build_config.compiles(["setup.py", "bdist_wheel"])
     assert build_config.compiles(["setup.py", "editable_wheel"])
+
+
+def test_one_wheel_is_for_every_python() -> None:
+    from setuptools import Distribution, Extension
+
+    distribution = Distribution({"name": "ptq4cuda", "version": "1", "ext_modules": [Extension("ptq4cuda._C", [])]})
+    command = build_config._wheel_for_any_python()(distribution)
+    command.ensure_finalized()
+    assert command.get_tag()[:2] == ("py3", "none")
+    assert Path(native.cpu_path).name == "_C.so"
 
 
 # --- compilers ---------------------------------------------------------------------------------------------

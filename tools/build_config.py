@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -97,7 +98,7 @@ def make_torch_importable() -> None:
 
 
 def check_compiler(environ: Mapping[str, str]) -> str:
-    """Return the command of the C++ compiler; raise unless it knows C++20 and finds Python's headers."""
+    """Return the command of the C++ compiler; raise unless it knows C++20."""
     if sys.platform == "win32":
         raise BuildError("building on Windows is not supported; use Linux or WSL.")
     command = shlex.split(environ.get("CXX", "c++"))
@@ -106,15 +107,13 @@ def check_compiler(environ: Mapping[str, str]) -> str:
             f"no C++ compiler was found ({command[0]!r} is not on PATH); "
             "install g++ 11 or clang 14 or later, or set CXX."
         )
-    include = sysconfig.get_path("include")
-    for source, complaint in (
-        ("#include <concepts>\n", "does not compile C++20; set CXX to g++ 11 or clang 14 or later."),
-        ("#include <Python.h>\n", "does not find Python.h; install python3-dev or python3-devel."),
-    ):
-        check = [*command, "-std=c++20", "-fsyntax-only", f"-I{include}", "-x", "c++", "-"]
-        result = subprocess.run(check, input=source, text=True, capture_output=True, env=dict(environ))
-        if result.returncode != 0:
-            raise BuildError(f"the C++ compiler {shlex.join(command)!r} {complaint}")
+    check = [*command, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    result = subprocess.run(check, input="#include <concepts>\n", text=True, capture_output=True, env=dict(environ))
+    if result.returncode != 0:
+        raise BuildError(
+            f"the C++ compiler {shlex.join(command)!r} does not compile C++20; "
+            "set CXX to g++ 11 or clang 14 or later."
+        )
     return shlex.join(command)
 
 
@@ -232,6 +231,12 @@ def package_version(root: Path) -> str:
     return version[1]
 
 
+def operator_schemas(root: Path) -> str:
+    """Return the operators' schemas, one a line, without importing the package."""
+    found = runpy.run_path(str(root / "ptq4cuda" / "ops" / "schemas.py"))
+    return "\n".join((*found["SCHEMAS"], *found["CPU_SCHEMAS"]))
+
+
 def native_libraries(root: Path) -> dict[str, Any]:
     """Return setup()'s arguments for ptq4cuda._C and, where CUDA is at hand, ptq4cuda._C_cuda."""
     # Set for setuptools too, which would compile and link with the compiler that Python was built with.
@@ -256,6 +261,7 @@ def native_libraries(root: Path) -> dict[str, Any]:
         "PTQ4CUDA_TORCH_VERSION": torch.__version__,
         "PTQ4CUDA_CUDA_ARCHITECTURES": architectures,
         "PTQ4CUDA_CUDA_MISSING": toolkit.missing,
+        "PTQ4CUDA_SCHEMAS": operator_schemas(root),
     }
     cpu = CppExtension(
         "ptq4cuda._C",
@@ -279,7 +285,22 @@ def native_libraries(root: Path) -> dict[str, Any]:
         cuda.library_dirs += [str(folder) for folder in sorted(toolkit.root.glob("targets/*/lib"))]
         cuda.libraries = ["torch_cuda", "torch_cpu", "cudart_static", "rt", "dl", "pthread"]
         extensions.append(cuda)
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
+    # The libraries are loaded by torch and not imported: one wheel is for every Python.
+    commands = {
+        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+        "bdist_wheel": _wheel_for_any_python(),
+    }
+    return {"ext_modules": extensions, "cmdclass": commands}
+
+
+def _wheel_for_any_python() -> type:
+    from setuptools.command.bdist_wheel import bdist_wheel
+
+    class WheelForAnyPython(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    return WheelForAnyPython
 
 
 def _sources(root: Path, pattern: str) -> list[str]:

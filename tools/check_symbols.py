@@ -1,4 +1,4 @@
-"""Checks that native code needs nothing of torch but the stable C shim.
+"""Checks that native code needs nothing of torch but the stable C shim, and nothing of Python.
 
 One unstable header is enough to bind a library to a single torch release, silently: it shows in the undefined
 symbols only. Usage: python check_symbols.py LIBRARY_OR_OBJECT...
@@ -10,9 +10,9 @@ import re
 import subprocess
 import sys
 
-# C++ symbols (functions, type infos, vtables) that live in one of torch's namespaces, and the C functions of
-# torch's Python bindings. What the shim offers is plain C: aoti_torch_* and torch_*.
-_UNSTABLE = re.compile(r"_Z(T[A-Z])?(N[rVKRO]*)?(2at|3c10|5torch|6caffe2)|THP")
+# C++ symbols (functions, type infos, vtables) that live in one of torch's namespaces, and the C functions of Python
+# and of torch's Python bindings. What the shim offers is plain C: aoti_torch_* and torch_*.
+_UNSTABLE = re.compile(r"_Z(T[A-Z])?(N[rVKRO]*)?(2at|3c10|5torch|6caffe2)|THP|_?Py[A-Z_]")
 
 
 def undefined_symbols(path: str) -> list[str]:

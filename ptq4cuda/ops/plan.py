@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import ctypes
 from typing import NamedTuple
+
+from ptq4cuda import _native
 
 
 class ConvPlan(NamedTuple):
@@ -53,5 +55,11 @@ def conv_plan(
     Raises:
         ImportError: the native library is missing.
     """
-    native = importlib.import_module("ptq4cuda._C")
-    return ConvPlan(*native.conv_plan(pixels, outputs, groups, chunks, packed, vectors, multiprocessors))
+    if _native.library is None:
+        raise ImportError(_native.cpu_reason)
+    arguments = (pixels, outputs, groups, chunks, packed, vectors, multiprocessors)
+    found = (ctypes.c_double * 6)()
+    _native.library.ptq4cuda_conv_plan((ctypes.c_int64 * len(arguments))(*arguments), found)
+    *whole, cycles = found
+    tile_outputs, tile_pixels, splits, blocks, busiest = map(int, whole)
+    return ConvPlan((tile_outputs, tile_pixels), splits, blocks, busiest, cycles)

@@ -1,60 +1,28 @@
-"""Schemas of the operators, their fake kernels and gradients; loads the native kernels behind them.
+"""The operators' fake kernels, gradients and reference, beside what the native libraries bring.
 
-The CPU and CUDA libraries register kernels against these schemas. The reference is registered below both, for
-devices and builds that have no kernel.
+The CPU library brings the schemas, so that a program without Python has them too; without it they are defined here.
+The reference is registered below the native kernels, for devices and builds that have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptq4cuda import _native
 from ptq4cuda.ops import checks, layers, reference
+from ptq4cuda.ops.schemas import CPU_SCHEMAS, SCHEMAS
 
 NAMESPACE = "ptq4cuda"
 
-_QUANTIZER = "Tensor scale, Tensor zero_point"
-_CONVOLUTION = (
-    "Tensor x, Tensor weight, Tensor? zero_sums, Tensor scale, Tensor bias, int[2] kernel_size, "
-    "int[2] stride, int[2] padding, int[2] dilation, int groups, int low_bytes, int? span, "
-    "float negative_slope, float upper, "
-    "Tensor? residual, Tensor? residual_scale, Tensor? residual_zero_point, "
-    "Tensor[] out_scale, Tensor[] out_zero_point, Tensor[] out_bits, Tensor[] out_starts, int[] out_bytes, "
-    "ScalarType? dtype"
-)
-SCHEMAS = (
-    "channel_statistics(Tensor x, int axis, Tensor? centre=None) -> Tensor",
-    "channel_histogram(Tensor x, Tensor low, Tensor high, int bins, int axis) -> Tensor",
-    f"fake_quantize(Tensor x, {_QUANTIZER}, Tensor bits, int axis) -> Tensor",
-    f"fake_quantize.out(Tensor x, {_QUANTIZER}, Tensor bits, int axis, *, Tensor(a!) out) -> ()",
-    f"quantize(Tensor x, {_QUANTIZER}, Tensor bits, int axis) -> Tensor",
-    f"quantize.out(Tensor x, {_QUANTIZER}, Tensor bits, int axis, *, Tensor(a!) out) -> ()",
-    f"quantize_pack(Tensor x, {_QUANTIZER}, int axis) -> Tensor",
-    f"quantize_pack.out(Tensor x, {_QUANTIZER}, int axis, *, Tensor(a!) out) -> ()",
-    f"unpack_dequantize(Tensor packed, {_QUANTIZER}, int axis, int channels, ScalarType dtype) -> Tensor",
-    f"unpack_dequantize.out(Tensor packed, {_QUANTIZER}, int axis, *, Tensor(a!) out) -> ()",
-    "pack_codes(Tensor codes, Tensor bits, Tensor offsets, int packed_bytes) -> Tensor",
-    "pack_codes.out(Tensor codes, Tensor bits, Tensor offsets, *, Tensor(a!) out) -> ()",
-    "unpack_codes(Tensor packed, Tensor bits, Tensor offsets, int length) -> Tensor",
-    "unpack_codes.out(Tensor packed, Tensor bits, Tensor offsets, *, Tensor(a!) out) -> ()",
-    "max_pool_codes(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) "
-    "-> Tensor",
-    f"conv2d_integer({_CONVOLUTION}) -> Tensor[]",
-)
-# What a processor executes at a stretch (ops.layers); each of the steps is an operator of its own, too.
-CPU_SCHEMAS = (
-    f"prepare_layer({_CONVOLUTION}) -> Tensor",
-    "run_layers(Tensor[] inputs, Tensor[] constants, int[] code, ScalarType dtype) -> Tensor[]",
-)
 
-
-def define(namespace: str) -> torch.library.Library:
+def define(namespace: str, schemas: Sequence[str] = SCHEMAS) -> torch.library.Library:
     """Define the operators in a namespace. The tests define them once more for the CUDA sources on the CPU."""
     library = torch.library.Library(namespace, "DEF")
-    for schema in SCHEMAS:
+    for schema in schemas:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     return library
 
@@ -213,10 +181,10 @@ def implement(library: torch.library.Library, namespace: str) -> None:
     )
 
 
-_library = define(NAMESPACE)
+_library = (
+    torch.library.Library(NAMESPACE, "FRAGMENT")
+    if _native.cpu_loaded
+    else define(NAMESPACE, (*SCHEMAS, *CPU_SCHEMAS))
+)
 implement(_library, NAMESPACE)
-for _schema in CPU_SCHEMAS:
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 torch.library.register_fake(f"{NAMESPACE}::run_layers", layers.run_layers, lib=_library)
-
-from ptq4cuda import _native  # noqa: E402, F401  # registers the native kernels, now that the schemas exist
