@@ -12,6 +12,29 @@ from ptq4cuda.config import QuantConfig
 from ptq4cuda.graph.network import Network, stay_in_evaluation
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """Where values lie in the range of the quantizer of their channel.
+
+    Zeros are apart: every quantizer represents them exactly, and behind a ReLU they would be half of all values.
+
+    Attributes:
+        counts: of 1,000 values that are not zero, how many are in each of 48 bins: 32 of the same width within the
+            range, which reaches half a step beyond the first and the last code, and 8 on either side of it; what lies
+            further out is in the outermost ones.
+        low, high: the least and the greatest value that there is a code for, of all channels. Of weights, times the
+            scales of their inputs where these are folded into them.
+        clipped: percent of all values that are outside of the range.
+        zeros: percent of all values.
+    """
+
+    counts: list[int]
+    low: float
+    high: float
+    clipped: float
+    zeros: float
+
+
 @dataclass
 class LayerRecord:
     """One layer with weights.
@@ -23,6 +46,10 @@ class LayerRecord:
         activation_bits: mean over input channels, None where the layer stayed in float.
         clip: the clip rule of the input.
         sqnr: of the output on the calibration data, in dB, with all layers before it quantized.
+        own_sqnr: what the quantization of its weights and its input alone leaves: of the output, in dB, beside that
+            of the float layer for the same input, on some of the calibration data.
+        input_histogram, weight_histogram: of its input, as quantized so far, on some of the calibration data, and of
+            its weights.
         float_bytes: weights and bias in float32.
         bytes: all stored tensors of the layer.
         execution: "integer", "simulate" or "float".
@@ -44,6 +71,9 @@ class LayerRecord:
     reason: str = ""
     weight_damage: float | None = None
     input_damage: float | None = None
+    own_sqnr: float | None = None
+    input_histogram: Histogram | None = None
+    weight_histogram: Histogram | None = None
 
 
 @dataclass(frozen=True)
@@ -159,11 +189,18 @@ class QuantRecord:
         if fields.get("constants"):  # a file's header holds lists
             fields["constants"] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["constants"].items()}
         fields["config"] = QuantConfig.from_dict(fields["config"])
-        layers = ({k: v for k, v in layer.items() if k != "damage"} for layer in fields["layers"])  # of earlier files
-        fields["layers"] = [_made(LayerRecord, layer) for layer in layers]
+        fields["layers"] = [_layer(layer) for layer in fields["layers"]]
         fields["outputs"] = [_made(OutputRecord, output) for output in fields.get("outputs", [])]
         fields["trade"] = [_made(Trade, {**step, "raised": tuple(step["raised"])}) for step in fields["trade"]]
         return _made(cls, fields)
+
+
+def _layer(fields: dict[str, Any]) -> LayerRecord:
+    fields = {name: value for name, value in fields.items() if name != "damage"}  # of earlier files
+    for name in ("input_histogram", "weight_histogram"):
+        if fields.get(name) is not None:
+            fields[name] = _made(Histogram, fields[name])
+    return _made(LayerRecord, fields)
 
 
 _T = TypeVar("_T")

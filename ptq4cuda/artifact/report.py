@@ -1,12 +1,20 @@
-"""report(): what quantization did to each layer, as a table for the terminal."""
+"""report(): what quantization did to each layer, as data, as a table for the terminal, and as a page."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from ptq4cuda.artifact.page import fragment, page
 from ptq4cuda.artifact.record import LayerRecord, QuantRecord, Trade, record_of, tensor_bytes
+from ptq4cuda.artifact.writing import write_whole
 from ptq4cuda.nn import QuantModule
 
 DASH = "–"
@@ -29,33 +37,124 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([line(cells[0]), "  ".join("─" * w for w in widths), *map(line, cells[1:])])
 
 
-def report(network: nn.Module) -> str:
-    """Describe a quantized network layer by layer.
+@dataclass
+class LayerReport(LayerRecord):
+    """What became of a layer.
 
-    Columns: mean bits of weights and input (W, A), clip rule of the input, SQNR of the output on the calibration data
-    with all layers before it quantized, bytes before and after, execution, the kernel in integers ("span" is how many
-    pairs of products are added up in 16 bits before they are widened), and why a layer stayed in float.
+    Attributes:
+        kernel: that computes it in integers; "" where none does, or where a file is described and no network.
+        noise_share: of the noise that all layers add by their own quantization, each in terms of its own output: how
+            much of it is this layer's, 0 to 1. None where it is not known.
+    """
+
+    kernel: str = ""
+    noise_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantization did to a network; print it for a table.
+
+    Attributes:
+        layers: in order of execution, then those that stay in float.
+        bytes: of the network's tensors.
+        record: all else that is known of it.
+    """
+
+    layers: tuple[LayerReport, ...]
+    bytes: int
+    record: QuantRecord
+
+    @classmethod
+    def of(cls, record: QuantRecord, size: int | None = None, kernels: Mapping[str, str] | None = None) -> Report:
+        """Return the report of what a record tells.
+
+        Args:
+            record: of a network.
+            size: bytes of its tensors now. Default: what the record says.
+            kernels: by the names of layers in integers.
+        """
+        noise = [0.0 if layer.own_sqnr is None else 10.0 ** (-layer.own_sqnr / 10.0) for layer in record.layers]
+        total = sum(noise)
+        layers = [
+            LayerReport(
+                **vars(layer),
+                kernel=(kernels or {}).get(layer.name, ""),
+                noise_share=None if layer.own_sqnr is None or not 0.0 < total < math.inf else own / total,
+            )
+            for layer, own in zip(record.layers, noise, strict=True)
+        ]
+        return cls(tuple(layers), record.bytes if size is None else size, record)
+
+    def __str__(self) -> str:
+        return _text(self)
+
+    def __repr__(self) -> str:
+        """Show the table where a shell shows the value of a line."""
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """Show the page in a notebook."""
+        return fragment(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values: the fields of the record, "layers" as they are here, and "bytes" of the network."""
+        record = {k: v for k, v in self.record.to_dict().items() if k != "structure"}
+        return {**record, "bytes": self.bytes, "layers": [asdict(layer) for layer in self.layers]}
+
+    def to_json(self) -> str:
+        """Return the same as JSON, null for what is no finite number."""
+        text = json.dumps(self.to_dict())
+        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n"
+
+    def to_pandas(self) -> Any:
+        """Return a pandas.DataFrame with a row for each layer, by name, histograms left out.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise ImportError("to_pandas() needs pandas: run `pip install pandas`") from None
+        columns = [field.name for field in fields(LayerReport) if not field.name.endswith("_histogram")]
+        rows = [{name: getattr(layer, name) for name in columns} for layer in self.layers]
+        return pandas.DataFrame(rows, columns=columns).set_index("name")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a page for a browser (.html), which needs no other file, or as JSON (.json).
+
+        Raises:
+            ValueError: the name ends in neither.
+            OSError: the file cannot be written.
+        """
+        write = {".html": lambda: page(self), ".json": self.to_json}.get(Path(path).suffix.lower())
+        if write is None:
+            raise ValueError(f"a report is saved as .html or .json, got {os.fspath(path)!r}")
+        write_whole(path, write().encode())
+
+
+def report(network: nn.Module) -> Report:
+    """Describe a quantized network layer by layer: print(report(network)), or save it as a page.
+
+    Columns of the table: mean bits of weights and input (W, A), clip rule of the input, SQNR of the output on the
+    calibration data with all layers before it quantized, bytes before and after, execution, the kernel in integers
+    ("span" is how many pairs of products are added up in 16 bits before they are widened), and why a layer stayed in
+    float.
 
     Raises:
         TypeError: the network was not made by quantize() or load().
     """
     engines = {name: m.engine for name, m in network.named_modules() if isinstance(m, QuantModule)}
     kernels = {name: engine.kernel for name, engine in engines.items() if engine is not None}
-    return describe(record_of(network), tensor_bytes(network), kernels)
+    return Report.of(record_of(network), tensor_bytes(network), kernels)
 
 
-def describe(record: QuantRecord, size: int | None = None, kernels: Mapping[str, str] | None = None) -> str:
-    """Return the report of what a record tells.
-
-    Args:
-        record: of a network.
-        size: bytes of its tensors now. Default: what the record says.
-        kernels: by the names of layers in integers.
-    """
-    size, kernels = record.bytes if size is None else size, kernels or {}
+def _text(report: Report) -> str:
+    record, size = report.record, report.bytes
     header = ["layer", "kind", "W", "A", "clip", "SQNR dB", "bytes fp32", "bytes", "ratio", "runs as"]
     header += ["kernel", "reason"]  # where there are any
-    rows = [_row(layer, kernels.get(layer.name, "")) for layer in record.layers]
+    rows = [_row(layer) for layer in report.layers]
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
     quantized = sum(layer.execution != "float" for layer in record.layers)
     samples = f"{record.images} calibration samples"
@@ -132,7 +231,7 @@ def _trade(record: QuantRecord) -> list[str]:
     return lines
 
 
-def _row(layer: LayerRecord, kernel: str) -> tuple[str, ...]:
+def _row(layer: LayerReport) -> tuple[str, ...]:
     return (
         layer.name,
         layer.kind,
@@ -144,7 +243,7 @@ def _row(layer: LayerRecord, kernel: str) -> tuple[str, ...]:
         f"{layer.bytes:,}",
         f"{layer.bytes / layer.float_bytes:.3f}" if layer.float_bytes else DASH,
         layer.execution,
-        kernel,
+        layer.kernel,
         layer.reason,
     )
 

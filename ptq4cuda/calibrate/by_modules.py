@@ -67,7 +67,7 @@ def walk_modules(
     for module, solution in walk.solved.items():
         replace_module(network, module, solution.module)
     _try_once(network, inputs)
-    records = walk.records()
+    records = walk.finished_records()
     hidden = graph.hidden_modules(network)
     for name, module in network.named_modules():
         if module in hidden:
@@ -142,7 +142,7 @@ class _ModuleWalk:
         self.frontier = Frontier(device_of(network), memory)
         self.solved: dict[nn.Module, Solution] = {}
         self.solved_calls: dict[nn.Module, LayerCall] = {}
-        self.noise: dict[nn.Module, Noise] = {}
+        self.records: dict[nn.Module, LayerRecord] = {}
         self.left: dict[nn.Module, str] = {}
         self.tried: set[nn.Module] = set()
         self.called: Counter[nn.Module] = Counter()  # in one forward, at most
@@ -300,8 +300,9 @@ class _ModuleWalk:
             noise.add(fetch(y), y_quantized)
             self._keep(module, (chunk, False, 0), y)
             self._keep(module, (chunk, True, 0), y_quantized)
+        self.records[module] = record_solution(call, solution, noise)
         call.outputs, signal.streams, signal.before = [], [], None  # let the tensors go
-        self.solved[module], self.solved_calls[module], self.noise[module] = solution, call, noise
+        self.solved[module], self.solved_calls[module] = solution, call
 
     def compare(self) -> Noise:
         """Run the network whole, in both streams, and return the noise of its output."""
@@ -311,9 +312,9 @@ class _ModuleWalk:
             noise.add(expected, found, batch_size(batch))
         return noise
 
-    def records(self) -> list[LayerRecord]:
-        records = [record_solution(self.solved_calls[m], s, self.noise[m]) for m, s in self.solved.items()]
-        for record, module in zip(records, self.solved, strict=True):
+    def finished_records(self) -> list[LayerRecord]:
+        """Return what became of the layers, once all forwards are through."""
+        for module, record in self.records.items():
             if self.called[module] > 1:
                 record.reason = f"called {self.called[module]} times, its input quantized for the first"
-        return records
+        return list(self.records.values())

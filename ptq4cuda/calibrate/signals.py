@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.artifact.record import LayerRecord, tensor_bytes
 from ptq4cuda.calibrate.frontier import Frontier
+from ptq4cuda.calibrate.histograms import input_histogram, some_samples, weight_histogram
 from ptq4cuda.calibrate.outliers import Outliers, find_outliers, sample_extremes
 from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.metrics import Noise
@@ -115,6 +116,7 @@ class LayerCall:
         layer: the float layer.
         spec: what kind of layer it is.
         signal: its input.
+        run: computes the float layer.
         first_or_last: True for layers that read an image and for those behind which no other lies.
         outputs: its float output, for each chunk.
         added: what is added to the output next (the shortcut of a residual block), both streams for each chunk, where
@@ -128,6 +130,7 @@ class LayerCall:
     layer: Any
     spec: LayerSpec
     signal: Signal
+    run: Callable[[Tensor], Tensor]
     first_or_last: bool
     outputs: list[Tensor]
     importance: Tensor
@@ -150,7 +153,7 @@ class LayerCall:
         signal.clip_outliers(spec.axis, importance)
         hold, fetch = signal.frontier.hold, signal.frontier.fetch
         outputs = [hold(run(fetch(x))) for x, _ in signal.streams]
-        return cls(name, layer, spec, signal, first_or_last, outputs, importance)
+        return cls(name, layer, spec, signal, run, first_or_last, outputs, importance)
 
 
 @dataclass(eq=False)
@@ -185,9 +188,19 @@ class WalkResult:
 
 
 def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerRecord:
-    """Describe a quantized layer."""
+    """Describe a quantized layer.
+
+    Args:
+        call: the layer, before the tensors of its streams are let go.
+        solution: what became of it.
+        noise: of its output.
+    """
     module = solution.module
     layer = call.layer
+    some = [x.to(module.weight_scale.device) for x in some_samples(call.spec, call.signal.quantized)]
+    own = Noise()
+    for x in some:
+        own.add(call.run(x), module(x))
     activation_bits = module.activation_bits
     return LayerRecord(
         name=call.name,
@@ -200,6 +213,9 @@ def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerR
         bytes=tensor_bytes(module),
         execution="simulate",
         reason=call.signal.outliers or "",
+        own_sqnr=None if own.sqnr is None else round(own.sqnr, 2),
+        input_histogram=input_histogram(module, some),
+        weight_histogram=weight_histogram(module, call.spec.rows(layer)),
     )
 
 

@@ -179,21 +179,21 @@ def inspect_command(file: File) -> None:
 @app.command("report")
 def report_command(
     file: File,
-    json: Annotated[Path | None, typer.Option(help="Write it into this file, too.")] = None,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", help="Write it into this file: a page, .html, or data, .json; repeatable."),
+    ] = None,
 ) -> None:
     """Show what quantization did to each layer of a file's network."""
     with _mistakes():
-        from json import dumps
-
         from ptq4cuda.artifact.file import read_record
-        from ptq4cuda.artifact.report import describe
-        from ptq4cuda.artifact.writing import write_whole
+        from ptq4cuda.artifact.report import Report
 
-        _check_folders(json)
-        record = read_record(file)
-        print(describe(record))
-        if json is not None:
-            write_whole(json, (dumps(record.to_dict(), indent=1) + "\n").encode())
+        _check_folders(*(output or ()))
+        report = Report.of(read_record(file))
+        for path in output or ():
+            report.save(path)
+        print(report)
 
 
 @app.command("benchmark")

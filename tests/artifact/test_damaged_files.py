@@ -153,7 +153,8 @@ def outcome(path: Path, expected: torch.Tensor, forged: bool) -> str:
     """Load a file: how it was refused, or "loads" where that is right."""
     try:
         network = ptq4cuda.load(path, Old())
-        ptq4cuda.report(network)
+        report = ptq4cuda.report(network)
+        assert str(report) and report.to_json() and report._repr_html_()
     except ValueError as error:
         assert path.name in str(error) or (forged and "cannot be executed" in str(error)), error
         assert "\n" not in str(error)

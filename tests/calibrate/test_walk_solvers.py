@@ -283,7 +283,7 @@ def test_overrides_set_bits_and_leave_layers_in_float(images: Tensor) -> None:
     }
     assert isinstance(network.get_submodule("layers.2"), nn.Conv2d)
     assert not isinstance(network.get_submodule("layers.2"), ptq4cuda.QuantConv2d)
-    rows = {line.split()[0]: line.split() for line in ptq4cuda.report(network).split("\n")[2:9]}
+    rows = {line.split()[0]: line.split() for line in str(ptq4cuda.report(network)).split("\n")[2:9]}
     assert rows["layers.3"][2:4] == ["6", "3"]
     assert "kept in float by overrides" in " ".join(rows["layers.2"])
 

@@ -144,12 +144,14 @@ def test_inspect_and_report(folder: Path) -> None:
     parts = ("format 3", "overrides={'3': {'weight_bits': 6}}", "12 samples, walked by graph", "2 Conv2d, 1 Linear")
     for part in parts:
         assert part in text, text
-    result = run("report", file, "--json", folder / "report.json")
+    result = run("report", file, "-o", folder / "report.json", "-o", folder / "report.html")
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.output.splitlines()]
     assert next(line for line in lines if line[:1] == ["3"])[2] == "6"
     layers = json.loads((folder / "report.json").read_text())["layers"]
     assert [layer["name"] for layer in layers] == ["0", "3", "7"]
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert run("report", file, "-o", folder / "report.txt").exit_code == 2
 
 
 @pytest.mark.parametrize(

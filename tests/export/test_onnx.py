@@ -74,7 +74,7 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     net = architectures.calibrate_batch_norm(build(num_classes=10, width=0.125), make(4, size))
     network = quantized(net, make(2, size, seed=1))
     summary, nodes = exported(network, tmp_path, make(3, size, seed=2))
-    layers = [layer for layer in ptq4cuda.report(network).splitlines() if " Conv" in layer or " Linear" in layer]
+    layers = [layer for layer in str(ptq4cuda.report(network)).splitlines() if " Conv" in layer or " Linear" in layer]
     assert 0 < len(summary.layers) <= len(layers)
     fused = nodes["QLinearConv"] + nodes["MatMulIntegerToFloat"] + nodes["QGemm"]
     assert fused == sum(layer.integers for layer in summary.layers)

@@ -110,7 +110,7 @@ def test_attributes_and_methods(images: Tensor, kind: type[Classifier], executio
         y = network(images)
         assert torch.equal(y, quantized(images)), name
         assert record_of(network).walked_by == "graph"
-        assert ptq4cuda.report(network).split("total")[0] == ptq4cuda.report(quantized).split("total")[0]
+        assert str(ptq4cuda.report(network)).split("total")[0] == str(ptq4cuda.report(quantized)).split("total")[0]
         assert (network.names, network.stride, network.kind) == (["cat", "dog", "owl"], 4, "classifier")
         assert (network.classes, network.small()) == (3, kind.__name__)
         assert torch.equal(network.tops(y), y.argmax(1))
