@@ -53,7 +53,7 @@ struct Cpu {
 private:
     template <class T>
     static void convolve(const ConvProblem& problem, T* y) {
-        run_step(std::make_unique<Convolution<T>>(std::make_unique<ConvLayer>(problem), problem.shape,
+        run_step(std::make_unique<Convolution<T>>(std::make_unique<ConvLayer>(problem, false), problem.shape,
                                                   ConvCall<T>{problem.x, problem.residual, y, problem.also}));
     }
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 
 #include "conv_tiles_avx2.h"
 #include "conv_tiles_vnni.h"
@@ -23,6 +24,9 @@ enum Field {
     kZeroPointBits,
     kLowest,
     kHighest,
+    // Where one multiplication does: see Line.
+    kFactor,
+    kOffset,
     kFields
 };
 constexpr int64_t kStripOutputs = 64;  // that are finished together, at most
@@ -78,6 +82,98 @@ inline std::array<float, kFields> parameters_of(const ConvProblem& problem, cons
             simd::reinterpret<float>(static_cast<int32_t>(out.zero_point)),
             lowest,
             highest};
+}
+
+// What the size of a sum is less than, and of all that is subtracted from it.
+inline float largest_sum(const ConvProblem& problem, int64_t o) {
+    const ConvShape& shape = problem.shape;
+    float sum = 255.0f * 128.0f * static_cast<float>(shape.kernel.area() * shape.group_channels());
+    for (int64_t t = 0; problem.zero_sums && t < shape.kernel.area(); ++t)
+        sum += std::abs(static_cast<float>(problem.zero_sums[t * shape.out_channels + o]));
+    return sum;
+}
+
+// Whether all values are finite, and all codes before their limits integers of 32 bits, whatever the sums are.
+inline bool stays_in_range(const ConvProblem& problem) {
+    constexpr float kMostOfWord = 0x1p30f, kMostZeroPoint = 32000.0f;
+    const float slope = std::max(1.0f, std::abs(problem.activation.negative_slope));
+    for (int64_t o = 0; o < problem.shape.out_channels; ++o) {
+        float largest =
+            std::abs(problem.scale[o]) * std::min(largest_sum(problem, o), 0x1p31f) + std::abs(problem.bias[o]);
+        if (problem.residual) {
+            const Quantizer q = problem.residual_quantizer[o];
+            largest += (255.0f + std::abs(q.zero_point)) * q.scale;
+        }
+        const auto fits = [&](const QuantizerTable& quantizer) {
+            if (!quantizer.scale) return true;
+            const Quantizer q = quantizer[o];
+            return largest * slope * q.inv_scale < kMostOfWord && std::abs(q.zero_point) <= kMostZeroPoint;
+        };
+        if (!(std::isfinite(largest * slope) && fits(problem.out_quantizer) && fits(problem.also_quantizer)))
+            return false;
+    }
+    return true;
+}
+
+// The codes of an output as rint(factor * sum + offset), rounded once before rint, between their limits.
+struct Line {
+    float factor, offset;
+};
+
+// The line of an output of few codes, of a problem that stays in range and has no residual. Its exact codes are a
+// staircase over the sums, and so are those of a line: they are the same if they rise at the same sums. Each rise
+// bounds the offset, and the middle of all bounds is as far from all of them as can be. There may be no line: where
+// values lie in the middle between codes for more than one sum, ties go both ways.
+inline std::optional<Line> line_of(const ConvProblem& problem, int64_t o) {
+    constexpr int kTries = 4;  // sums about where a rise must be
+    const std::array<float, kFields> p = parameters_of(problem, problem.out_quantizer, o);
+    const Quantizer q = problem.out_quantizer[o];
+    const int32_t zero_sum = simd::reinterpret<int32_t>(p[kZeroSum]);
+    const float bound = largest_sum(problem, o);
+    if (!(q.qmax <= 15.0f && p[kScale] >= 0.0f && bound < 0x1p30f)) return std::nullopt;
+    const auto limited = [&](float code) { return std::clamp(code, p[kLowest], p[kHighest]); };
+    const auto exact = [&](int64_t sum) {
+        const float v = scaled_sum(static_cast<int32_t>(sum) - zero_sum, p[kScale], p[kBias]);
+        return limited(rintf(v * q.inv_scale) + q.zero_point);
+    };
+    const int64_t end = static_cast<int64_t>(bound) + 1, begin = -end;
+    const double inv_scale = q.inv_scale, factor = static_cast<double>(p[kScale]) * inv_scale;
+    const double offset = (p[kBias] - static_cast<double>(p[kScale]) * zero_sum) * inv_scale + q.zero_point;
+    double least = offset - factor, most = offset + factor;
+    std::array<int64_t, 16> rises{};  // the first sum from begin on that has this code or a larger one, or end
+    for (int k = static_cast<int>(p[kLowest]) + 1; k <= static_cast<int>(p[kHighest]); ++k) {
+        const double middle = k - 0.5, about = std::ceil((middle - offset) / factor);
+        int64_t rise = about < static_cast<double>(end) ? static_cast<int64_t>(std::max<double>(about, begin)) : end;
+        int tries = 0;
+        for (; tries < kTries && rise < end && exact(rise) < k; ++tries) ++rise;
+        for (; tries < kTries && rise > begin && exact(rise - 1) >= k; ++tries) --rise;
+        if (tries == kTries) return std::nullopt;
+        if (rise < end) least = std::max(least, middle - factor * static_cast<double>(rise));
+        if (rise > begin) most = std::min(most, middle - factor * static_cast<double>(rise - 1));
+        rises[k] = rise;
+    }
+    const Line line = {static_cast<float>(factor), static_cast<float>((least + most) / 2)};
+    const auto on_line = [&](int64_t sum) {
+        return limited(rintf(std::fma(static_cast<float>(sum), line.factor, line.offset)));
+    };
+    for (int k = static_cast<int>(p[kLowest]) + 1; k <= static_cast<int>(p[kHighest]); ++k)
+        if ((rises[k] < end && on_line(rises[k]) < k) || (rises[k] > begin && on_line(rises[k] - 1) >= k))
+            return std::nullopt;
+    return line;
+}
+
+// The lines of all outputs, or none.
+inline std::vector<Line> lines_of(const ConvProblem& problem) {
+    const float slope = problem.activation.negative_slope;
+    std::vector<Line> lines;
+    if (!problem.out_quantizer.scale || problem.residual || problem.also || (slope != 0.0f && slope != 1.0f))
+        return lines;
+    for (int64_t o = 0; o < problem.shape.out_channels; ++o) {
+        const std::optional<Line> line = line_of(problem, o);
+        if (!line) return {};
+        lines.push_back(*line);
+    }
+    return lines;
 }
 
 // Never in block order.
@@ -157,7 +253,9 @@ private:
 // codes, and those of the activation, can be taken as limits after it: of bytes, 32 or 64 at a time. (The conversion
 // to integers rounds half to even, as rint does, and those that it cannot hold are out of the question, see
 // stays_in_range.) What is left of the activation is a slope other than 0 and 1. Packing words into bytes saturates
-// and brings outputs in block order into theirs; others are left to be put in order, four at a time.
+// and brings outputs in block order into theirs; others are left to be put in order, four at a time. Where outputs
+// lie on a Line, all steps before the limits are one multiplication.
+enum class Course { line, plain, slope };
 
 // Writes the first n of some bytes.
 PTQ_AVX2_INLINE void store_first(__m128i bytes, uint8_t* y, int64_t n) {
@@ -191,7 +289,7 @@ PTQ_AVX512_INLINE void store_first(__m512i bytes, uint8_t* y, int64_t n) {
 }
 
 // Two vectors of 8 outputs, or four.
-template <int kVectors, bool kBlock>
+template <int kVectors, bool kBlock, bool kLine>
 struct StripQuantizerAvx2 {
     static constexpr int64_t kSecond = kVectors > 2 ? kPanelParameters : 0;  // panel's parameters, if there is one
     const float* parameters;
@@ -213,14 +311,14 @@ struct StripQuantizerAvx2 {
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) {
             const float* inv_scale = parameters + i / 2 * kSecond + kInvScale * kPanelOutputs + i % 2 * 8;
-            codes[i] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i], _mm256_loadu_ps(inv_scale)));
+            const __m256 code = kLine ? values[i] : _mm256_mul_ps(values[i], _mm256_loadu_ps(inv_scale));
+            codes[i] = _mm256_cvtps_epi32(code);
         }
-        const __m256i words0 = _mm256_adds_epi16(_mm256_packs_epi32(codes[0], codes[1]), zero_points[0]);
-        const __m256i words1 =
-            kVectors > 2
-                ? _mm256_adds_epi16(_mm256_packs_epi32(codes[kVectors - 2], codes[kVectors - 1]), zero_points[1])
-                : words0;
-        __m256i bytes = _mm256_packus_epi16(words0, words1);
+        __m256i words[2] = {_mm256_packs_epi32(codes[0], codes[1]),
+                            _mm256_packs_epi32(codes[kVectors - 2], codes[kVectors - 1])};
+        if (!kLine)
+            for (int i = 0; i < 2; ++i) words[i] = _mm256_adds_epi16(words[i], zero_points[i]);
+        __m256i bytes = _mm256_packus_epi16(words[0], words[1]);
         if (!kBlock) bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         store_first(_mm256_min_epu8(_mm256_max_epu8(bytes, lowest), highest), y, n);
     }
@@ -257,13 +355,12 @@ PTQ_AVX2_INLINE void widen_bytes(__m256i bytes, __m256i (&to)[4]) {
     to[3] = _mm256_unpackhi_epi16(high, zero);
 }
 
-template <bool kResidual, bool kSlope, bool kBlock, int kVectors>
+template <bool kResidual, Course course, bool kBlock, int kVectors>
 PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t>& f, int64_t first) {
     const int64_t n = std::min<int64_t>(f.outputs - first, 8 * kVectors), skipped = first / kPanelOutputs;
     const float* parameters = f.parameters + skipped * kPanelParameters;
-    const StripQuantizerAvx2<kVectors, kBlock> out(parameters);
-    const StripQuantizerAvx2<kVectors, kBlock> also(f.also ? f.also_parameters + skipped * kPanelParameters
-                                                           : parameters);
+    using Quantizer = StripQuantizerAvx2<kVectors, kBlock, course == Course::line>;
+    const Quantizer out(parameters), also(f.also ? f.also_parameters + skipped * kPanelParameters : parameters);
     sums += skipped * kPanelSums;
     for (int64_t p = 0, at = first; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
         __m256 v[kVectors];
@@ -275,35 +372,39 @@ PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t>&
                 return _mm256_loadu_ps(parameters + i / 2 * kPanelParameters + field * kPanelOutputs + i % 2 * 8);
             };
             const __m256i sum = load_bytes(sums + i / 2 * kPanelSums + i % 2 * 8);
+            if constexpr (course == Course::line) {
+                v[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), of(kFactor), of(kOffset));
+                continue;
+            }
             v[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_castps_si256(of(kZeroSum))));
             v[i] = _mm256_add_ps(_mm256_mul_ps(v[i], of(kScale)), of(kBias));
             if (kResidual) {
                 const __m256 code = _mm256_sub_ps(_mm256_cvtepi32_ps(r[i]), of(kResidualZeroPoint));
                 v[i] = _mm256_add_ps(v[i], _mm256_mul_ps(code, of(kResidualScale)));
             }
-            if (kSlope) {
+            if (course == Course::slope) {
                 const __m256 low = _mm256_mul_ps(v[i], _mm256_set1_ps(f.activation.negative_slope));
                 v[i] = _mm256_blendv_ps(low, v[i], _mm256_cmp_ps(v[i], _mm256_setzero_ps(), _CMP_GT_OQ));
             }
         }
         out.put(v, f.y + at, n);
-        if (f.also) also.put(v, f.also + at, n);
+        if (course != Course::line && f.also) also.put(v, f.also + at, n);
     }
 }
 
-template <bool kResidual, bool kSlope>
+template <bool kResidual, Course course>
 PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, const Finishing<uint8_t>& f) {
     for (int64_t first = 0; first < f.outputs; first += 32)
         if (f.block_order)
-            finish_strip<kResidual, kSlope, true, 4>(sums, f, first);
+            finish_strip<kResidual, course, true, 4>(sums, f, first);
         else if (f.outputs - first > kPanelOutputs)
-            finish_strip<kResidual, kSlope, false, 4>(sums, f, first);
+            finish_strip<kResidual, course, false, 4>(sums, f, first);
         else
-            finish_strip<kResidual, kSlope, false, 2>(sums, f, first);
+            finish_strip<kResidual, course, false, 2>(sums, f, first);
 }
 
 // Some vectors of 16 outputs.
-template <int kVectors, bool kBlock>
+template <int kVectors, bool kBlock, bool kLine>
 struct StripQuantizer {
     __m512 inv_scale[kVectors];
     __m512i zero_points[2], lowest, highest;
@@ -323,10 +424,11 @@ struct StripQuantizer {
     PTQ_AVX512_INLINE void put(const __m512 (&values)[kVectors], uint8_t* y, int64_t n) const {
         __m512i codes[kVectors], words[2];
 #pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) codes[i] = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inv_scale[i]));
+        for (int i = 0; i < kVectors; ++i)
+            codes[i] = _mm512_cvtps_epi32(kLine ? values[i] : _mm512_mul_ps(values[i], inv_scale[i]));
         pack_words(codes, words);
-        words[0] = _mm512_adds_epi16(words[0], zero_points[0]);
-        words[1] = kVectors > 2 ? _mm512_adds_epi16(words[1], zero_points[1]) : words[0];
+        if (!kLine)
+            for (int i = 0; i < 2; ++i) words[i] = _mm512_adds_epi16(words[i], zero_points[i]);
         __m512i bytes = _mm512_packus_epi16(words[0], words[1]);
         if (!kBlock)
             bytes = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
@@ -342,12 +444,21 @@ private:
     }
 };
 
-template <bool kResidual, bool kSlope, bool kBlock, int kVectors>
+template <bool kResidual, Course course, bool kBlock, int kVectors>
 PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8_t>& f) {
     const __mmask64 present = f.outputs < 64 ? (__mmask64{1} << f.outputs) - 1 : ~__mmask64{0};
-    const StripQuantizer<kVectors, kBlock> out(f.parameters);
-    const StripQuantizer<kVectors, kBlock> also(f.also ? f.also_parameters : f.parameters);
+    using Quantizer = StripQuantizer<kVectors, kBlock, course == Course::line>;
+    const Quantizer out(f.parameters), also(f.also ? f.also_parameters : f.parameters);
     const __m512 slope = _mm512_set1_ps(f.activation.negative_slope);
+    const auto of = [&](Field field, int i) PTQ_TARGET_AVX512 {
+        return _mm512_loadu_ps(f.parameters + i * kPanelParameters + field * kPanelOutputs);
+    };
+    __m512 factor[kVectors], offset[kVectors];  // the compiler does not know that writing codes leaves these alone
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+        factor[i] = of(kFactor, i);
+        offset[i] = of(kOffset, i);
+    }
     for (int64_t p = 0, at = 0; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
         __m512 v[kVectors];
         __m512i r[4];
@@ -362,78 +473,62 @@ PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8
         }
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) {
-            const auto of = [&](Field field) PTQ_TARGET_AVX512 {
-                return _mm512_loadu_ps(f.parameters + i * kPanelParameters + field * kPanelOutputs);
-            };
             const __m512i sum = _mm512_loadu_si512(sums + i * kPanelSums);
-            v[i] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_castps_si512(of(kZeroSum))));
-            v[i] = _mm512_add_ps(_mm512_mul_ps(v[i], of(kScale)), of(kBias));
+            if constexpr (course == Course::line) {
+                v[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor[i], offset[i]);
+                continue;
+            }
+            v[i] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_castps_si512(of(kZeroSum, i))));
+            v[i] = _mm512_add_ps(_mm512_mul_ps(v[i], of(kScale, i)), of(kBias, i));
             if (kResidual) {
                 if (!kBlock)
                     r[i] = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>(present >> 16 * i),
                                                                      f.residual + at + i * kPanelOutputs));
-                const __m512 code = _mm512_sub_ps(_mm512_cvtepi32_ps(r[i]), of(kResidualZeroPoint));
-                v[i] = _mm512_add_ps(v[i], _mm512_mul_ps(code, of(kResidualScale)));
+                const __m512 code = _mm512_sub_ps(_mm512_cvtepi32_ps(r[i]), of(kResidualZeroPoint, i));
+                v[i] = _mm512_add_ps(v[i], _mm512_mul_ps(code, of(kResidualScale, i)));
             }
-            if (kSlope)
+            if (course == Course::slope)
                 v[i] =
                     _mm512_mask_mul_ps(v[i], _mm512_cmp_ps_mask(v[i], _mm512_setzero_ps(), _CMP_NGT_UQ), v[i], slope);
         }
         out.put(v, f.y + at, f.outputs);
-        if (f.also) also.put(v, f.also + at, f.outputs);
+        if (course != Course::line && f.also) also.put(v, f.also + at, f.outputs);
     }
 }
 
-template <bool kResidual, bool kSlope>
+template <bool kResidual, Course course>
 PTQ_TARGET_AVX512 void finish_avx512(const int32_t* sums, const Finishing<uint8_t>& f) {
-    if (f.block_order) return finish_vectors<kResidual, kSlope, true, 4>(sums, f);
-    if (f.outputs > 48) return finish_vectors<kResidual, kSlope, false, 4>(sums, f);
-    if (f.outputs > 32) return finish_vectors<kResidual, kSlope, false, 3>(sums, f);
-    if (f.outputs > 16) return finish_vectors<kResidual, kSlope, false, 2>(sums, f);
-    finish_vectors<kResidual, kSlope, false, 1>(sums, f);
+    if (f.block_order) return finish_vectors<kResidual, course, true, 4>(sums, f);
+    if (f.outputs > 48) return finish_vectors<kResidual, course, false, 4>(sums, f);
+    if (f.outputs > 32) return finish_vectors<kResidual, course, false, 3>(sums, f);
+    if (f.outputs > 16) return finish_vectors<kResidual, course, false, 2>(sums, f);
+    finish_vectors<kResidual, course, false, 1>(sums, f);
 }
 
-// Whether all values are finite, and all codes before their limits integers of 32 bits, whatever the sums are.
-inline bool stays_in_range(const ConvProblem& problem) {
-    constexpr float kMostOfWord = 0x1p30f, kMostZeroPoint = 32000.0f;
-    const ConvShape& shape = problem.shape;
-    const float slope = std::max(1.0f, std::abs(problem.activation.negative_slope));
-    const float products = 255.0f * 128.0f * static_cast<float>(shape.kernel.area() * shape.group_channels());
-    for (int64_t o = 0; o < shape.out_channels; ++o) {
-        float sum = products;
-        for (int64_t t = 0; problem.zero_sums && t < shape.kernel.area(); ++t)
-            sum += std::abs(static_cast<float>(problem.zero_sums[t * shape.out_channels + o]));
-        float largest = std::abs(problem.scale[o]) * std::min(sum, 0x1p31f) + std::abs(problem.bias[o]);
-        if (problem.residual) {
-            const Quantizer q = problem.residual_quantizer[o];
-            largest += (255.0f + std::abs(q.zero_point)) * q.scale;
-        }
-        const auto fits = [&](const QuantizerTable& quantizer) {
-            if (!quantizer.scale) return true;
-            const Quantizer q = quantizer[o];
-            return largest * slope * q.inv_scale < kMostOfWord && std::abs(q.zero_point) <= kMostZeroPoint;
-        };
-        if (!(std::isfinite(largest * slope) && fits(problem.out_quantizer) && fits(problem.also_quantizer)))
-            return false;
-    }
-    return true;
-}
-
-template <bool kResidual, bool kSlope>
+template <bool kResidual, Course course>
 Finisher<uint8_t> code_finisher() {
     // As wide as the blocks of the tiles.
-    return simd::level() >= simd::Level::avx512_vnni ? finish_avx512<kResidual, kSlope>
-                                                     : finish_avx2<kResidual, kSlope>;
+    return simd::level() >= simd::Level::avx512_vnni ? finish_avx512<kResidual, course>
+                                                     : finish_avx2<kResidual, course>;
 }
 #endif
 
+// How a layer may be finished.
+struct Ways {
+    bool in_range;  // see stays_in_range
+    bool line;      // all outputs are on a Line
+};
+
 template <class T, bool kResidual>
-Finisher<T> finisher(const Activation& act, [[maybe_unused]] bool in_range) {
+Finisher<T> finisher(const Activation& act, [[maybe_unused]] const Ways& ways) {
 #if defined(__x86_64__)
     if constexpr (std::is_same_v<T, uint8_t>)
-        if (simd::level() >= simd::Level::avx2 && in_range)
-            return act.negative_slope == 0.0f || act.negative_slope == 1.0f ? code_finisher<kResidual, false>()
-                                                                            : code_finisher<kResidual, true>();
+        if (simd::level() >= simd::Level::avx2 && ways.in_range) {
+            if (!kResidual && ways.line) return code_finisher<false, Course::line>();
+            return act.negative_slope == 0.0f || act.negative_slope == 1.0f
+                       ? code_finisher<kResidual, Course::plain>()
+                       : code_finisher<kResidual, Course::slope>();
+        }
 #endif
     switch (curve_of(act)) {
         case Curve::identity: return Finish<T, kResidual, Curve::identity>::any;
@@ -442,10 +537,9 @@ Finisher<T> finisher(const Activation& act, [[maybe_unused]] bool in_range) {
     }
 }
 
-// `in_range`: see stays_in_range.
 template <class T>
-Finisher<T> finisher_of(bool residual, const Activation& act, bool in_range) {
-    return residual ? finisher<T, true>(act, in_range) : finisher<T, false>(act, in_range);
+Finisher<T> finisher_of(bool residual, const Activation& act, const Ways& ways) {
+    return residual ? finisher<T, true>(act, ways) : finisher<T, false>(act, ways);
 }
 
 }  // namespace ptq4cuda

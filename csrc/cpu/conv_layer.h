@@ -55,14 +55,23 @@ inline std::vector<Panel> panels_of(const ConvShape& shape, const Blocks& blocks
 
 class ConvLayer {
 public:
-    // Lays out what the arguments of the operator hold.
-    explicit ConvLayer(const ConvProblem& problem) : ConvLayer(problem.shape, problem.span) {
-        begin(problem.weight, {problem.activation.negative_slope, problem.activation.upper, is_in_range(problem),
+    // Lays out what the arguments of the operator hold, for one call, or to be kept: then it may take longer.
+    ConvLayer(const ConvProblem& problem, bool kept) : ConvLayer(problem.shape, problem.span) {
+        const bool in_range = stays_in_range(problem);
+        const std::vector<Line> lines = kept && in_range ? lines_of(problem) : std::vector<Line>();
+        begin(problem.weight, {problem.activation.negative_slope, problem.activation.upper, in_range, !lines.empty(),
                                problem.zero_sums != nullptr, problem.also != nullptr, problem.residual != nullptr,
                                problem.out_quantizer.scale != nullptr});
-        lay_out([&](int64_t o) { return parameters_of(problem, problem.out_quantizer, o); },
-                [&](int64_t o) { return parameters_of(problem, problem.also_quantizer, o); },
-                [&](int64_t t, int64_t o) { return problem.zero_sums[t * problem.shape.out_channels + o]; });
+        lay_out(
+            [&](int64_t o) {
+                std::array<float, kFields> fields = parameters_of(problem, problem.out_quantizer, o);
+                if (lines.empty()) return fields;
+                fields[kFactor] = lines[o].factor;
+                fields[kOffset] = lines[o].offset;
+                return fields;
+            },
+            [&](int64_t o) { return parameters_of(problem, problem.also_quantizer, o); },
+            [&](int64_t t, int64_t o) { return problem.zero_sums[t * problem.shape.out_channels + o]; });
     }
 
     // Takes what bytes() of a layer of this shape and these weights returned, on whatever processor. They are looked
@@ -138,7 +147,7 @@ public:
     const float* parameters(int64_t panel) const { return parameters_ + panel * kPanelParameters; }
     const float* also_parameters(int64_t panel) const { return also_parameters_ + panel * kPanelParameters; }
     Activation activation() const { return {facts_.negative_slope, facts_.upper}; }
-    bool in_range() const { return facts_.in_range; }
+    Ways ways() const { return {facts_.in_range != 0, facts_.line != 0}; }
     // What it was prepared for: outputs in codes, a second one, a residual.
     bool returns_codes() const { return facts_.codes; }
     bool has_also() const { return facts_.also; }
@@ -147,9 +156,9 @@ public:
 private:
     struct Facts {
         float negative_slope, upper;
-        uint8_t in_range, zeros, also, residual, codes;  // 0: no
+        uint8_t in_range, line, zeros, also, residual, codes;  // 0: no
     };
-    static constexpr uint64_t kMagic = 0x32726579616c3471;  // changes with what follows
+    static constexpr uint64_t kMagic = 0x33726579616c3471;  // changes with what follows
     struct alignas(simd::kLine) Header {
         uint64_t magic;
         int32_t tiles;  // see tile_kind
@@ -188,14 +197,6 @@ private:
             grouped_.push_back(columns() ? i % 3 * k.width + i / 3 : i);
         }
         while (grouped_.size() % tiles_.depthwise_taps) grouped_.push_back(-1);
-    }
-
-    static bool is_in_range(const ConvProblem& problem) {
-#if defined(__x86_64__)
-        return stays_in_range(problem);
-#else
-        return false;
-#endif
     }
 
     void begin(const int8_t* weight, const Facts& facts) {

@@ -562,7 +562,7 @@ Tensor prepare_layer(const Tensor& x, const Tensor& weight, std::optional<Tensor
     const ConvProblem& problem = arguments.problem;
     STD_TORCH_CHECK(!problem.shape.packed() && !problem.out_packing.starts && !problem.also_packing.starts,
                     "prepare_layer: codes are packed");
-    const ConvLayer layer(problem);
+    const ConvLayer layer(problem, true);
     const Tensor bytes = empty_vector(static_cast<int64_t>(layer.bytes().size()), ScalarType::Byte, x);
     std::memcpy(bytes.mutable_data_ptr<uint8_t>(), layer.bytes().data(), layer.bytes().size());
     return bytes;

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from ops.backends import BACKENDS, NATIVE, Backend
 from ops.test_nibbles import bits_of, codes_of
 from ptq4cuda import ops
 from ptq4cuda.ops import panels
+from ptq4cuda.ops.layers import Code
 from ptq4cuda.ops.nibbles import Nibbles
 from ptq4cuda.ops.plan import conv_plan
 
@@ -623,10 +625,63 @@ def test_the_typed_function_and_its_defaults() -> None:
 
 # --- instruction sets ------------------------------------------------------------------------------------------
 
+# Codes of all sums from 0 to 32,640: whether they are on a line (csrc/cpu/conv_finish.h), and what the layer is.
+LINES = {
+    "relu": (True, {"negative_slope": 0.0}),
+    "relu6": (True, {"negative_slope": 0.0, "upper": 6.0}),
+    "no activation": (True, {}),
+    "0 to 4 bits": (True, {"out_bits": [torch.arange(20, dtype=torch.uint8) % 5]}),
+    "nothing but a bias": (True, {"scale": torch.zeros(20)}),
+    "nearly constant": (True, {"scale": torch.full((20,), 1e-30)}),
+    "ties that go both ways": (False, {"scale": torch.full((20,), 1 / 512), "bias": torch.zeros(20)}),
+    "falling": (False, {"scale": torch.full((20,), -1e-3)}),
+    "5 bits": (False, {"out_bits": [torch.full((20,), 5, dtype=torch.uint8)]}),
+    "a slope": (False, {"negative_slope": 0.5}),
+    "out of range": (False, {"bias": torch.full((20,), 1e38)}),
+}
+
+
+@pytest.mark.parametrize("what", LINES)
+def test_layers_that_are_kept_have_the_same_codes(cpu: Backend, what: str) -> None:
+    """One multiplication takes the place of five steps where it gives the same codes of all sums, and only there."""
+    on_line, change = LINES[what]
+    codes = torch.arange(256, dtype=torch.uint8)
+    x = torch.zeros(1, 4, 256, 256, dtype=torch.uint8)
+    x[0, 1], x[0, 2] = codes, codes[:, None]
+    weight = torch.tensor([3, 1, 127, -5], dtype=torch.int8).expand(20, 1, 1, 4).contiguous()
+    g = torch.Generator().manual_seed(0)
+    case = Case(4, 20, bits=8)
+    a = case.arguments(weight, torch.tensor([9, -70, 40, 3], dtype=torch.int32)) | {
+        "scale": torch.rand(20, generator=g) * 2e-3 + 1e-5,
+        "bias": torch.randn(20, generator=g),
+        **oracle.outputs(
+            (torch.ones(20), torch.arange(20, dtype=torch.int32) % 9, torch.full((20,), 4, dtype=torch.uint8))
+        ),
+        **change,
+    }
+    prepared = torch.ops.ptq4cuda.prepare_layer(x, *a.values())
+    code = Code([False])
+    numbers = code.convolve(
+        0,
+        a["weight"],
+        prepared,
+        20,
+        *(a[name] for name in ("kernel_size", "stride", "padding", "dilation", "groups", "span")),
+        residual=None,
+        values=False,
+        second=False,
+    )
+    (y,) = torch.ops.ptq4cuda.run_layers([x], code.constants, code.returning(numbers), torch.float32)
+    assert torch.equal(y, run(cpu, x, a))
+    if platform.machine() == "x86_64":
+        assert prepared[33] == on_line  # behind what tells layers apart, the activation and whether it is in range
+
+
 FINGERPRINT = """
 import hashlib, torch, ptq4cuda.ops as ops
 from ptq4cuda import _native
 from ptq4cuda.ops import panels
+from ptq4cuda.ops.layers import Code
 from ptq4cuda.quantizer import QuantParams
 digest = hashlib.sha256()
 g = torch.Generator().manual_seed(0)
@@ -653,6 +708,16 @@ for channels, outputs, groups, bits in (
                     outputs=(out, QuantParams(quantizer.bits, scale, zeros[2].contiguous())))
                 for y in outputs:
                     digest.update((y + 0).numpy().tobytes())
+        # Kept, with few bits: one multiplication, where it gives the same codes.
+        shape, whole = ((3, 3), (1, 1), (1, 1), (1, 1), groups), torch.empty(0, dtype=torch.int32)
+        prepared = torch.ops.ptq4cuda.prepare_layer(
+            x, weight, zeros, scale, bias, *shape, 0, span, slope, upper, None, None, None,
+            [scale * 99], [zeros[2].contiguous() % 7], [bits % 5], [whole], [0], None)
+        code = Code([False])
+        (out,) = code.convolve(
+            0, weight, prepared, len(scale), *shape, span, residual=None, values=False, second=False)
+        (y,) = torch.ops.ptq4cuda.run_layers([x], code.constants, code.returning([out]), torch.float32)
+        digest.update((y + 0).numpy().tobytes())
 print(_native.build_info["simd_level"], digest.hexdigest())
 """
 
