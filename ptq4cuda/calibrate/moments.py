@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,13 +79,13 @@ class Moments:
         """E t [G, R]."""
         return self.t / self.count
 
-    @property
+    @cached_property
     def covariance(self) -> Tensor:
         """H = cov(u, u) [G, d, d]."""
         mean = self.mean_u
-        return self.uu / self.count - mean[:, :, None] * mean[:, None, :]
+        return (self.uu / self.count).sub_(mean[:, :, None] * mean[:, None, :])
 
-    @property
+    @cached_property
     def cross(self) -> Tensor:
         """B = cov(t, u) [G, R, d]."""
         return self.tu / self.count - self.mean_t[:, :, None] * self.mean_u[:, None, :]

@@ -18,6 +18,7 @@ of the samples choose it, each judging what was fitted on the other, and whether
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,10 +61,20 @@ def fit_weights(weight: Tensor, halves: tuple[Moments, Moments]) -> Target:
         with_a, with_b = _with_gains(a, near), _with_gains(b, near)
         if _error(b, with_a) + _error(a, with_b) < _error(b, near) + _error(a, near):
             near_a, near_b, near = with_a, with_b, _with_gains(total, near)
-        errors = [_error(b, _solve(a, near_a, r)) + _error(a, _solve(b, near_b, r)) for r in RIDGES]
-        ridge = min(zip(errors, RIDGES, strict=True))[1]
+
+        @cache
+        def error(index: int) -> float:
+            ridge = RIDGES[index]
+            return _error(b, _solve(a, near_a, ridge)) + _error(a, _solve(b, near_b, ridge))
+
+        # It falls to the best ridge and rises from there: halve what is left.
+        first, last = 0, len(RIDGES) - 1
+        while first < last:
+            middle = (first + last) // 2
+            first, last = (middle + 1, last) if error(middle + 1) < error(middle) else (first, middle)
+        ridge = RIDGES[first]
     covariance = total.covariance
-    metric = covariance + torch.diag_embed(_ROUNDING_RIDGE * ridge * _variances(covariance))
+    metric = _with_diagonal(covariance, _ROUNDING_RIDGE * ridge * _variances(covariance))
     return Target(_solve(total, near, ridge), metric)
 
 
@@ -110,13 +121,20 @@ def _damping(moments: Moments, covariance: Tensor, ridge: float) -> Tensor:
     return torch.maximum(ridge * _variances(covariance), floor).clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def _with_diagonal(matrix: Tensor, added: Tensor) -> Tensor:
+    """Return matrices [G, d, d] with [G, d] added to their diagonals."""
+    result = matrix.clone()
+    result.diagonal(dim1=1, dim2=2).add_(added)
+    return result
+
+
 def _with_gains(moments: Moments, weight: Tensor) -> Tensor:
     """Return the float weights times the gain of each input."""
     covariance = moments.covariance
     products = weight.mT @ weight
     energy = products.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
     damping = _damping(moments, covariance, _GAIN_RIDGE) * energy
-    lower = torch.linalg.cholesky(products * covariance + torch.diag_embed(damping))
+    lower = torch.linalg.cholesky(_with_diagonal(products * covariance, damping))
     missing = ((moments.cross - weight @ covariance) * weight).sum(1)
     return weight * (1.0 + torch.cholesky_solve(missing[:, :, None], lower).mT)
 
@@ -126,7 +144,7 @@ def _solve(moments: Moments, near: Tensor, ridge: float) -> Tensor:
     covariance = moments.covariance
     damping = _damping(moments, covariance, ridge)
     right = moments.cross + damping[:, None, :] * near
-    return torch.cholesky_solve(right.mT, torch.linalg.cholesky(covariance + torch.diag_embed(damping))).mT
+    return torch.cholesky_solve(right.mT, torch.linalg.cholesky(_with_diagonal(covariance, damping))).mT
 
 
 def _error(moments: Moments, weight: Tensor) -> float:

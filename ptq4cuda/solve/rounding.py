@@ -12,7 +12,7 @@ given all others, and the best scale and offset for the codes in closed form, un
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -85,18 +85,19 @@ def _round_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes [G, R, d], scale and offset [G, R]."""
     shared = bits.float().repeat_interleave(blocks, 0)
-    rows = _Rows.start(to_blocks(weight.float(), blocks), shared, h, blocks)
+    rows = _Rows.start(to_blocks(weight.float(), blocks).mT.contiguous(), shared, h, blocks)
     if rounding != "nearest":
         rows = rows.repeated(_STARTS)
         rows.compensate()
+        products = _Products.of(rows, len(_STARTS))
         if rounding == "descent":
             for _ in range(_SWEEPS):
-                rows.rescale()
-                if not rows.descend():
+                rows.rescale(products)
+                if not rows.descend(products):
                     break
-        rows.rescale()
-        rows = rows.best(len(_STARTS))
-    codes = from_blocks(rows.codes, blocks, weight.shape[-1]).to(torch.uint8)
+        rows.rescale(products)
+        rows = rows.best(rows.error(products), len(_STARTS))
+    codes = from_blocks(rows.codes.mT, blocks, weight.shape[-1]).to(torch.uint8)
     return codes, rows.scale[::blocks], rows.offset[::blocks]
 
 
@@ -108,10 +109,29 @@ def _snap(offset: Tensor, bits: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class _Rows:
-    """Rows under way: float32 codes [G, R, d], scale, offset and qmax [G, R], target weights and H.
+class _Products:
+    """What the codes, the target and a row of ones are in the metric of H: float32 H c [G, d, R], H w* and H 1 [G, d, 1].
 
-    Where H has blocks, G counts each of them: their rows have scale and offset in common.
+    Those of the codes are kept up to date by what changes, which is few numbers, and small ones.
+    """
+
+    codes: Tensor
+    target: Tensor
+    ones: Tensor
+
+    @classmethod
+    def of(cls, rows: _Rows, starts: int) -> _Products:
+        """Multiply; all starts have the same target."""
+        own = rows.weight[:, :, : rows.weight.shape[2] // starts]
+        return cls(rows.h @ rows.codes, (rows.h @ own).repeat(1, 1, starts), rows.h.sum(2, keepdim=True))
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Rows under way: float32 codes [G, d, R], scale, offset and bits [G, R], target weights and H.
+
+    Inputs come first: rows are brought up to date input by input, all at a time. Where H has blocks, G counts each of
+    them: their rows have scale and offset in common.
     """
 
     weight: Tensor
@@ -134,13 +154,13 @@ class _Rows:
         an input large that has few bits because it hardly varies. The inputs count by their variances alone here:
         this runs once for each scale that is tried.
         """
-        variances = h.diagonal(dim1=1, dim2=2)[:, None, :]
-        loud = variances > _QUIET * _over_blocks(variances.mean(-1), blocks, torch.mean)[..., None]
+        variances = h.diagonal(dim1=1, dim2=2)[:, :, None]
+        loud = variances > _QUIET * _over_blocks(variances.mean(1), blocks, torch.mean)[:, None]
         best: _Rows | None = None
         least = torch.full_like(bits, torch.inf)
         for within in [weight] if bool(loud.all()) else [weight, weight * loud]:
-            low = _over_blocks(within.amin(-1).clamp_max(0.0), blocks, torch.amin)
-            high = _over_blocks(within.amax(-1).clamp_min(0.0), blocks, torch.amax)
+            low = _over_blocks(within.amin(1).clamp_max(0.0), blocks, torch.amin)
+            high = _over_blocks(within.amax(1).clamp_min(0.0), blocks, torch.amax)
             symmetric = torch.maximum(-low / 128.0, high / 127.0)
             step = torch.where(bits == 8, symmetric, (high - low) / (torch.exp2(bits) - 1.0))
             step = step.clamp_min(torch.finfo(torch.float32).tiny)
@@ -148,36 +168,36 @@ class _Rows:
                 rows = cls(
                     weight, bits, h, step * shrink, _snap(low / step, bits), torch.empty(0, device="cpu"), blocks
                 )
-                rows.codes = rows.nearest(weight)
-                error = rows._over_blocks((rows.difference().square() * variances).sum(-1))
+                rows.codes = rows.clamp(rows.in_codes(weight).round_())
+                error = rows._over_blocks((rows.difference().square_() * variances).sum(1))
                 if best is None:
                     best = rows
                 better = error < least
                 least = torch.where(better, error, least)
-                best.take(rows, better)
+                best.scale = torch.where(better, rows.scale, best.scale)
+                best.offset = torch.where(better, rows.offset, best.offset)
+                best.codes = torch.where(better[:, None], rows.codes, best.codes)
         assert best is not None
         return best
 
-    def take(self, other: _Rows, where: Tensor) -> None:
-        """Take over scale, offset and codes of some rows."""
-        self.scale = torch.where(where, other.scale, self.scale)
-        self.offset = torch.where(where, other.offset, self.offset)
-        self.codes = torch.where(where[..., None], other.codes, self.codes)
+    def in_codes(self, weight: Tensor) -> Tensor:
+        """Return weights [G, d, R] on the scale of the codes."""
+        return (weight / self.scale[:, None]).sub_(self.offset[:, None])
 
-    def nearest(self, weight: Tensor) -> Tensor:
-        """Return the codes closest to weights [G, R, ...]."""
-        shape = (*self.scale.shape, *(1,) * (weight.dim() - 2))
-        scale, offset, bits = (t.view(shape) for t in (self.scale, self.offset, self.bits))
-        return torch.minimum(torch.round(weight / scale - offset).clamp_min(0.0), torch.exp2(bits) - 1.0)
+    def clamp(self, codes: Tensor) -> Tensor:
+        """Limit codes [..., G, R] or [G, d, R] to those that there are, in place."""
+        most = torch.exp2(self.bits) - 1.0
+        return torch.minimum(codes.clamp_min_(0.0), most[:, None] if codes.dim() == 3 else most, out=codes)
 
     def difference(self) -> Tensor:
-        """Return w - w* [G, R, d]."""
-        return (self.codes + self.offset[..., None]) * self.scale[..., None] - self.weight
+        """Return w - w* [G, d, R]."""
+        return (self.codes + self.offset[:, None]).mul_(self.scale[:, None]).sub_(self.weight)
 
-    def error(self) -> Tensor:
+    def error(self, products: _Products) -> Tensor:
         """Return (w - w*) H (w - w*)ᵀ [G, R]."""
-        difference = self.difference()
-        return self._over_blocks(((difference @ self.h) * difference).sum(-1))
+        gradient = torch.addcmul(products.codes, products.ones, self.offset[:, None])
+        gradient.mul_(self.scale[:, None]).sub_(products.target)
+        return self._over_blocks(gradient.mul_(self.difference()).sum(1))
 
     def repeated(self, factors: tuple[float, ...]) -> _Rows:
         """Return the rows once for each factor on their scale; the offset keeps the lower end of the range."""
@@ -187,28 +207,27 @@ class _Rows:
         )
         bits = self.bits.repeat(1, n)
         return _Rows(
-            self.weight.repeat(1, n, 1),
+            self.weight.repeat(1, 1, n),
             bits,
             self.h,
             self.scale.repeat(1, n) * factor,
             _snap(self.offset.repeat(1, n) / factor, bits),
-            self.codes.repeat(1, n, 1),
+            self.codes.repeat(1, 1, n),
             self.blocks,
         )
 
-    def best(self, n: int) -> _Rows:
+    def best(self, error: Tensor, n: int) -> _Rows:
         """Return of n repetitions of each row the one with the least error."""
-        groups, rows = self.codes.shape[:2]
-        pick = self.error().view(groups, n, rows // n).argmin(1)
+        groups, inputs, rows = self.codes.shape
+        pick = error.view(groups, n, rows // n).argmin(1, keepdim=True)
 
         def picked(tensor: Tensor) -> Tensor:
-            tensor = tensor.view(groups, n, rows // n, -1)
-            index = pick[:, None, :, None].expand(groups, 1, rows // n, tensor.shape[-1])
-            return tensor.gather(1, index).squeeze(1)
+            return tensor.view(groups, n, rows // n).gather(1, pick).squeeze(1)
 
-        vectors = (picked(t).squeeze(-1) for t in (self.bits, self.scale, self.offset))
-        bits, scale, offset = vectors
-        return _Rows(picked(self.weight), bits, self.h, scale, offset, picked(self.codes), self.blocks)
+        index = pick.expand(groups, inputs, -1)[:, :, None]
+        codes = self.codes.view(groups, inputs, n, rows // n).gather(2, index).squeeze(2)
+        bits, scale, offset = (picked(t) for t in (self.bits, self.scale, self.offset))
+        return _Rows(self.weight[:, :, : rows // n], bits, self.h, scale, offset, codes, self.blocks)
 
     def compensate(self) -> None:
         """Choose codes input by input, each error made up for by the inputs that follow.
@@ -222,48 +241,51 @@ class _Rows:
         damping = _DAMPING * diagonal.double().mean(1, keepdim=True).expand_as(diagonal)
         lower = torch.linalg.cholesky(h.double() + torch.diag_embed(damping))
         u = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
-        index = order[:, None, :].expand_as(self.weight)
-        left = self.weight.gather(2, index)
+        index = order[:, :, None].expand_as(self.weight)
+        left = self.in_codes(self.weight).gather(1, index)
         codes = torch.empty_like(left)
-        for first, end in _blocks(left.shape[2]):
-            block, inner = left[:, :, first:end].contiguous(), u[:, first:end, first:end]
+        for first, end in _blocks(left.shape[1]):
+            block, inner = left[:, first:end], u[:, first:end, first:end]
             errors = torch.empty_like(block)
             for j in range(end - first):
-                code = self.nearest(block[:, :, j])
-                codes[:, :, first + j] = code
-                error = (block[:, :, j] - (code + self.offset) * self.scale) / inner[:, j, j, None]
-                block[:, :, j + 1 :] -= error[:, :, None] * inner[:, j, None, j + 1 :]
-                errors[:, :, j] = error
-            left[:, :, end:] -= errors @ u[:, first:end, end:]
-        self.codes = torch.empty_like(codes).scatter_(2, index, codes)
+                code = self.clamp(block[:, j].round())
+                codes[:, first + j] = code
+                errors[:, j] = (block[:, j] - code).div_(inner[:, j, j, None])
+                block[:, j + 1 :] -= inner[:, j, j + 1 :, None] * errors[:, j, None]
+            left[:, end:] -= u[:, first:end, end:].mT @ errors
+        self.codes = left.scatter_(1, index, codes)
 
-    def descend(self) -> bool:
+    def descend(self, products: _Products) -> bool:
         """Choose each code once, given all others; tell whether any changed."""
-        gradient = self.difference() @ self.h
-        curvature = self.h.diagonal(dim1=1, dim2=2)[:, None, :]
+        curvature = self.h.diagonal(dim1=1, dim2=2)[..., None]
         changed = torch.zeros((), dtype=torch.bool, device=self.h.device)
-        for first, end in _blocks(self.codes.shape[2]):
-            block, inner = gradient[:, :, first:end].contiguous(), self.h[:, first:end, first:end]
-            moves = torch.empty_like(block)
+        for first, end in _blocks(self.codes.shape[1]):
+            here = slice(first, end)
+            inner, codes = self.h[:, here, here], self.codes[:, here]
+            # On the scale of the codes.
+            gradient = products.codes[:, here] + products.ones[:, here] * self.offset[:, None]
+            gradient -= products.target[:, here] / self.scale[:, None]
+            moves = torch.empty_like(gradient)
             for j in range(end - first):
-                old = self.codes[:, :, first + j]
-                value = (old + self.offset) * self.scale
-                new = self.nearest(value - block[:, :, j] / curvature[:, :, first + j])
-                move = (new - old) * self.scale
-                self.codes[:, :, first + j] = new
-                block += move[:, :, None] * inner[:, j, None, :]
-                moves[:, :, j] = move
-            gradient += moves @ self.h[:, first:end, :]
+                old = codes[:, j]
+                new = self.clamp((old - gradient[:, j] / curvature[:, first + j]).round_())
+                torch.sub(new, old, out=moves[:, j])
+                codes[:, j] = new
+                gradient[:, j + 1 :] += inner[:, j, j + 1 :, None] * moves[:, j, None]
+            products.codes += self.h[:, :, here] @ moves
             changed |= (moves != 0).any()
         return bool(changed)
 
-    def rescale(self) -> None:
+    def rescale(self, products: _Products) -> None:
         """Set scale and offset to the least squares fit of the target by codes and ones, in the metric of H."""
-        ones = torch.ones_like(self.codes)
-        target = self.weight @ self.h
-        codes_h, ones_h = self.codes @ self.h, ones @ self.h
-        products = (codes_h * self.codes, codes_h * ones, ones_h * ones, target * self.codes, target * ones)
-        cc, c1, oo, ct, ot = (self._over_blocks(product.sum(-1)) for product in products)
+        sums = (
+            (products.codes * self.codes).sum(1),
+            products.codes.sum(1),
+            products.ones.sum(1).expand_as(self.scale),
+            (products.target * self.codes).sum(1),
+            products.target.sum(1),
+        )
+        cc, c1, oo, ct, ot = (self._over_blocks(each) for each in sums)
         determinant = cc * oo - c1 * c1
         slope, shift = (ct * oo - ot * c1) / determinant, (cc * ot - c1 * ct) / determinant
         usable = (determinant > 1e-6 * cc * oo) & (slope > 0)
@@ -272,9 +294,10 @@ class _Rows:
         along = ct + offset * ot
         square = cc + 2.0 * offset * c1 + offset.square() * oo
         scale = along / square
-        candidate = _Rows(self.weight, self.bits, self.h, scale, offset, self.codes, self.blocks)
-        better = (scale > 0) & torch.isfinite(scale) & (candidate.error() < self.error())
-        self.take(candidate, better)
+        candidate = replace(self, scale=scale, offset=offset)
+        better = (scale > 0) & torch.isfinite(scale) & (candidate.error(products) < self.error(products))
+        self.scale = torch.where(better, scale, self.scale)
+        self.offset = torch.where(better, offset, self.offset)
 
 
 def _over_blocks(parts: Tensor, blocks: int, reduce: Callable[..., Tensor]) -> Tensor:
