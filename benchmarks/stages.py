@@ -134,7 +134,9 @@ def main() -> None:
         digest = hashlib.sha256(Path(folder, "network.ptq4").read_bytes()).hexdigest()[:16]
     rows = sorted(clock.seconds.items(), key=lambda item: -item[1][0])
     rows.append(("all", [sum(each) for each in zip(*clock.seconds.values(), strict=True)]))
-    print(f"\n{name}, {'fast()' if arguments.fast else 'default'}, {arguments.images} images of {arguments.size} pixels")
+    print(
+        f"\n{name}, {'fast()' if arguments.fast else 'default'}, {arguments.images} images of {arguments.size} pixels"
+    )
     print(table(("stage", "s", "CPU s"), [(stage, *(f"{s:.1f}" for s in each)) for stage, each in rows]))
     print(f"peak {peak:.2f} GiB, {torch.get_num_threads()} thread(s), file {digest}")
 

@@ -110,7 +110,7 @@ def _snap(offset: Tensor, bits: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class _Products:
-    """What the codes, the target and a row of ones are in the metric of H: float32 H c [G, d, R], H w* and H 1 [G, d, 1].
+    """Codes, target and ones in the metric of H: float32 H c [G, d, R], H w* [G, d, R] and H 1 [G, d, 1].
 
     Those of the codes are kept up to date by what changes, which is few numbers, and small ones.
     """
