@@ -273,8 +273,8 @@ private:
         return number;
     }
     Numbers list() {
-        const int64_t count = bounded(next(), static_cast<int64_t>(code_.size() - at_) + 1);
-        at_ += count;
+        const int64_t count = next();
+        at_ += bounded(count, static_cast<int64_t>(code_.size() - at_) + 1);
         return {code_.data() + at_ - count, static_cast<size_t>(count)};
     }
     // So many numbers that follow.

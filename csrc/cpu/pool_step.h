@@ -15,7 +15,7 @@ constexpr int64_t kPooledCodes = 1 << 15;  // read, worth a task
 
 // The largest of `taps` pieces of `count` codes that lie `step` apart.
 PTQ_INLINE void largest_codes(uint8_t* y, const uint8_t* x, int64_t step, int64_t taps, int64_t count) {
-    std::memcpy(y, x, count);
+    std::copy_n(x, count, y);  // of no codes, unlike memcpy, also from nowhere
     for (int64_t t = 1; t < taps; ++t) {
         const uint8_t* other = x + t * step;
         for (int64_t i = 0; i < count; ++i) y[i] = other[i] > y[i] ? other[i] : y[i];
@@ -42,7 +42,7 @@ struct PoolRow {
         uint8_t* y = p.y + row * length;
         const Inside rows = p.rows(row % p.out.height);
         if (rows.count <= 0) {
-            std::memset(y, 0, length);
+            std::fill_n(y, length, uint8_t{0});
             return;
         }
         uint8_t* band = buffers->band.data();

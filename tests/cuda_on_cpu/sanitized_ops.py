@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,10 +18,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from execute import test_regions
 from ops import oracle, test_any_arguments
 from ops.backends import Backend
+from ptq4cuda.bench import architectures
 from ptq4cuda.ops import panels, reference, registration, row_offsets
 from ptq4cuda.ops.nibbles import Nibbles
+
+EXAMPLES = int(os.environ.get("PTQ4CUDA_EXAMPLES", "300"))  # of arguments at random
 
 SHAPES = ((2, 5, 7, 6), (1, 3, 17, 19), (3, 16, 4, 4), (2, 130, 3, 3), (4, 33), (1, 1, 1, 1), (2, 3, 65, 64))
 
@@ -148,11 +153,11 @@ def wide_convolutions() -> Iterator[tuple[int, int, int, int, int]]:
 
 
 def check_any_arguments(native: Backend) -> int:
-    """Compare 300 calls with the reference: wrong arguments, empty tensors and absurd geometry are among them."""
+    """Compare EXAMPLES calls with the reference, some with wrong arguments, empty tensors or absurd geometry."""
     calls = 0
     specification = Backend("reference", define("ptq4cuda_reference"))
 
-    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize="PTQ4CUDA_EXAMPLES" not in os.environ, database=None)
     @given(call=test_any_arguments.calls())
     def run(call: tuple[str, tuple[Any, ...]]) -> None:
         nonlocal calls
@@ -161,6 +166,16 @@ def check_any_arguments(native: Backend) -> int:
 
     run()
     return calls
+
+
+def check_layers() -> int:
+    """Execute a network in integers, and codes of run_layers that were changed at random; return how many."""
+    pictures = architectures.images(5, 16)
+    network = test_regions.everything(pictures)
+    with torch.no_grad():
+        assert test_regions.same(test_regions.one_by_one(network, pictures), network(pictures))
+    test_regions.any_codes(network, pictures, EXAMPLES, seed=EXAMPLES)
+    return EXAMPLES + 1
 
 
 def define(namespace: str) -> str:
@@ -204,6 +219,8 @@ def main(library: str, *operators_wanted: str) -> None:
             calls += check_convolution(native, *convolution)
     if not on_gpu:
         calls += check_any_arguments(native)
+    if is_of_cpu(library):
+        calls += check_layers()
     print(f"{calls} operator calls, all as the reference")
 
 

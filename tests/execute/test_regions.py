@@ -61,10 +61,14 @@ def pictures() -> Tensor:
     return architectures.images(5, 16)
 
 
-@pytest.fixture(scope="module")
-def network(pictures: Tensor) -> nn.Module:
+def everything(pictures: Tensor) -> nn.Module:
     torch.manual_seed(0)
     return quantize(Everything().eval(), [pictures], FAST, progress=False)
+
+
+@pytest.fixture(scope="module")
+def network(pictures: Tensor) -> nn.Module:
+    return everything(pictures)
 
 
 def regions_of(network: nn.Module) -> list[Region]:
@@ -220,17 +224,17 @@ def test_what_another_processor_prepared_is_laid_out_anew(
     )
 
 
-def test_any_code_is_refused_or_executed(network: nn.Module, pictures: Tensor) -> None:
-    """Whatever the numbers say, memory stays whole: the sanitizers run this, too."""
+def any_codes(network: nn.Module, pictures: Tensor, count: int, seed: int = 0) -> int:
+    """Execute so many codes that were changed at random, and return how many were refused: memory must stay whole."""
     (region,) = regions_of(network)
     assert region._numbers is not None
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(limit: int) -> int:
         return int(torch.randint(limit, (1,), generator=generator))
 
     refused = 0
-    for _ in range(1500):
+    for _ in range(count):
         code, constants = list(region._numbers), list(region._constants)
         for _ in range(1 + draw(2)):
             kind = draw(4)
@@ -251,4 +255,8 @@ def test_any_code_is_refused_or_executed(network: nn.Module, pictures: Tensor) -
         except RuntimeError as error:
             refused += 1
             assert "run_layers" in str(error) or "must" in str(error)
-    assert 300 < refused < 1500
+    return refused
+
+
+def test_any_code_is_refused_or_executed(network: nn.Module, pictures: Tensor) -> None:
+    assert 300 < any_codes(network, pictures, 1500) < 1500
