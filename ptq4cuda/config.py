@@ -18,10 +18,11 @@ Granularity = Literal["per_channel", "per_tensor"]
 Execution = Literal["auto", "integer", "simulate"]
 Target = Literal["weights", "output", "block"]
 BiasCorrection = WeightCorrection | Literal["output"]
+LayerAllocation = Literal["uniform", "measured"]
 FLOAT = "float"  # an override that leaves a layer in float
 _BITS = ("weight_bits", "activation_bits")
 Override = Mapping[str, int] | Literal["float"]
-VERSION = 1  # of the fields; more of them make another version
+VERSION = 2  # of the fields; more of them make another version
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ class QuantConfig:
     """How a network is quantized. The default is the most accurate W4A4 that integers can execute.
 
     Attributes:
-        weight_bits: bits of weights, 1 to 8 (with weight_allocation: the mean over a layer's output channels).
-        activation_bits: bits of the inputs of layers, 1 to 8 (with activation_allocation: the mean over channels).
+        weight_bits: bits of weights, 1 to 8: the mean over a layer's output channels, with layer_allocation over all
+            weights.
+        activation_bits: bits of the inputs of layers, 1 to 8: the mean over channels, with layer_allocation over all
+            values that layers read.
         first_last_bits: bits of weights and input of first and last layers, 1 to 8: those that read an image, and
             those behind which no other lies.
         depthwise_bits: bits of weights and input of depthwise convolutions, 1 to 8; None: those of other layers.
@@ -75,6 +78,10 @@ class QuantConfig:
             "uniform", "analytic" (eq. 10-11) or "greedy" (by measured gain, weighted with what an error costs at the
             output).
         weight_allocation: "uniform" or "analytic", among a layer's output channels.
+        layer_allocation: "uniform", the same bits for all layers, or "measured": layers share out what they have
+            together, whole bits each, by what their noise does at the network's outputs, where other samples say that
+            this helps. First and last layers, depthwise ones with bits of their own, and inputs whose channels all
+            have the same bits have no part in it, and overrides change nothing in what other layers have.
         channel_bits: fewest and most bits that an allocation gives a channel.
         fold_activation_scale: quantize weights times the scale of their input channel, the form that integers can
             execute. The paper quantizes the weights as they are, which per channel can only be simulated.
@@ -113,6 +120,7 @@ class QuantConfig:
     target: Target = "block"
     rounding: Rounding = "descent"
     bias_correction: BiasCorrection = "output"
+    layer_allocation: LayerAllocation = "measured"
     target_sqnr: float | None = None
     size_budget: float | None = None
     execution: Execution = "auto"
@@ -131,6 +139,7 @@ class QuantConfig:
             "target": get_args(Target),
             "rounding": ROUNDINGS,
             "bias_correction": (*WEIGHT_CORRECTIONS, "output"),
+            "layer_allocation": get_args(LayerAllocation),
             "execution": get_args(Execution),
             "version": (VERSION,),
         }
@@ -238,6 +247,7 @@ class QuantConfig:
             target="weights",
             rounding="nearest",
             bias_correction="mean+variance",
+            layer_allocation="uniform",
         )
         return replace(preset, **fields)
 
@@ -254,13 +264,14 @@ class QuantConfig:
             target="weights",
             rounding="nearest",
             bias_correction="none",
+            layer_allocation="uniform",
         )
         return replace(preset, **fields)
 
     @classmethod
     def fast(cls, **fields: Any) -> QuantConfig:
         """Return closed forms and searches on statistics alone, executable by integers: the quickest good W4A4."""
-        return replace(cls(target="weights", rounding="nearest"), **fields)
+        return replace(cls(target="weights", rounding="nearest", layer_allocation="uniform"), **fields)
 
     @classmethod
     def w4a8(cls, **fields: Any) -> QuantConfig:
@@ -287,14 +298,16 @@ class QuantConfig:
             LaterVersionError: it is of a later version, and has fields that this one does not know.
             TypeError, ValueError: the values do not describe one.
         """
-        version = values.get("version", VERSION)
+        version = values.get("version", 1)
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown and _is_number(version) and version > VERSION:
             raise LaterVersionError(
                 f"its QuantConfig is of version {version} and has {', '.join(unknown)}, which this ptq4cuda does not "
                 f"know, having version {VERSION}: upgrade ptq4cuda"
             )
-        return cls(**{**values, "version": VERSION})
+        # What was no choice then.
+        before = {"layer_allocation": "uniform"} if _is_number(version) and version < 2 else {}
+        return cls(**{**before, **values, "version": VERSION})
 
 
 def _is_number(value: Any) -> bool:

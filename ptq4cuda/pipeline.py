@@ -22,7 +22,15 @@ from ptq4cuda.calibrate.allocator import memory_kept
 from ptq4cuda.calibrate.by_graph import walk_graph
 from ptq4cuda.calibrate.by_modules import walk_modules
 from ptq4cuda.calibrate.frontier import Memory
-from ptq4cuda.calibrate.inputs import Inputs, apart, batch_size, check_model, check_shapes, collect_inputs
+from ptq4cuda.calibrate.inputs import (
+    Inputs,
+    apart,
+    batch_size,
+    check_model,
+    check_shapes,
+    collect_inputs,
+    some_samples,
+)
 from ptq4cuda.calibrate.prepare import prepare
 from ptq4cuda.calibrate.signals import LayerCall, Signal, Solution
 from ptq4cuda.config import QuantConfig
@@ -32,8 +40,9 @@ from ptq4cuda.execute.choice import lower
 from ptq4cuda.graph.network import Network
 from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.quantizer import QuantParams
+from ptq4cuda.solve.budget import MOST_BITS, SAMPLES, WORTH, share_out, trial_config
 from ptq4cuda.solve.layer import bits_of, quantizer_of_operand, samples_wanted, solve_layer
-from ptq4cuda.solve.raising import Trial, measure_parts, raise_layers
+from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, raise_layers
 
 DEFAULT_CONFIG = QuantConfig()
 
@@ -106,9 +115,11 @@ def quantize(
     # What is fitted to samples is better on them than on others, so that layers are judged on these.
     inputs, judged = apart(inputs) if raising else (inputs, inputs)
     solved: Solved | None = {} if raising else None
+    with naming_what_needs_memory("in a forward of the model"):
+        shares = shares_of(model, inputs, config, memory)
 
     def simulated(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
-        network, record = quantize_once(model, inputs, config, progress, memory, solved)
+        network, record = quantize_once(model, inputs, config, progress, memory, solved, shares)
         if judged is not inputs:
             note_noise(record, output_noise(model, network, judged))
             record.held_out = sum(map(batch_size, judged))
@@ -136,8 +147,39 @@ def quantize(
 Solved = dict[tuple[tuple[str, int, int], ...], Solution]
 
 
+def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, memory: Memory) -> Overrides:
+    """Return the bits of each layer, where layers share out those of the network and other samples say that it helps.
+
+    Where bits are needed is told by a network that is quantized quickly, from a few samples.
+    """
+    quick = trial_config(config)
+    if quick is None:
+        return {}
+    count = sum(map(batch_size, inputs))
+    half = min(SAMPLES, (count + 1) // 2)
+    some, others = (some_samples(model, inputs, first, first + half) for first in (0, min(half, count - half)))
+
+    def quantized(shares: Overrides) -> nn.Module:
+        return quantize_once(model, some, quick, False, memory, None, shares)[0].eval()
+
+    network = quantized({})
+    reference, _, _ = prepare(model, some, quick)
+    parts = measure_parts(reference, network, some, config.bias_correction != "none", MOST_BITS)
+    shares = share_out(parts, config)
+    if all(bits == getattr(config, kind) for own in shares.values() for kind, bits in own.items()):
+        return {}
+    alike, shared = (output_noise(model, n, others).relative for n in (network, quantized(shares)))
+    return shares if shared < WORTH * alike else {}
+
+
 def quantize_once(
-    model: nn.Module, inputs: Inputs, config: QuantConfig, progress: bool, memory: Memory, solved: Solved | None
+    model: nn.Module,
+    inputs: Inputs,
+    config: QuantConfig,
+    progress: bool,
+    memory: Memory,
+    solved: Solved | None,
+    shares: Overrides,
 ) -> tuple[nn.Module, QuantRecord]:
     """Walk the network once and quantize every layer on the way.
 
@@ -148,6 +190,7 @@ def quantize_once(
         progress: whether to show it.
         memory: for tensors between layers.
         solved: by earlier walks, and by this one: layers before the first of other bits are not solved again.
+        shares: the bits of layers that share out those of the network.
     """
     record = QuantRecord(config, images=sum(map(batch_size, inputs)), float_bytes=tensor_bytes(model))
 
@@ -155,6 +198,7 @@ def quantize_once(
     wanted: dict[str, int] = {}
 
     def solve(call: LayerCall) -> Solution:
+        call.share = shares.get(call.name, {})
         wanted[call.name] = samples_wanted(call, config, record.images)
         if solved is None:
             return solve_layer(call, config)

@@ -166,6 +166,35 @@ def apart(inputs: Inputs) -> tuple[Inputs, Inputs]:
     return _OnDevice(fitted, inputs.device), _OnDevice(held_out, inputs.device)
 
 
+def some_samples(model: nn.Module, inputs: Inputs, first: int, end: int) -> Inputs:
+    """Return the samples from `first` on and before `end`: of batches that a model takes no part of, all."""
+    found: list[Batch] = []
+    begin = 0
+    for batch in inputs:
+        size = batch_size(batch)
+        part = slice(max(0, first - begin), min(size, end - begin))
+        begin += size
+        if part.start >= part.stop:
+            continue
+        found.append(_part_of(model, batch, part) if part.stop - part.start < size else batch)
+        if begin >= end:
+            break
+    return found
+
+
+@torch.no_grad()
+def _part_of(model: nn.Module, batch: Batch, part: slice) -> Batch:
+    size = batch_size(batch)
+    args, kwargs = tree_map_only(Tensor, lambda t: t[part] if t.dim() and len(t) == size else t, batch)
+    try:
+        call_apart(model, args, kwargs)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return batch
+    return args, kwargs
+
+
 def constant_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Return the arguments of the model that are no tensors and the same for all batches, defaults among them."""
     signature = inspect.signature(model.forward)

@@ -8,7 +8,7 @@ chunk, on the host, so that device memory is bounded by one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,6 +123,7 @@ class LayerCall:
             it is known by then: of what the output is broadcast over, the mean.
         importance: float64 [C], what a squared error of each channel of the signal costs, in the layers to quantize
             that read it.
+        share: its bits, "weight_bits" and "activation_bits", where layers share out those of the network.
         read: makes of the output what other layers or the caller read: the activation, for one.
     """
 
@@ -135,6 +136,7 @@ class LayerCall:
     outputs: list[Tensor]
     importance: Tensor
     added: list[tuple[Tensor, Tensor]] | None = None
+    share: Mapping[str, int] = field(default_factory=dict)
     read: Callable[[Tensor], Tensor] = _as_it_is
 
     @classmethod

@@ -55,6 +55,8 @@ def bits_of(call: LayerCall, config: QuantConfig) -> tuple[int, int]:
         bits = dict.fromkeys(bits, config.first_last_bits)
     elif config.depthwise_bits is not None and call.spec.is_depthwise(call.layer):
         bits = dict.fromkeys(bits, config.depthwise_bits)
+    else:
+        bits.update(call.share)
     override = config.override_of(call.name)
     if isinstance(override, Mapping):
         bits.update(override)

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda.artifact.record import QuantRecord, Trade
-from ptq4cuda.calibrate.inputs import Batch, Inputs, batch_size
+from ptq4cuda.calibrate.inputs import Batch, Inputs, batch_size, some_samples
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.containers import call_apart
 from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.nn import QuantModule
 
 _SAMPLES = 32  # calibration samples on which damage is measured
+_FEWEST_SAMPLES, _PRODUCTS = 4, 1 << 40  # or fewer, for no more products of weights and inputs in all
 _WIDTHS = (6, 8)
 
 Kind = Literal["weight_bits", "activation_bits"]
@@ -43,6 +44,7 @@ class Part:
         damage: noise over signal at the network's outputs that it makes alone.
         weights: how many there are; of an input 0.
         products: of weights and inputs, in a sample.
+        values: of an input, in a sample; of weights 0.
     """
 
     kind: Kind
@@ -51,6 +53,7 @@ class Part:
     damage: float
     weights: int
     products: int
+    values: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ class Trial:
 
 
 @torch.no_grad()
-def measure_parts(reference: nn.Module, quantized: nn.Module, inputs: Inputs, match_means: bool) -> list[Part]:
+def measure_parts(
+    reference: nn.Module, quantized: nn.Module, inputs: Inputs, match_means: bool, most_bits: int = 8
+) -> list[Part]:
     """Measure what the weights and the input of each quantized layer cost at the network's outputs, each alone.
 
     Args:
@@ -94,6 +99,7 @@ def measure_parts(reference: nn.Module, quantized: nn.Module, inputs: Inputs, ma
         inputs: calibration data, of which the first samples are used.
         match_means: whether the mean of what a part makes of a layer's output is that of the float layer, as where
             biases are corrected.
+        most_bits: of parts that are measured.
     """
     some: list[Batch] = []
     for batch in inputs:
@@ -106,24 +112,32 @@ def measure_parts(reference: nn.Module, quantized: nn.Module, inputs: Inputs, ma
 
     modules = {name: module for name, module in quantized.named_modules() if isinstance(module, QuantModule)}
     layers = {name: reference.get_submodule(name) for name in modules}
-    with _counting(modules, layers) as products:
+    with _counting(modules, layers) as (products, read):
         expected = list(outputs())
     samples = sum(map(batch_size, some))
+    few = max(_FEWEST_SAMPLES, _PRODUCTS // max(1, sum(products.values()) // samples * 2 * len(modules)))
+    if few < samples:  # of large images, which have many values each
+        some = list(some_samples(reference, some, 0, few))
+        expected = list(outputs())
 
-    def part(kind: Kind, names: Sequence[str]) -> Part:
+    def part(kind: Kind, names: Sequence[str]) -> Part | None:
+        module = modules[names[0]]
+        bits = module.weight_bits if kind == "weight_bits" else cast(Tensor, module.activation_bits)
+        mean_bits = math.ceil(float(bits.float().mean()))  # an allocation leaves a remainder
+        if mean_bits > most_bits:
+            return None
         noise = Noise()
         with _quantized_alone(kind, {layers[name]: modules[name] for name in names}, match_means):
             for unquantized, found in zip(expected, outputs(), strict=True):
                 noise.add(unquantized, found)
-        module = modules[names[0]]
-        bits = module.weight_bits if kind == "weight_bits" else cast(Tensor, module.activation_bits)
         return Part(
             kind,
             tuple(names),
-            math.ceil(float(bits.float().mean())),  # an allocation leaves a remainder
+            mean_bits,
             noise.relative,
             module.weight_shape.numel() if kind == "weight_bits" else 0,
             sum(products[name] for name in names) // samples,
+            0 if kind == "weight_bits" else max(read[name] for name in names) // samples,
         )
 
     # Layers that read one tensor have its quantizer.
@@ -133,27 +147,32 @@ def measure_parts(reference: nn.Module, quantized: nn.Module, inputs: Inputs, ma
         if quantizer is not None:
             values = (quantizer.bits, quantizer.scale, quantizer.zero_point)
             sharing.setdefault(tuple(t.cpu().numpy().tobytes() for t in values), []).append(name)
-    return [part("weight_bits", [name]) for name in modules] + [
-        part("activation_bits", names) for names in sharing.values()
-    ]
+    parts = [part("weight_bits", [name]) for name in modules]
+    parts += [part("activation_bits", names) for names in sharing.values()]
+    return [found for found in parts if found is not None]
 
 
 @contextmanager
-def _counting(modules: Mapping[str, QuantModule], layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """Count the products of layers while they are called."""
-    products = dict.fromkeys(layers, 0)
+def _counting(
+    modules: Mapping[str, QuantModule], layers: Mapping[str, nn.Module]
+) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Count the products of layers, and the values that they read, while they are called."""
+    products, read = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
-    def count(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def count(name: str) -> Callable[[nn.Module, Any, Any, Tensor], None]:
         shape = modules[name].weight_shape
 
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             products[name] += output.numel() // shape[0] * shape.numel()
+            read[name] += (args[0] if args else kwargs["input"]).numel()
 
         return hook
 
-    hooks = [layer.register_forward_hook(count(name), prepend=True) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_hook(count(name), prepend=True, with_kwargs=True) for name, layer in layers.items()
+    ]
     try:
-        yield products
+        yield products, read
     finally:
         for hook in hooks:
             hook.remove()
