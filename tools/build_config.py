@@ -285,6 +285,10 @@ def native_libraries(root: Path) -> dict[str, Any]:
         cuda.library_dirs += [str(folder) for folder in sorted(toolkit.root.glob("targets/*/lib"))]
         cuda.libraries = ["torch_cuda", "torch_cpu", "cudart_static", "rt", "dl", "pthread"]
         extensions.append(cuda)
+    sources = sum(len(extension.sources) for extension in extensions)
+    of_cuda = f", CUDA kernels for {architectures} among them" if architectures else ""
+    print(f"ptq4cuda: {sources} sources to compile{of_cuda}", file=sys.stderr, flush=True)
+    os.environ.setdefault("NINJA_STATUS", "[%f of %t, %e s] ")
     # The libraries are loaded by torch and not imported: one wheel is for every Python.
     commands = {
         "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),

@@ -132,9 +132,11 @@ def _rounded(graph: OnnxGraph, y: str, low: Tensor, high: Tensor, behind: int) -
         y = graph.op("Max", y, channels(graph, low, behind))
     if not bool((high == _MOST - zero).all()):
         y = graph.op("Min", y, channels(graph, high, behind))
+    if bool(zero.any()):  # some runtimes round after they have added it, which moves what is all but half a code
+        y = graph.op("Round", y)
     if whole or bool(((zero >= 0) & (zero <= _MOST)).all()):
         return Codes(_quantize(graph, y, zero, behind), zero, low, high, behind)
-    y = graph.op("Add", graph.op("Round", y), channels(graph, zero, behind))
+    y = graph.op("Add", y, channels(graph, zero, behind))
     return Codes(_quantize(graph, y, torch.zeros(1), behind), zero, low, high, behind)
 
 
