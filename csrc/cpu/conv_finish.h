@@ -10,7 +10,8 @@
 namespace ptq4cuda {
 
 // The parameters of a panel's outputs: field f of output o is parameters[16 f + o]; panels follow each other. Behind
-// the fields are the lowest and the highest codes of 64 outputs from the panel's first one on, a byte each.
+// the fields are the lowest and the highest codes of 64 outputs from the panel's first one on, a byte each, and
+// whether all outputs of the panel are on a Line, 1, or not, 0.
 enum Field {
     kZeroSum,  // an integer: what the zero points have in the sum, all taps together
     kScale,
@@ -24,7 +25,7 @@ enum Field {
     kZeroPointBits,
     kLowest,
     kHighest,
-    // Where one multiplication does: see Line.
+    // Where one multiplication does: see Line; else the offset is NaN.
     kFactor,
     kOffset,
     kFields
@@ -32,7 +33,8 @@ enum Field {
 constexpr int64_t kStripOutputs = 64;  // that are finished together, at most
 constexpr int64_t kLowestCodes = kFields * kPanelOutputs;
 constexpr int64_t kHighestCodes = kLowestCodes + kStripOutputs / sizeof(float);
-constexpr int64_t kPanelParameters = kHighestCodes + kStripOutputs / sizeof(float);
+constexpr int64_t kOnLine = kHighestCodes + kStripOutputs / sizeof(float);
+constexpr int64_t kPanelParameters = kOnLine + kPanelOutputs;
 
 // What the activation is made of: nothing, a ReLU, or anything piecewise linear.
 enum class Curve { identity, relu, other };
@@ -81,7 +83,9 @@ inline std::array<float, kFields> parameters_of(const ConvProblem& problem, cons
             out.qmax,
             simd::reinterpret<float>(static_cast<int32_t>(out.zero_point)),
             lowest,
-            highest};
+            highest,
+            0.0f,
+            NAN};
 }
 
 // What the size of a sum is less than, and of all that is subtracted from it.
@@ -120,17 +124,17 @@ struct Line {
     float factor, offset;
 };
 
-// The line of an output of few codes, of a problem that stays in range and has no residual. Its exact codes are a
-// staircase over the sums, and so are those of a line: they are the same if they rise at the same sums. Each rise
-// bounds the offset, and the middle of all bounds is as far from all of them as can be. There may be no line: where
-// values lie in the middle between codes for more than one sum, ties go both ways.
+// The line of an output of a problem that stays in range, without a residual. Its exact codes are a staircase over
+// the sums, and so are those of a line: they are the same if they rise at the same sums. Each rise bounds the offset,
+// and the middle of all bounds is as far from all of them as can be. Where they leave no room, a factor beside may
+// have some. There may be no line: where values lie in the middle between codes for many sums, ties go both ways.
 inline std::optional<Line> line_of(const ConvProblem& problem, int64_t o) {
-    constexpr int kTries = 4;  // sums about where a rise must be
+    constexpr int kTries = 16, kFactors = 9;  // sums about where a rise must be; factors that follow each other
     const std::array<float, kFields> p = parameters_of(problem, problem.out_quantizer, o);
     const Quantizer q = problem.out_quantizer[o];
     const int32_t zero_sum = simd::reinterpret<int32_t>(p[kZeroSum]);
     const float bound = largest_sum(problem, o);
-    if (!(q.qmax <= 15.0f && p[kScale] >= 0.0f && bound < 0x1p30f)) return std::nullopt;
+    if (!(p[kScale] >= 0.0f && bound < 0x1p30f)) return std::nullopt;
     const auto limited = [&](float code) { return std::clamp(code, p[kLowest], p[kHighest]); };
     const auto exact = [&](int64_t sum) {
         const float v = scaled_sum(static_cast<int32_t>(sum) - zero_sum, p[kScale], p[kBias]);
@@ -139,40 +143,49 @@ inline std::optional<Line> line_of(const ConvProblem& problem, int64_t o) {
     const int64_t end = static_cast<int64_t>(bound) + 1, begin = -end;
     const double inv_scale = q.inv_scale, factor = static_cast<double>(p[kScale]) * inv_scale;
     const double offset = (p[kBias] - static_cast<double>(p[kScale]) * zero_sum) * inv_scale + q.zero_point;
-    double least = offset - factor, most = offset + factor;
-    std::array<int64_t, 16> rises{};  // the first sum from begin on that has this code or a larger one, or end
-    for (int k = static_cast<int>(p[kLowest]) + 1; k <= static_cast<int>(p[kHighest]); ++k) {
-        const double middle = k - 0.5, about = std::ceil((middle - offset) / factor);
-        int64_t rise = about < static_cast<double>(end) ? static_cast<int64_t>(std::max<double>(about, begin)) : end;
+    const int lowest = static_cast<int>(p[kLowest]), highest = static_cast<int>(p[kHighest]);
+    std::array<int64_t, 256> rises{};  // the first sum from begin on that has this code or a larger one, or end
+    for (int k = lowest + 1; k <= highest; ++k) {
+        const double about = std::ceil((k - 0.5 - offset) / factor);
+        int64_t rise = about < static_cast<double>(end) ? static_cast<int64_t>(std::max<double>(begin, about)) : end;
         int tries = 0;
         for (; tries < kTries && rise < end && exact(rise) < k; ++tries) ++rise;
         for (; tries < kTries && rise > begin && exact(rise - 1) >= k; ++tries) --rise;
         if (tries == kTries) return std::nullopt;
-        if (rise < end) least = std::max(least, middle - factor * static_cast<double>(rise));
-        if (rise > begin) most = std::min(most, middle - factor * static_cast<double>(rise - 1));
         rises[k] = rise;
     }
-    const Line line = {static_cast<float>(factor), static_cast<float>((least + most) / 2)};
-    const auto on_line = [&](int64_t sum) {
-        return limited(rintf(std::fma(static_cast<float>(sum), line.factor, line.offset)));
+    const auto line_with = [&](float near) {
+        double least = offset - factor, most = offset + factor;
+        for (int k = lowest + 1; k <= highest; ++k) {
+            if (rises[k] < end) least = std::max(least, k - 0.5 - double{near} * static_cast<double>(rises[k]));
+            if (rises[k] > begin) most = std::min(most, k - 0.5 - double{near} * static_cast<double>(rises[k] - 1));
+        }
+        return Line{near, static_cast<float>((least + most) / 2)};
     };
-    for (int k = static_cast<int>(p[kLowest]) + 1; k <= static_cast<int>(p[kHighest]); ++k)
-        if ((rises[k] < end && on_line(rises[k]) < k) || (rises[k] > begin && on_line(rises[k] - 1) >= k))
-            return std::nullopt;
-    return line;
+    const auto holds = [&](const Line& line) {
+        const auto on_line = [&](int64_t sum) {
+            return limited(rintf(std::fma(static_cast<float>(sum), line.factor, line.offset)));
+        };
+        for (int k = lowest + 1; k <= highest; ++k)
+            if ((rises[k] < end && on_line(rises[k]) < k) || (rises[k] > begin && on_line(rises[k] - 1) >= k))
+                return false;
+        return true;
+    };
+    float up = static_cast<float>(factor), down = up;
+    for (int i = 0; i < kFactors; ++i) {  // the next one above and the next one below by turns
+        const Line line = line_with(i % 2 ? up : down);
+        if (holds(line)) return line;
+        i % 2 ? down = std::nextafter(down, 0.0f) : up = std::nextafter(up, INFINITY);
+    }
+    return std::nullopt;
 }
 
-// The lines of all outputs, or none.
-inline std::vector<Line> lines_of(const ConvProblem& problem) {
+// Of each output, where its codes are on one.
+inline std::vector<std::optional<Line>> lines_of(const ConvProblem& problem) {
     const float slope = problem.activation.negative_slope;
-    std::vector<Line> lines;
-    if (!problem.out_quantizer.scale || problem.residual || problem.also || (slope != 0.0f && slope != 1.0f))
-        return lines;
-    for (int64_t o = 0; o < problem.shape.out_channels; ++o) {
-        const std::optional<Line> line = line_of(problem, o);
-        if (!line) return {};
-        lines.push_back(*line);
-    }
+    std::vector<std::optional<Line>> lines(problem.shape.out_channels);
+    if (problem.out_quantizer.scale && !problem.residual && !problem.also && (slope == 0.0f || slope == 1.0f))
+        for (size_t o = 0; o < lines.size(); ++o) lines[o] = line_of(problem, static_cast<int64_t>(o));
     return lines;
 }
 
@@ -256,6 +269,13 @@ private:
 // and brings outputs in block order into theirs; others are left to be put in order, four at a time. Where outputs
 // lie on a Line, all steps before the limits are one multiplication.
 enum class Course { line, plain, slope };
+
+// Whether outputs in so many panels can be finished on their lines.
+inline bool on_line(const Finishing<uint8_t>& f, const float* parameters, int64_t panels) {
+    bool all = f.also == nullptr;
+    for (int64_t i = 0; i < panels; ++i) all = all && parameters[i * kPanelParameters + kOnLine] != 0.0f;
+    return all;
+}
 
 // Writes the first n of some bytes.
 PTQ_AVX2_INLINE void store_first(__m128i bytes, uint8_t* y, int64_t n) {
@@ -392,15 +412,23 @@ PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t>&
     }
 }
 
+template <bool kResidual, Course course, bool kBlock, int kVectors>
+PTQ_AVX2_INLINE void finish_strip_fast(const int32_t* sums, const Finishing<uint8_t>& f, int64_t first) {
+    if constexpr (!kResidual && course == Course::plain)
+        if (on_line(f, f.parameters + first / kPanelOutputs * kPanelParameters, kVectors / 2))
+            return finish_strip<false, Course::line, kBlock, kVectors>(sums, f, first);
+    finish_strip<kResidual, course, kBlock, kVectors>(sums, f, first);
+}
+
 template <bool kResidual, Course course>
 PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, const Finishing<uint8_t>& f) {
     for (int64_t first = 0; first < f.outputs; first += 32)
         if (f.block_order)
-            finish_strip<kResidual, course, true, 4>(sums, f, first);
+            finish_strip_fast<kResidual, course, true, 4>(sums, f, first);
         else if (f.outputs - first > kPanelOutputs)
-            finish_strip<kResidual, course, false, 4>(sums, f, first);
+            finish_strip_fast<kResidual, course, false, 4>(sums, f, first);
         else
-            finish_strip<kResidual, course, false, 2>(sums, f, first);
+            finish_strip_fast<kResidual, course, false, 2>(sums, f, first);
 }
 
 // Some vectors of 16 outputs.
@@ -496,13 +524,20 @@ PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8
     }
 }
 
+template <bool kResidual, Course course, bool kBlock, int kVectors>
+PTQ_AVX512_INLINE void finish_vectors_fast(const int32_t* sums, const Finishing<uint8_t>& f) {
+    if constexpr (!kResidual && course == Course::plain)
+        if (on_line(f, f.parameters, kVectors)) return finish_vectors<false, Course::line, kBlock, kVectors>(sums, f);
+    finish_vectors<kResidual, course, kBlock, kVectors>(sums, f);
+}
+
 template <bool kResidual, Course course>
 PTQ_TARGET_AVX512 void finish_avx512(const int32_t* sums, const Finishing<uint8_t>& f) {
-    if (f.block_order) return finish_vectors<kResidual, course, true, 4>(sums, f);
-    if (f.outputs > 48) return finish_vectors<kResidual, course, false, 4>(sums, f);
-    if (f.outputs > 32) return finish_vectors<kResidual, course, false, 3>(sums, f);
-    if (f.outputs > 16) return finish_vectors<kResidual, course, false, 2>(sums, f);
-    finish_vectors<kResidual, course, false, 1>(sums, f);
+    if (f.block_order) return finish_vectors_fast<kResidual, course, true, 4>(sums, f);
+    if (f.outputs > 48) return finish_vectors_fast<kResidual, course, false, 4>(sums, f);
+    if (f.outputs > 32) return finish_vectors_fast<kResidual, course, false, 3>(sums, f);
+    if (f.outputs > 16) return finish_vectors_fast<kResidual, course, false, 2>(sums, f);
+    finish_vectors_fast<kResidual, course, false, 1>(sums, f);
 }
 
 template <bool kResidual, Course course>
@@ -513,22 +548,14 @@ Finisher<uint8_t> code_finisher() {
 }
 #endif
 
-// How a layer may be finished.
-struct Ways {
-    bool in_range;  // see stays_in_range
-    bool line;      // all outputs are on a Line
-};
-
 template <class T, bool kResidual>
-Finisher<T> finisher(const Activation& act, [[maybe_unused]] const Ways& ways) {
+Finisher<T> finisher(const Activation& act, [[maybe_unused]] bool in_range) {
 #if defined(__x86_64__)
     if constexpr (std::is_same_v<T, uint8_t>)
-        if (simd::level() >= simd::Level::avx2 && ways.in_range) {
-            if (!kResidual && ways.line) return code_finisher<false, Course::line>();
+        if (simd::level() >= simd::Level::avx2 && in_range)
             return act.negative_slope == 0.0f || act.negative_slope == 1.0f
                        ? code_finisher<kResidual, Course::plain>()
                        : code_finisher<kResidual, Course::slope>();
-        }
 #endif
     switch (curve_of(act)) {
         case Curve::identity: return Finish<T, kResidual, Curve::identity>::any;
@@ -537,9 +564,10 @@ Finisher<T> finisher(const Activation& act, [[maybe_unused]] const Ways& ways) {
     }
 }
 
+// `in_range`: see stays_in_range.
 template <class T>
-Finisher<T> finisher_of(bool residual, const Activation& act, const Ways& ways) {
-    return residual ? finisher<T, true>(act, ways) : finisher<T, false>(act, ways);
+Finisher<T> finisher_of(bool residual, const Activation& act, bool in_range) {
+    return residual ? finisher<T, true>(act, in_range) : finisher<T, false>(act, in_range);
 }
 
 }  // namespace ptq4cuda

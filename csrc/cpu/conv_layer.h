@@ -58,16 +58,17 @@ public:
     // Lays out what the arguments of the operator hold, for one call, or to be kept: then it may take longer.
     ConvLayer(const ConvProblem& problem, bool kept) : ConvLayer(problem.shape, problem.span) {
         const bool in_range = stays_in_range(problem);
-        const std::vector<Line> lines = kept && in_range ? lines_of(problem) : std::vector<Line>();
-        begin(problem.weight, {problem.activation.negative_slope, problem.activation.upper, in_range, !lines.empty(),
-                               problem.zero_sums != nullptr, problem.also != nullptr, problem.residual != nullptr,
-                               problem.out_quantizer.scale != nullptr});
+        std::vector<std::optional<Line>> lines(problem.shape.out_channels);
+        if (kept && in_range) lines = lines_of(problem);
+        begin(problem.weight,
+              {problem.activation.negative_slope, problem.activation.upper, in_range, problem.zero_sums != nullptr,
+               problem.also != nullptr, problem.residual != nullptr, problem.out_quantizer.scale != nullptr});
         lay_out(
             [&](int64_t o) {
                 std::array<float, kFields> fields = parameters_of(problem, problem.out_quantizer, o);
-                if (lines.empty()) return fields;
-                fields[kFactor] = lines[o].factor;
-                fields[kOffset] = lines[o].offset;
+                if (!lines[o]) return fields;
+                fields[kFactor] = lines[o]->factor;
+                fields[kOffset] = lines[o]->offset;
                 return fields;
             },
             [&](int64_t o) { return parameters_of(problem, problem.also_quantizer, o); },
@@ -147,7 +148,7 @@ public:
     const float* parameters(int64_t panel) const { return parameters_ + panel * kPanelParameters; }
     const float* also_parameters(int64_t panel) const { return also_parameters_ + panel * kPanelParameters; }
     Activation activation() const { return {facts_.negative_slope, facts_.upper}; }
-    Ways ways() const { return {facts_.in_range != 0, facts_.line != 0}; }
+    bool in_range() const { return facts_.in_range; }
     // What it was prepared for: outputs in codes, a second one, a residual.
     bool returns_codes() const { return facts_.codes; }
     bool has_also() const { return facts_.also; }
@@ -156,9 +157,9 @@ public:
 private:
     struct Facts {
         float negative_slope, upper;
-        uint8_t in_range, line, zeros, also, residual, codes;  // 0: no
+        uint8_t in_range, zeros, also, residual, codes;  // 0: no
     };
-    static constexpr uint64_t kMagic = 0x33726579616c3471;  // changes with what follows
+    static constexpr uint64_t kMagic = 0x34726579616c3471;  // changes with what follows
     struct alignas(simd::kLine) Header {
         uint64_t magic;
         int32_t tiles;  // see tile_kind
@@ -258,10 +259,12 @@ private:
         const auto put = [&](Part part, const auto& of) {
             float* to = reinterpret_cast<float*>(own_.data() + offset(part));
             std::vector<uint8_t> lowest(shape_.out_channels), highest(shape_.out_channels);
+            for (size_t i = 0; i < panels_.size(); ++i) to[i * kPanelParameters + kOnLine] = 1.0f;
             each([&](size_t i, int64_t j, int64_t o) {
                 const auto values = of(o);
                 const auto [panel, lane] = place(i, j);
                 for (int f = 0; f < kFields; ++f) to[panel * kPanelParameters + f * kPanelOutputs + lane] = values[f];
+                if (std::isnan(values[kOffset])) to[panel * kPanelParameters + kOnLine] = 0.0f;
                 lowest[o] = static_cast<uint8_t>(values[kLowest]);
                 highest[o] = static_cast<uint8_t>(values[kHighest]);
             });

@@ -43,7 +43,7 @@ public:
           packed_(layer_->packed()),
           dense_(layer_->dense()),
           split_(layer_->split()),
-          finish_(finisher_of<T>(call.residual != nullptr, layer_->activation(), layer_->ways())) {
+          finish_(finisher_of<T>(call.residual != nullptr, layer_->activation(), layer_->in_range())) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
