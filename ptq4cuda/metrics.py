@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ptq4cuda.containers import contents, named_contents
 from ptq4cuda.errors import is_out_of_memory, kind_and_line
+from ptq4cuda.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,14 @@ class Noise:
     """Signal and noise energy of what a network returns: of each output, summed over chunks, and of each sample."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, list[float]] = {}  # by output: signal, noise
-        self._samples: list[dict[str, Tensor]] = []  # of each chunk, by output: float64 [samples, 2]
+        # Of each chunk, by output: signal and noise, and the same of each sample, float64 [samples, 2].
+        self._chunks: list[tuple[dict[str, tuple[float, float]], dict[str, Tensor]]] = []
+
+    def merged(self, processes: Processes) -> Noise:
+        """Return that of the chunks of all processes."""
+        merged = Noise()
+        merged._chunks = processes.gather(self._chunks)
+        return merged
 
     def add(self, expected: Any, found: Any, samples: int = 0) -> None:
         """Add a chunk; what is not a floating tensor is passed over.
@@ -49,8 +56,7 @@ class Noise:
             found: the same.
             samples: of a batch, to tell them apart: those tensors count that have one item for each.
         """
-        if samples:
-            self._samples.append({})
+        self._chunks.append(({}, {}))
         self._add("", expected, found, samples)
 
     def _add(self, name: str, expected: Any, found: Any, samples: int) -> None:
@@ -59,16 +65,24 @@ class Noise:
             signal = expected.double().masked_fill(masked, 0.0).square()
             noise = (expected.double() - found.double()).masked_fill(masked, 0.0).square()
             noise = noise.nan_to_num(nan=math.inf, posinf=math.inf)
-            total = self._totals.setdefault(name, [0.0, 0.0])
-            total[0] += float(signal.sum())
-            total[1] += float(noise.sum())
+            totals, of_samples = self._chunks[-1]
+            totals[name] = float(signal.sum()), float(noise.sum())
             if samples and expected.dim() and len(expected) == samples:
-                own = torch.stack([t.reshape(samples, -1).sum(1) for t in (signal, noise)], 1).cpu()
-                self._samples[-1][name] = own
+                of_samples[name] = torch.stack([t.reshape(samples, -1).sum(1) for t in (signal, noise)], 1).cpu()
         else:
             pairs = zip(named_contents(expected) or (), contents(found) or (), strict=True)
             for (key, e), f in pairs:
                 self._add(f"{name}.{key}" if name else key, e, f, samples)
+
+    @property
+    def _totals(self) -> dict[str, tuple[float, float]]:
+        """Signal and noise by output."""
+        found: dict[str, tuple[float, float]] = {}
+        for totals, _ in self._chunks:
+            for name, (signal, noise) in totals.items():
+                before = found.get(name, (0.0, 0.0))
+                found[name] = before[0] + signal, before[1] + noise
+        return found
 
     @property
     def signal(self) -> float:
@@ -118,7 +132,7 @@ class Noise:
     def _quantile(self, share: float, output: str | None = None) -> float | None:
         """Return the SQNR of a sample, in one output or in all together."""
         rows = [torch.zeros(0, 2, dtype=torch.float64, device="cpu")]
-        for chunk in self._samples:
+        for _, chunk in self._chunks:
             own = [sums for name, sums in chunk.items() if output in (None, name)]
             if own:
                 rows.append(torch.stack(own).sum(0))
@@ -139,8 +153,16 @@ class Measure:
         calls: how often a network was measured.
     """
 
-    def __init__(self, evaluate: Callable[[nn.Module], float], max_drop: float, model: nn.Module) -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[nn.Module], float],
+        max_drop: float,
+        model: nn.Module,
+        processes: Processes = ALONE,
+    ) -> None:
         """Measure the float model.
+
+        All processes call evaluate, and the first one's value counts.
 
         Raises:
             TypeError: evaluate is not a function, or does not return a number.
@@ -152,6 +174,7 @@ class Measure:
             raise ValueError(f"max_drop must be a number from 0, in units of what evaluate returns, got {max_drop!r}")
         self._evaluate: Callable[[nn.Module], Any] = evaluate
         self.max_drop = float(max_drop)
+        self._processes = processes
         self.calls = 0
         self.reference: float = self._measured(model, "the float model")
 
@@ -170,7 +193,7 @@ class Measure:
     def _measured(self, network: nn.Module, what: str) -> float:
         self.calls += 1
         try:
-            value = self._evaluate(network)
+            value = self._processes.from_first(self._evaluate(network))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -201,13 +224,19 @@ def _decibels(ratio: float) -> float:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, quantized: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Comparison:
+def compare(
+    model: nn.Module,
+    quantized: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    processes: Processes = ALONE,
+) -> Comparison:
     """Run two classifiers on labelled images.
 
     Args:
         model: the float network.
         quantized: the quantized network.
         batches: pairs of images [N, ...] and labels [N].
+        processes: whose images are counted together.
 
     Raises:
         ValueError: there are no images.
@@ -221,6 +250,9 @@ def compare(model: nn.Module, quantized: nn.Module, batches: Iterable[tuple[Tens
         right += int((found.argmax(1) == target).sum())
         agree += int((expected.argmax(1) == found.argmax(1)).sum())
         noise.add(expected, found)
+    counts = processes.gather([(images, float_right, right, agree)])
+    images, float_right, right, agree = map(sum, zip(*counts, strict=True))
+    noise = noise.merged(processes)
     if images == 0:
         raise ValueError("there are no images to compare on")
     percent = 100.0 / images

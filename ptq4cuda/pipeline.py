@@ -6,43 +6,45 @@ batches -> statistics -> clip and bits -> integer weights -> modules
 from __future__ import annotations
 
 import copy
+import hashlib
+import itertools
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq4cuda import graph
+from ptq4cuda._version import __version__
+from ptq4cuda.artifact.checkpoint import Checkpoint
 from ptq4cuda.artifact.record import OutputRecord, QuantRecord, attach_record, tensor_bytes
 from ptq4cuda.calibrate.allocator import memory_kept
 from ptq4cuda.calibrate.by_graph import walk_graph
 from ptq4cuda.calibrate.by_modules import walk_modules
 from ptq4cuda.calibrate.frontier import Memory
-from ptq4cuda.calibrate.inputs import (
-    Inputs,
-    apart,
-    batch_size,
-    check_model,
-    check_shapes,
-    collect_inputs,
-    some_samples,
-)
+from ptq4cuda.calibrate.inputs import Inputs, batch_size, check_model, check_shapes, collect_inputs, some_samples
 from ptq4cuda.calibrate.prepare import prepare
 from ptq4cuda.calibrate.signals import LayerCall, Signal, Solution
+from ptq4cuda.compat import tree_leaves
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.containers import call_apart
 from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.execute.choice import lower
 from ptq4cuda.graph.network import Network
 from ptq4cuda.metrics import Measure, Noise
+from ptq4cuda.processes import ALONE, Processes
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.solve.budget import MOST_BITS, SAMPLES, WORTH, share_out, trial_config
 from ptq4cuda.solve.layer import bits_of, quantizer_of_operand, samples_wanted, solve_layer
 from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, raise_layers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DEFAULT_CONFIG = QuantConfig()
 
@@ -58,6 +60,8 @@ def quantize(
     progress: bool = True,
     memory_limit: int | None = None,
     spill_folder: str | os.PathLike[str] | None = None,
+    process_group: ProcessGroup | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Quantize a trained network after training, from a few unlabelled batches.
 
@@ -79,11 +83,17 @@ def quantize(
             network that was found is returned with a warning, and the report says so.
         max_drop: in units of what evaluate returns.
         progress: show a progress bar when it takes longer than a moment.
-        memory_limit: bytes of host memory that tensors between layers may take, of all samples together; beyond it
-            they go to files, which have no names and are gone when quantize() ends, however it ends. Default: 8 GiB.
-            Beside them there are the batches, the model and its copies, and a few times what a layer makes of one
-            batch: smaller batches take less.
+        memory_limit: bytes of host memory that tensors between layers may take, of all samples together, and batches
+            that come from something else than a list; beyond it they go to files, which have no names and are gone
+            when quantize() ends, however it ends. Default: 8 GiB. Beside them there are the batches of a list, the
+            model and its copies, and a few times what a layer makes of one batch: smaller batches take less.
         spill_folder: for these files, on a disk. Default: the folder of temporary files, which may be in memory.
+        process_group: of torch.distributed, whose processes all call this with the same model and configuration and
+            batches of their own. All return the same network: that of one process with the batches of all, those of
+            the first process first, bit for bit where the machines compute alike. All call evaluate, and what it
+            returns in the first process counts.
+        checkpoint: a folder, in which layers are kept as they are solved. Where a call was cut short, the next one
+            with the same model, batches and configuration takes them from there, and returns the same network.
 
     Returns:
         A new module in evaluation mode that is called like the model; report(network) tells what was done. A model
@@ -97,8 +107,35 @@ def quantize(
             empty, single images or contain NaN or Inf, or a layer's input does; the model fails on one of them, or
             evaluate does on a network.
         MemoryError: memory does not suffice; the message says where.
-        OSError: the spill folder has no room left.
+        OSError: the spill folder or that of the checkpoint has no room left; or, as ConnectionError, another process
+            of the group has failed, has ended or did not come for 50 seconds.
     """
+    processes = Processes.of(process_group)
+    with processes.ending_together():
+        return _quantize(
+            model,
+            batches,
+            config,
+            evaluate,
+            max_drop,
+            progress,
+            Memory(memory_limit, spill_folder),
+            processes,
+            checkpoint,
+        )
+
+
+def _quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: QuantConfig,
+    evaluate: Callable[[nn.Module], float] | None,
+    max_drop: float,
+    progress: bool,
+    memory: Memory,
+    processes: Processes,
+    checkpoint: str | os.PathLike[str] | None,
+) -> nn.Module:
     start = time.perf_counter()
     model = graph.unwrap(model)
     check_model(model)
@@ -106,23 +143,28 @@ def quantize(
         model = graph.own_copy(model)
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
-    memory = Memory(memory_limit, spill_folder)
-    inputs = collect_inputs(model, batches)
+    inputs = collect_inputs(model, batches, memory, processes)
+    if processes.count > 1:
+        processes.check_same(version=__version__, configuration=config.to_dict(), model=fingerprint(model))
+    progress = progress and processes.rank == 0
     with naming_what_needs_memory("in a forward of the model"):
         check_shapes(model, inputs)
-    measure = None if evaluate is None else Measure(evaluate, max_drop, model)
+    measure = None if evaluate is None else Measure(evaluate, max_drop, model, processes)
     raising = measure is not None or config.target_sqnr is not None or config.size_budget is not None
     # What is fitted to samples is better on them than on others, so that layers are judged on these.
-    inputs, judged = apart(inputs) if raising else (inputs, inputs)
-    solved: Solved | None = {} if raising else None
+    inputs, judged = inputs.apart() if raising else (inputs, inputs)
+    solved = Solved(processes, {} if raising else None)
+    if checkpoint is not None:
+        led_here = (__version__, config.to_dict(), fingerprint(model), fingerprint_of_batches(inputs))
+        solved.checkpoint = Checkpoint(checkpoint, *led_here) if processes.rank == 0 else None
     with naming_what_needs_memory("in a forward of the model"):
-        shares = shares_of(model, inputs, config, memory)
+        shares = processes.from_first(shares_of(model, inputs, config))
 
     def simulated(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
-        network, record = quantize_once(model, inputs, config, progress, memory, solved, shares)
+        network, record = quantize_once(model, inputs, config, progress, solved, shares)
         if judged is not inputs:
             note_noise(record, output_noise(model, network, judged))
-            record.held_out = sum(map(batch_size, judged))
+            record.held_out = judged.samples
         return network, record
 
     def executed(network: nn.Module, record: QuantRecord) -> Trial:
@@ -135,32 +177,63 @@ def quantize(
     trial = executed(network, record)
     if raising:
         reference, _, _ = prepare(model, inputs, config)
-        parts = measure_parts(reference, network, judged, match_means=config.bias_correction != "none")
+        matching = config.bias_correction != "none"
+        parts = processes.from_first(measure_parts(reference, network, judged, match_means=matching))
         trial = raise_layers(trial, parts, config, measure, lambda raised: executed(*simulated(raised)))
     if trial.record.few_samples:
-        warnings.warn(f"ptq4cuda: {trial.record.few_samples}", stacklevel=2)
-    trial.record.seconds = time.perf_counter() - start
+        warnings.warn(f"ptq4cuda: {trial.record.few_samples}", stacklevel=3)
+    trial.record.seconds = processes.from_first(time.perf_counter() - start)
+    if processes.count > 1:
+        processes.check_same(result=fingerprint(trial.network))
     return trial.network
 
 
-# Layers that were solved: by their name and bits, and those of all before them, on which their input depends.
-Solved = dict[tuple[tuple[str, int, int], ...], Solution]
+@dataclass
+class Solved:
+    """Solves layers, and remembers them by their name and bits and those of all before, on which their input depends.
+
+    Attributes:
+        processes: of which the first one's result counts.
+        kept: in memory, where there are several walks.
+        checkpoint: of the first process, in files.
+    """
+
+    processes: Processes
+    kept: dict[tuple[tuple[str, int, int], ...], Solution] | None = None
+    checkpoint: Checkpoint | None = None
+
+    def solution(self, key: tuple[tuple[str, int, int], ...], call: LayerCall, config: QuantConfig) -> Solution:
+        """Return a solved layer; the caller may change it."""
+        if self.kept is not None and key in self.kept:
+            return copy.deepcopy(self.kept[key])
+        files = self.checkpoint
+        found = self.processes.from_first(
+            None if files is None else files.load(key, call, config.fold_activation_scale)
+        )
+        if found is None:
+            found = self.processes.from_first(solve_layer(call, config))
+            if files is not None:
+                files.save(key, found)
+        if self.kept is None:
+            return found
+        self.kept[key] = found
+        return copy.deepcopy(found)
 
 
-def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, memory: Memory) -> Overrides:
+def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Overrides:
     """Return the bits of each layer, where layers share out those of the network and other samples say that it helps.
 
-    Where bits are needed is told by a network that is quantized quickly, from a few samples.
+    Where bits are needed is told by a network that is quantized quickly, from a few samples, in each process.
     """
     quick = trial_config(config)
     if quick is None:
         return {}
-    count = sum(map(batch_size, inputs))
+    count = inputs.samples
     half = min(SAMPLES, (count + 1) // 2)
     some, others = (some_samples(model, inputs, first, first + half) for first in (0, min(half, count - half)))
 
     def quantized(shares: Overrides) -> nn.Module:
-        return quantize_once(model, some, quick, False, memory, None, shares)[0].eval()
+        return quantize_once(model, some, quick, False, Solved(ALONE), shares)[0].eval()
 
     network = quantized({})
     reference, _, _ = prepare(model, some, quick)
@@ -177,8 +250,7 @@ def quantize_once(
     inputs: Inputs,
     config: QuantConfig,
     progress: bool,
-    memory: Memory,
-    solved: Solved | None,
+    solved: Solved,
     shares: Overrides,
 ) -> tuple[nn.Module, QuantRecord]:
     """Walk the network once and quantize every layer on the way.
@@ -188,11 +260,10 @@ def quantize_once(
         inputs: calibration data.
         config: how to quantize.
         progress: whether to show it.
-        memory: for tensors between layers.
         solved: by earlier walks, and by this one: layers before the first of other bits are not solved again.
         shares: the bits of layers that share out those of the network.
     """
-    record = QuantRecord(config, images=sum(map(batch_size, inputs)), float_bytes=tensor_bytes(model))
+    record = QuantRecord(config, images=inputs.samples, float_bytes=tensor_bytes(model))
 
     before: list[tuple[str, int, int]] = []
     wanted: dict[str, int] = {}
@@ -200,16 +271,11 @@ def quantize_once(
     def solve(call: LayerCall) -> Solution:
         call.share = shares.get(call.name, {})
         wanted[call.name] = samples_wanted(call, config, record.images)
-        if solved is None:
-            return solve_layer(call, config)
         before.append((call.name, *bits_of(call, config)))
-        key = tuple(before)
-        if key not in solved:
-            solved[key] = solve_layer(call, config)
-        return copy.deepcopy(solved[key])  # the walk may give the layer's hooks to its module
+        return solved.solution(tuple(before), call, config)
 
     def operand(signal: Signal) -> QuantParams:
-        return quantizer_of_operand(signal, config)
+        return inputs.processes.from_first(quantizer_of_operand(signal, config))
 
     def kept(name: str) -> str:
         return "" if config.quantizes(name) else "kept in float by overrides"
@@ -223,10 +289,10 @@ def quantize_once(
     if not record.reason:
         assert isinstance(network, Network)
         record.constants = dict(network.constants)
-        result = walk_graph(network, inputs, solve, operand, kept, progress, memory)
+        result = walk_graph(network, inputs, solve, operand, kept, progress)
     else:
         record.walked_by = "modules"
-        result = walk_modules(network, inputs, solve, kept, progress, memory)
+        result = walk_modules(network, inputs, solve, kept, progress)
     record.layers = result.layers
     most = max(wanted, key=wanted.__getitem__, default="")
     if most and wanted[most]:
@@ -236,7 +302,8 @@ def quantize_once(
             f"{record.images} calibration samples are few for {most!r}{others}, with more inputs than the samples "
             f"have positions: such a fit follows the samples; {wanted[most]:,} would be enough"
         )
-    record.frontier_bytes, record.spilled_bytes = result.frontier_bytes, result.spilled_bytes
+    used = inputs.processes.gather([(result.frontier_bytes, result.spilled_bytes)])
+    record.frontier_bytes, record.spilled_bytes = map(max, zip(*used, strict=True))
     # What was clipped for the fit is in the data all the same.
     noise = output_noise(model, network, inputs) if result.clipped else result.noise
     note_noise(record, noise)
@@ -258,4 +325,26 @@ def output_noise(model: nn.Module, network: nn.Module, inputs: Inputs) -> Noise:
     noise = Noise()
     for batch in inputs:
         noise.add(call_apart(model, *batch), call_apart(network, *batch), batch_size(batch))
-    return noise
+    return noise.merged(inputs.processes)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return what differs for two networks that are not the same."""
+    return _digest(str(model), itertools.chain(model.named_parameters(), model.named_buffers()))
+
+
+def fingerprint_of_batches(inputs: Inputs) -> str:
+    """Return what differs for two sets of batches that are not the same."""
+    digests = [_digest("", ((str(leaf), leaf) for leaf in tree_leaves(batch))) for batch in inputs]
+    return " ".join(inputs.processes.gather(digests))
+
+
+def _digest(text: str, named: Iterable[tuple[str, Any]]) -> str:
+    found = hashlib.sha256(text.encode())
+    for name, value in named:
+        if isinstance(value, Tensor):
+            found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            found.update(name.encode())
+    return found.hexdigest()

@@ -11,9 +11,9 @@ from torch.fx.node import map_arg
 
 from ptq4cuda import graph
 from ptq4cuda.artifact.record import LayerRecord
-from ptq4cuda.calibrate.frontier import Frontier, Memory
+from ptq4cuda.calibrate.frontier import Usage
 from ptq4cuda.calibrate.importance import output_importance
-from ptq4cuda.calibrate.inputs import Inputs, batch_size, device_of
+from ptq4cuda.calibrate.inputs import Inputs, batch_size
 from ptq4cuda.calibrate.signals import (
     Kept,
     LayerCall,
@@ -38,7 +38,6 @@ def walk_graph(
     operand: Callable[[Signal], QuantParams],
     kept: Kept,
     progress: bool,
-    memory: Memory,
 ) -> WalkResult:
     """Quantize the layers of a traced network in place.
 
@@ -49,14 +48,13 @@ def walk_graph(
         operand: fits the quantizer of a residual operand.
         kept: tells why a layer stays in float.
         progress: show a progress bar.
-        memory: that tensors between layers may take.
 
     Raises:
         MemoryError: memory does not suffice; the message names the layer.
         OSError: nor does the folder that the rest goes to.
     """
     with naming_what_needs_memory("in a forward of the model"):
-        walk = _GraphWalk(network, inputs, solve, operand, kept, memory)
+        walk = _GraphWalk(network, inputs, solve, operand, kept)
     with torch.no_grad(), progress_bar(len(walk.layers), progress) as bar:
         for node in network.graph.nodes:
             name = str(node.target) if node.op == "call_module" else node.name
@@ -64,10 +62,7 @@ def walk_graph(
                 walk.visit(node)
             bar.update(node in walk.layers)
     network.recompile()
-    frontier = walk.frontier
-    return WalkResult(
-        walk.records, walk.noise, walk.clipped, frontier_bytes=frontier.peak, spilled_bytes=frontier.spilled
-    )
+    return WalkResult(walk.records, walk.noise, walk.clipped, *walk.usage.found)
 
 
 class _GraphWalk:
@@ -78,11 +73,11 @@ class _GraphWalk:
         solve: Solver,
         operand: Callable[[Signal], QuantParams],
         kept: Kept,
-        memory: Memory,
     ) -> None:
         self.network, self.inputs, self.solve, self.operand, self.kept = network, inputs, solve, operand, kept
         self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
-        self.frontier = Frontier(device_of(network), memory)
+        self.frontier, self.processes = inputs.frontier, inputs.processes
+        self.usage = Usage(inputs.frontier)
         self.signals: dict[fx.Node, Signal] = {}
         self.records: list[LayerRecord] = []
         self.noise = Noise()
@@ -94,7 +89,7 @@ class _GraphWalk:
         self.specs = {node: spec for node in self.layers if (spec := graph.quantized_spec(self._module(node)))}
         self.ends = graph.ends_of(network, self.layers)
         self.costs = output_importance(network, inputs)
-        self.as_codes = graph.operands_as_codes(network, *inputs[0])
+        self.as_codes = graph.operands_as_codes(network, *inputs.example)
         # The values that are not needed any more once a node has run.
         self.last_uses: dict[fx.Node, list[fx.Node]] = {}
         seen: set[fx.Node] = set()
@@ -121,6 +116,7 @@ class _GraphWalk:
             for i, batch in enumerate(self.inputs):
                 expected, found = (self._arguments(node, i, stream)[0][0] for stream in (0, 1))
                 self.noise.add(expected, found, batch_size(batch))
+            self.noise = self.noise.merged(self.processes)
             return
         elif reason == "":
             signal = self._solve(node)
@@ -131,7 +127,7 @@ class _GraphWalk:
                 module = self._module(node) if node.op == "call_module" else None
                 name = str(node.target) if module is not None else node.name
                 self.records.append(record_float(name, module, graph.call_name(node, self.network), reason))
-            signal = Signal(self.frontier, [self._both(node, i) for i in range(len(self.inputs))])
+            signal = self._signal([self._both(node, i) for i in range(len(self.inputs))])
         self._set_activation(node, signal)
         self.signals[node] = signal
         for used in self.last_uses.get(node, []):
@@ -144,7 +140,10 @@ class _GraphWalk:
         for args, kwargs in self.inputs:
             held = self.frontier.hold(graph.bind(self.network, args, kwargs)[str(node.target)])
             streams.append((held, held))
-        return Signal(self.frontier, streams)
+        return self._signal(streams)
+
+    def _signal(self, streams: list[tuple[Any, Any]]) -> Signal:
+        return Signal(self.frontier, self.processes, streams)
 
     def _arguments(self, node: fx.Node, chunk: int, stream: int) -> tuple[Any, Any]:
         def value(used: fx.Node) -> Any:
@@ -186,8 +185,8 @@ class _GraphWalk:
             noise.add(y, y_quantized)
             streams.append((y, y_quantized))
         self.network.set_submodule(call.name, solution.module)
-        self.records.append(record_solution(call, solution, noise))
-        return Signal(self.frontier, streams)
+        self.records.append(record_solution(call, solution, noise.merged(self.processes)))
+        return self._signal(streams)
 
     def _clip_outliers(self, signal: Signal, axis: int, importance: Tensor) -> None:
         signal.clip_outliers(axis, importance)
@@ -200,11 +199,11 @@ class _GraphWalk:
         signal = self.signals[source]
         streams = signal.streams
         if node not in self.as_codes:
-            return Signal(self.frontier, streams)
+            return self._signal(streams)
         self._clip_outliers(signal, 1, torch.ones(streams[0][0].shape[1], dtype=torch.float64, device="cpu"))
         module.set(self.operand(signal).to(self.frontier.device))
         hold, fetch = self.frontier.hold, self.frontier.fetch
-        return Signal(self.frontier, [(x, hold(module(fetch(quantized)))) for x, quantized in streams])
+        return self._signal([(x, hold(module(fetch(quantized)))) for x, quantized in streams])
 
     def _reader(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
         """Return what the nodes that follow one by one make of a node's value, up to the next layer, sum or fork."""

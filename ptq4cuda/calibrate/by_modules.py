@@ -21,8 +21,8 @@ from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.artifact.record import LayerRecord
 from ptq4cuda.artifact.structure import replace_module
 from ptq4cuda.calibrate.flow import Flow
-from ptq4cuda.calibrate.frontier import Frontier, Memory
-from ptq4cuda.calibrate.inputs import Inputs, batch_size, device_of
+from ptq4cuda.calibrate.frontier import Usage
+from ptq4cuda.calibrate.inputs import Inputs, batch_size
 from ptq4cuda.calibrate.signals import (
     Kept,
     LayerCall,
@@ -40,9 +40,7 @@ from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.metrics import Noise
 
 
-def walk_modules(
-    network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool, memory: Memory
-) -> WalkResult:
+def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool) -> WalkResult:
     """Quantize the layers of any network in place, chunk by chunk.
 
     BatchNorm is not folded, and an activation before a layer is known only where it is a module.
@@ -51,8 +49,8 @@ def walk_modules(
         MemoryError: memory does not suffice; the message names the layer.
         OSError: nor does the folder that the rest goes to.
     """
-    names, flow = _observe(network, kept, inputs[0])
-    walk = _ModuleWalk(network, names, flow.ends, inputs, solve, memory)
+    names, flow = _observe(network, kept, inputs.example)
+    walk = _ModuleWalk(network, names, flow.ends, inputs, solve)
     noise = Noise()
     with torch.no_grad(), progress_bar(len(flow.order), progress) as bar, walk.in_place():
         waiting = [module for module in flow.order if module in names]
@@ -63,7 +61,7 @@ def walk_modules(
                 bar.update()
             with naming_what_needs_memory("in a forward of the model"):
                 noise = walk.compare()
-            waiting = [module for module in walk.called if module not in walk.tried]  # what other batches call
+            waiting = [module for module in walk.called_by_any() if module not in walk.tried]  # by other batches
     for module, solution in walk.solved.items():
         replace_module(network, module, solution.module)
     _try_once(network, inputs)
@@ -81,15 +79,14 @@ def walk_modules(
         reason = f"a call of {function}; only modules are quantized where torch.fx cannot trace the model"
         records.append(record_float(function, None, function, reason))
     clipped = any(call.signal.outliers for call in walk.solved_calls.values())
-    frontier = walk.frontier
-    return WalkResult(records, noise, clipped, frontier_bytes=frontier.peak, spilled_bytes=frontier.spilled)
+    return WalkResult(records, noise, clipped, *walk.usage.found)
 
 
 @torch.no_grad()
 def _try_once(network: nn.Module, inputs: Inputs) -> None:
     """Raise ValueError where a model's own code needs the float layers that were replaced."""
     try:
-        call_apart(network, *inputs[0])
+        call_apart(network, *inputs.example)
     except (AttributeError, StopIteration) as error:  # or iterates over parameters, of which there are none
         raise ValueError(
             f"the model's own code reads what a quantized layer does not have ({error}): leave that layer in float "
@@ -136,10 +133,10 @@ class _ModuleWalk:
         ends: set[nn.Module],
         inputs: Inputs,
         solve: Solver,
-        memory: Memory,
     ) -> None:
         self.network, self.names, self.ends, self.inputs, self.solve = network, names, ends, inputs, solve
-        self.frontier = Frontier(device_of(network), memory)
+        self.frontier, self.processes = inputs.frontier, inputs.processes
+        self.usage = Usage(inputs.frontier)
         self.solved: dict[nn.Module, Solution] = {}
         self.solved_calls: dict[nn.Module, LayerCall] = {}
         self.records: dict[nn.Module, LayerRecord] = {}
@@ -184,7 +181,7 @@ class _ModuleWalk:
         self.calls, self.settled, self.before = Counter(), True, WeakIdKeyDictionary()
         device = self.frontier.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(chunk)
+            torch.manual_seed(self.inputs.first + chunk)
             try:
                 return call_apart(self.network, *self.inputs[chunk])
             except _Reached:
@@ -261,7 +258,7 @@ class _ModuleWalk:
     def solve_layer(self, module: nn.Module) -> None:
         """Solve a layer for what it is called with, and first only."""
         self.tried.add(module)
-        chunks, arrivals, streams = [], [], []
+        chunks, arrivals, streams, lost = [], [], [], False
         for chunk in range(len(self.inputs)):
             found = self._arrive(chunk, False, module)
             # Before the first layer is solved both streams are one.
@@ -269,17 +266,23 @@ class _ModuleWalk:
             if found is None or other is None or found.x.shape != other.x.shape:
                 continue
             if found.x.dim() == 0 or len(found.x) == 0 or len(found.x) % batch_size(self.inputs[chunk]):
-                self.left[module] = "its input does not keep the samples along dimension 0"
-                return
+                lost = True
+                break
             chunks.append(chunk)
             arrivals.append(found)
             streams.append((found.x, other.x))
-        if not streams:
+        if any(self.processes.gather([lost])):
+            self.left[module] = "its input does not keep the samples along dimension 0"
             return
-        signal = Signal(self.frontier, streams)
-        befores = [found.before for found in arrivals if found.before is not None]
-        if len(befores) == len(arrivals) and len({found.activation for found in arrivals}) == 1:
-            signal.before, signal.activation = befores, arrivals[0].activation
+        activations = self.processes.gather(
+            [None if found.before is None else found.activation for found in arrivals]
+        )
+        if not activations:
+            return
+        signal = Signal(self.frontier, self.processes, streams)
+        if activations[0] is not None and len(set(activations)) == 1:
+            signal.before = [found.before for found in arrivals if found.before is not None]
+            signal.activation = activations[0]
         arrivals.clear()
         spec = graph.quantized_spec(module)
         assert spec is not None
@@ -300,7 +303,7 @@ class _ModuleWalk:
             noise.add(fetch(y), y_quantized)
             self._keep(module, (chunk, False, 0), y)
             self._keep(module, (chunk, True, 0), y_quantized)
-        self.records[module] = record_solution(call, solution, noise)
+        self.records[module] = record_solution(call, solution, noise.merged(self.processes))
         call.outputs, signal.streams, signal.before = [], [], None  # let the tensors go
         self.solved[module], self.solved_calls[module] = solution, call
 
@@ -310,11 +313,20 @@ class _ModuleWalk:
         for chunk, batch in enumerate(self.inputs):
             expected, found = (self._run(chunk, quantized) for quantized in (False, True))
             noise.add(expected, found, batch_size(batch))
-        return noise
+        return noise.merged(self.processes)
+
+    def called_by_any(self) -> Counter[nn.Module]:
+        """Return how often each layer was called in one forward, at most, in any process."""
+        modules = {name: module for module, name in self.names.items()}
+        called: Counter[nn.Module] = Counter()
+        for own in self.processes.gather([{self.names[m]: times for m, times in self.called.items()}]):
+            called |= Counter({modules[name]: times for name, times in own.items()})
+        return called
 
     def finished_records(self) -> list[LayerRecord]:
         """Return what became of the layers, once all forwards are through."""
+        called = self.called_by_any()
         for module, record in self.records.items():
-            if self.called[module] > 1:
-                record.reason = f"called {self.called[module]} times, its input quantized for the first"
+            if called[module] > 1:
+                record.reason = f"called {called[module]} times, its input quantized for the first"
         return list(self.records.values())

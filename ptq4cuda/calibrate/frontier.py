@@ -51,6 +51,7 @@ class Frontier:
     def __init__(self, device: torch.device, memory: Memory) -> None:
         self.device, self.memory = device, memory
         self.limit = FRONTIER_LIMIT if memory.limit is None else memory.limit
+        self.folder = os.fspath(memory.folder) if memory.folder is not None else tempfile.gettempdir()
         self.bytes = self.spilled = self.peak = 0
         self._holders: Counter[int] = Counter()  # by the address of the storage; spilled ones are there too
         self._in_files: dict[int, int] = {}  # by the same, bytes
@@ -113,18 +114,17 @@ class Frontier:
         # The heap keeps what the tensors before this one have left, in pieces too small for the next.
         trim()
         size = tensor.numel() * tensor.element_size()
-        folder = self.memory.folder if self.memory.folder is not None else tempfile.gettempdir()
         try:
             # It has no name, so that nothing is left however the process ends, and all its room from the start: where
             # a disk is full, writing into a mapping would kill the process.
-            with tempfile.TemporaryFile(dir=folder) as file:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
                 os.posix_fallocate(file.fileno(), 0, size)
                 path = f"/proc/self/fd/{file.fileno()}"
                 flat = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         except OSError as error:
             raise OSError(
-                f"tensors between layers reach the limit of {self.limit:,} bytes, and {size:,} more do not fit "
-                f"into {os.fspath(folder)!r} ({error.strerror}): give a spill_folder on a larger disk, a "
+                f"samples and tensors between layers reach the limit of {self.limit:,} bytes, and {size:,} more do "
+                f"not fit into {self.folder!r} ({error.strerror}): give a spill_folder on a larger disk, a "
                 "higher memory_limit or fewer calibration samples"
             ) from error
         held = flat.view(tensor.shape)
@@ -132,6 +132,19 @@ class Frontier:
             n, c, h, w = tensor.shape
             held = flat.view(n, h, w, c).permute(0, 3, 1, 2)
         return held.copy_(tensor)
+
+
+class Usage:
+    """What a frontier held and spilled from some time on."""
+
+    def __init__(self, frontier: Frontier) -> None:
+        self._frontier, self._spilled = frontier, frontier.spilled
+        frontier.peak = frontier.bytes
+
+    @property
+    def found(self) -> tuple[int, int]:
+        """Most bytes that were held at a time, and bytes that were spilled."""
+        return self._frontier.peak, self._frontier.spilled - self._spilled
 
 
 class _OneByOne(Sequence[_T]):

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ptq4cuda.artifact.record import Histogram
 from ptq4cuda.nn import LayerSpec, QuantModule
+from ptq4cuda.processes import ALONE, Processes
 
 _VALUES = 1 << 18  # of a layer's input that are looked at, or one sample
 _WITHIN, _BESIDE = 32, 8  # bins of the range, and on either side of it
 
 
-def some_samples(spec: LayerSpec, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield inputs of a layer for samples that are evenly spread over all, however these are batched.
+def some_samples(spec: LayerSpec, inputs: Sequence[Tensor], processes: Processes = ALONE) -> list[Tensor]:
+    """Return inputs of a layer for samples that are evenly spread over all, however these are batched.
 
     Args:
         spec: of the layer.
         inputs: chunk by chunk, [N, ...] each.
+        processes: whose chunks follow each other.
     """
-    single = spec.is_single(inputs[0])  # a chunk is one sample without a dimension for it
-    sizes = [1 if single else len(x) for x in inputs]
-    total = sum(sizes)
-    count = min(total, max(1, _VALUES * sizes[0] // max(1, inputs[0].numel())))
+    single = spec.is_single  # a chunk is one sample without a dimension for it
+    sizes, chunk = processes.placed([(1 if single(x) else len(x), x.numel()) for x in inputs])
+    total = sum(size for size, _ in sizes)
+    count = min(total, max(1, _VALUES * sizes[0][0] // max(1, sizes[0][1])))
     wanted = [i * total // count for i in range(count)]
-    first = 0
-    for chunk, size in enumerate(sizes):
+    first = sum(size for size, _ in sizes[:chunk])
+    some = []
+    for x, (size, _) in zip(inputs, sizes[chunk:], strict=False):
         rows = [i - first for i in wanted if first <= i < first + size]
         first += size
         if rows:
-            yield inputs[chunk] if single else inputs[chunk][rows]
+            some.append(x if single(x) else x[rows])
+    return processes.gather(some)
 
 
 def histogram(parts: Iterable[Tensor], axis: int, lowest: Tensor, step: Tensor, bits: Tensor) -> Histogram | None:

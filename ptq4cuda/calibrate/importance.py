@@ -8,46 +8,58 @@ it up.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ptq4cuda.calibrate.inputs import Inputs
 from ptq4cuda.graph.bind import Interpreter
 from ptq4cuda.graph.layers import activation_of, is_addition, is_concatenation, is_maximum, quantized_spec
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.nn import LayerSpec, spec_of
+from ptq4cuda.processes import Processes
 
 
 @dataclass
 class _Seen:
     shape: torch.Size
     axis: int  # of the channels
-    positive: Tensor  # mean over the batches of the share of positive values of each channel
-    samples: int
+    positive: Tensor  # share of positive values of each channel
 
 
 class _Probe(Interpreter):
-    """Runs the network and remembers of each tensor its shape and how much of it is positive."""
+    """Runs the network and remembers of each tensor its shape, channel axis and how many values are positive.
+
+    Attributes:
+        sums: by node, for each channel how many values are positive and how many there are, float64 [2, C].
+    """
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
-        self.seen: dict[fx.Node, _Seen] = {}
+        self.shapes: dict[fx.Node, tuple[torch.Size, int]] = {}
+        self.sums: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point():
             axis = self._axis(n, value.shape)
-            others = [d for d in range(value.dim()) if d != axis]
-            share = (value > 0).double().mean(others) if others else (value > 0).double()
-            seen = self.seen.setdefault(n, _Seen(value.shape, axis, share, 0))
-            if share.shape != seen.positive.shape:  # batches of images of several sizes
-                return value
-            seen.samples += len(value)
-            seen.positive = seen.positive + (share - seen.positive) * (len(value) / seen.samples)
+            positive = (value > 0).sum([d for d in range(value.dim()) if d != axis], dtype=torch.float64)
+            sums = torch.stack([positive, torch.full_like(positive, value.numel() // max(1, len(positive)))])
+            shape, axis = self.shapes.setdefault(n, (value.shape, axis))
+            total = self.sums.setdefault(n, sums.new_zeros(2, shape[axis]))
+            if sums.shape == total.shape:  # not so where batches are of images of several sizes
+                total += sums
         return value
+
+    def seen(self, processes: Processes) -> dict[fx.Node, _Seen]:
+        """Return what was seen in all processes, which saw the same batch first."""
+        sums = processes.total([self.sums[node] for node in self.shapes])
+        return {
+            node: _Seen(shape, axis, positive / count.clamp_min(1.0))
+            for (node, (shape, axis)), (positive, count) in zip(self.shapes.items(), sums, strict=True)
+        }
 
     def _axis(self, n: fx.Node, shape: torch.Size) -> int:
         """Return the channel axis: the last one beside linear layers, which take images as [N, H, W, C]."""
@@ -60,32 +72,33 @@ class _Probe(Interpreter):
         if of_images:
             return 1
         usual = 1 if len(shape) in (2, 4) else len(shape) - 1
-        seen = [self.seen[node] for node in n.all_input_nodes if node in self.seen]
-        if len(shape) == 3 and any(
-            s.shape[:2] == shape[:2] or is_concatenation(n.target) for s in seen if s.axis == 1
-        ):
+        seen = [self.shapes[node] for node in n.all_input_nodes if node in self.shapes]
+        if len(shape) == 3 and any(s[:2] == shape[:2] or is_concatenation(n.target) for s, axis in seen if axis == 1):
             return 1  # of a sequence, as poolings and concatenations leave it
-        return next((s.axis for s in seen if s.shape == shape), usual)
+        return next((axis for s, axis in seen if s == shape), usual)
 
     def _spec(self, n: fx.Node) -> LayerSpec | None:
         return spec_of(self.submodules[str(n.target)]) if n.op == "call_module" else None
 
 
-def output_importance(network: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, Tensor]:
+def output_importance(network: fx.GraphModule, inputs: Inputs) -> dict[fx.Node, Tensor]:
     """Return what a squared error of each channel of each node's value costs at the output, float64 [C].
 
     Args:
         network: a traced network.
-        inputs: args and kwargs of each calibration batch.
+        inputs: calibration data.
 
     Raises:
         ValueError: a convolution gets a single image without a batch dimension.
     """
     probe = _Probe(network)
     with torch.no_grad():
+        if inputs.processes.rank > 0:  # shapes are those of the first batch, which is another process's
+            probe.call(*inputs.example)
+            probe.sums.clear()
         for args, kwargs in inputs:
             probe.call(args, kwargs)
-    seen = probe.seen
+    seen = probe.seen(inputs.processes)
     for node, value in seen.items():
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
         spec = None if module is None else spec_of(module)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -12,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ptq4cuda.calibrate.frontier import Frontier, Memory
 from ptq4cuda.compat import any_global_hook, is_script, tree_leaves, tree_map_only
 from ptq4cuda.containers import call_apart
 from ptq4cuda.errors import first_line, is_out_of_memory
 from ptq4cuda.graph.shapes import NORMS
 from ptq4cuda.nn import SPECS, QuantModule
+from ptq4cuda.processes import ALONE, Processes
 
+CPU, MEMORY = torch.device("cpu"), Memory()
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a call
-Inputs = Sequence[Batch]  # of each calibration batch
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -98,14 +102,40 @@ def device_of(network: nn.Module) -> torch.device:
 # --- batches --------------------------------------------------------------------------------------------------
 
 
-class _OnDevice(Sequence[Batch]):
-    """Batches that go to a device when they are used, and stay where they are until then."""
+class Inputs(Sequence[Batch]):
+    """Batches of this process, which go to a device when they are used and stay where they are until then.
 
-    def __init__(self, batches: list[Batch], device: torch.device) -> None:
-        self.batches, self.device = batches, device
+    Attributes:
+        frontier: holds them, and all that is made of them.
+        sizes: samples of each batch of all processes.
+        first: how many batches the processes before this one have.
+    """
+
+    def __init__(
+        self,
+        batches: list[Batch],
+        frontier: Frontier | None = None,
+        processes: Processes = ALONE,
+        example: Batch | None = None,
+    ) -> None:
+        self.batches, self.processes = batches, processes
+        self.frontier = Frontier(CPU, Memory()) if frontier is None else frontier
+        self.sizes, self.first = processes.placed([batch_size(batch) for batch in batches])
+        self._example = processes.from_first(batches[0] if batches else None) if example is None else example
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    @property
+    def example(self) -> Batch:
+        """The first batch of all processes, on the device."""
+        assert self._example is not None
+        return self._fetch(self._example)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples of all processes."""
+        return sum(self.sizes)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -115,30 +145,85 @@ class _OnDevice(Sequence[Batch]):
 
     def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
         if isinstance(index, slice):
-            return _OnDevice(self.batches[index], self.device)
-        moved: Batch = tree_map_only(Tensor, lambda t: t.to(self.device), self.batches[index])
-        return moved
+            return [self._fetch(batch) for batch in self.batches[index]]
+        return self._fetch(self.batches[index])
+
+    def _fetch(self, batch: Batch) -> Batch:
+        fetched: Batch = self.frontier.fetch(batch)
+        return fetched
+
+    def head(self, samples: int) -> Inputs:
+        """Return the first batches with so many samples, those of all processes in each of them."""
+        before = itertools.accumulate(self.sizes, initial=0)
+        count = sum(size < samples for size in itertools.islice(before, len(self.sizes)))
+        own = self[: max(0, count - self.first)]
+        return Inputs(self.processes.gather(list(own)), self.frontier)
+
+    def apart(self) -> tuple[Inputs, Inputs]:
+        """Return the batches to fit to, and those to judge on: of four and more every eighth, of fewer all for both.
+
+        Raises:
+            ValueError: a process has none left to fit to.
+        """
+        first = 3
+        if len(self.sizes) <= first:
+            return self, self
+        fitted: list[Batch] = []
+        held_out: list[Batch] = []
+        for number, batch in enumerate(self.batches, self.first):
+            (held_out if number % 8 == first else fitted).append(batch)
+        if not fitted:
+            raise ValueError("its only calibration batch is held out to judge on, as every eighth is: give it two")
+        return tuple(  # type: ignore[return-value]
+            Inputs(some, self.frontier, self.processes, self._example) for some in (fitted, held_out)
+        )
 
 
-def collect_inputs(model: nn.Module, batches: Iterable[Any]) -> Inputs:
-    """Return args and kwargs of the model for each batch; they go to the model's device when they are used."""
+def collect_inputs(
+    model: nn.Module, batches: Iterable[Any], memory: Memory = MEMORY, processes: Processes = ALONE
+) -> Inputs:
+    """Return args and kwargs of the model for each batch; they go to the model's device when they are used.
+
+    Batches are read once, for a loader that shuffles or changes images would give others the next time. Those of a
+    list are the caller's and stay where they are; of any other iterable as many are kept as the limit of memory
+    allows, and the rest goes to files.
+
+    Raises:
+        TypeError, ValueError: batches are no batches; the message says which.
+        OSError: the folder of these files has no room left.
+    """
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}: put it in a list")
     remedy = _remedy(batches)
     if remedy or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}{remedy}")
     inputs: list[Batch] = []
+    frontier = Frontier(device_of(model), memory)
     for index, batch in enumerate(batches):
-        args, kwargs = arguments_of(model, batch, f"calibration batch {index}")
-        if inputs and (len(args), kwargs.keys()) != (len(inputs[0][0]), inputs[0][1].keys()):
-            raise ValueError(
-                f"calibration batch {index} has other arguments of the model's forward than batch 0: "
-                f"{', '.join(kwargs) or 'one tensor'} instead of {', '.join(inputs[0][1]) or 'one tensor'}"
-            )
-        inputs.append((args, kwargs))
+        arguments = arguments_of(model, batch, f"calibration batch {index}")
+        if inputs:
+            _check_arguments(arguments, index, inputs[0])
+        inputs.append(arguments if isinstance(batches, (list, tuple)) else frontier.hold(arguments))
     if not inputs:
         raise ValueError("batches is empty: quantization needs at least one batch of calibration data")
-    return _OnDevice(inputs, device_of(model))
+    if frontier.spilled:
+        warnings.warn(
+            f"ptq4cuda: calibration batches reach the limit of {frontier.limit:,} bytes of memory; "
+            f"{frontier.spilled:,} bytes of them wait in files in {frontier.folder!r}",
+            stacklevel=4,
+        )
+    collected = Inputs(inputs, frontier, processes)
+    _check_arguments(inputs[0], collected.first, collected.example)
+    return collected
+
+
+def _check_arguments(batch: Batch, index: int, first: Batch) -> None:
+    """Raise ValueError where a batch has other arguments than the first one."""
+    if (len(batch[0]), batch[1].keys()) != (len(first[0]), first[1].keys()):
+        raise ValueError(
+            f"calibration batch {index} has other arguments of the model's forward than batch 0: "
+            f"{', '.join(batch[1]) or 'one tensor'} instead of {', '.join(first[1]) or 'one tensor'}"
+        )
 
 
 def arguments_of(model: nn.Module, batch: Any, what: str) -> Batch:
@@ -153,23 +238,13 @@ def arguments_of(model: nn.Module, batch: Any, what: str) -> Batch:
     return plain
 
 
-def apart(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    """Return the batches to fit to, and those to judge on: of four and more every eighth, of fewer all for both."""
-    first = 3
-    if len(inputs) <= first:
-        return inputs, inputs
-    batches = inputs.batches if isinstance(inputs, _OnDevice) else list(inputs)
-    fitted = [batch for i, batch in enumerate(batches) if i % 8 != first]
-    held_out = batches[first::8]
-    if not isinstance(inputs, _OnDevice):
-        return fitted, held_out
-    return _OnDevice(fitted, inputs.device), _OnDevice(held_out, inputs.device)
-
-
 def some_samples(model: nn.Module, inputs: Inputs, first: int, end: int) -> Inputs:
-    """Return the samples from `first` on and before `end`: of batches that a model takes no part of, all."""
+    """Return the samples from `first` on and before `end`: of batches that a model takes no part of, all.
+
+    All processes get those of all.
+    """
     found: list[Batch] = []
-    begin = 0
+    begin = sum(inputs.sizes[: inputs.first])
     for batch in inputs:
         size = batch_size(batch)
         part = slice(max(0, first - begin), min(size, end - begin))
@@ -179,7 +254,7 @@ def some_samples(model: nn.Module, inputs: Inputs, first: int, end: int) -> Inpu
         found.append(_part_of(model, batch, part) if part.stop - part.start < size else batch)
         if begin >= end:
             break
-    return found
+    return Inputs(inputs.processes.gather(found), inputs.frontier)
 
 
 @torch.no_grad()
@@ -200,17 +275,22 @@ def constant_arguments(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     signature = inspect.signature(model.forward)
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = {name for name, parameter in signature.parameters.items() if parameter.kind not in variable}
-    found: dict[str, Any] | None = None
-    for args, kwargs in inputs:  # one at a time: their tensors go to the device
-        bound = signature.bind_partial(*args, **kwargs)
+
+    def plain_of(batch: Batch) -> dict[str, Any]:
+        bound = signature.bind_partial(*batch[0], **batch[1])
         bound.apply_defaults()
-        plain = {
+        return {
             name: value
             for name, value in bound.arguments.items()
             if name in names and all(isinstance(v, _PLAIN) for v in (value if isinstance(value, tuple) else (value,)))
         }
-        found = plain if found is None else {n: v for n, v in found.items() if n in plain and _equal(plain[n], v)}
-    return found or {}
+
+    def in_both(found: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+        return {n: v for n, v in found.items() if n in plain and _equal(plain[n], v)}
+
+    # One at a time: their tensors go to the device.
+    own = [functools.reduce(in_both, map(plain_of, inputs))] if len(inputs) else []
+    return functools.reduce(in_both, inputs.processes.gather(own))
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -309,9 +389,9 @@ def batch_size(batch: Batch) -> int:
 @torch.no_grad()
 def check_shapes(model: nn.Module, inputs: Inputs) -> None:
     """Raise ValueError where the model fails on a batch of other shapes or dtypes than the first."""
-    first = _shapes(inputs[0])
+    first = _shapes(inputs.example)
     seen = {first}
-    for index, batch in enumerate(inputs):
+    for index, batch in enumerate(inputs, inputs.first):
         shapes = _shapes(batch)
         if shapes in seen:
             continue

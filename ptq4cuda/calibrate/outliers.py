@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ptq4cuda.processes import ALONE, Processes
+
 _PER_SHARE = 255.0 * math.sqrt(12.0) / 6.0
 _LEAST_RATIO = 8.0  # networks on clean images: up to 6, up to 11 where fewer than eight samples are compared
 _LEAST_OF_FEW, _FEW = 16.0, 8
@@ -52,19 +54,23 @@ class Outliers:
         return torch.minimum(torch.maximum(x, low), high)
 
 
-def find_outliers(chunks: Sequence[Tensor], axis: int, importance: Tensor) -> Outliers | None:
+def find_outliers(
+    chunks: Sequence[Tensor], axis: int, importance: Tensor, processes: Processes = ALONE
+) -> Outliers | None:
     """Return the outliers of a tensor, None where there are none.
 
     Args:
         chunks: [N, ...] each.
         axis: of the channels.
         importance: [C], what a squared error of each channel costs.
+        processes: whose chunks follow each other.
     """
-    if any(x.numel() == 0 for x in chunks):
+    shapes = processes.gather([tuple(x.shape) for x in chunks])
+    if any(math.prod(shape) == 0 for shape in shapes):
         return None
-    samples = sum(len(x) for x in chunks)
+    samples = sum(shape[0] for shape in shapes)
     parts = 1 if samples > 2 else _STRIPES
-    extremes = [sample_extremes(x, axis, parts) for x in chunks]
+    extremes = processes.gather([sample_extremes(x, axis, parts) for x in chunks])
     low, high = (torch.cat(each).float() for each in zip(*extremes, strict=True))  # [n, C]
     n = len(low)
     if n < 3 or not bool((torch.isfinite(low) & torch.isfinite(high)).all()):

@@ -21,17 +21,17 @@ def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.M
     network = traced or graph.own_copy(model)
     check_has_convolution(network, type(model).__name__)
     if traced is not None:
-        reason = graph.why_different(model, traced, *inputs[0])
+        reason = graph.why_different(model, traced, *inputs.example)
         if reason and constants and not traced.constants:  # code that asks whether an argument is None, for example
             other, _ = graph.trace(model, [constants])
-            if other is not None and not graph.why_different(model, other, *inputs[0]):
+            if other is not None and not graph.why_different(model, other, *inputs.example):
                 traced, reason = other, ""
         if not reason:
             return traced, graph.prepare(traced, config.quantizes, config.fold_activation_scale), ""
         network = graph.own_copy(model)
         check_has_convolution(network, type(model).__name__)
     else:
-        graph.output_of(model, *inputs[0])  # which the comparison with a graph looks at otherwise
+        graph.output_of(model, *inputs.example)  # which the comparison with a graph looks at otherwise
     if any(graph.why_left(module) or graph.hooks_of(module) for module in network.modules()):
         check_copy(model, network, inputs)
     return network, 0, reason
@@ -55,7 +55,7 @@ def check_copy(model: nn.Module, network: nn.Module, inputs: Inputs) -> None:
         x = x.flip(0) if x.dim() else x
         return x * 0.5 if x.is_floating_point() else x
 
-    args, kwargs = tree_map_only(Tensor, other, inputs[0])
+    args, kwargs = tree_map_only(Tensor, other, inputs.example)
     different = graph.why_different(model, network, args, kwargs, "a copy of it")
     if different:
         raise ValueError(

@@ -24,6 +24,7 @@ from ptq4cuda.calibrate.outliers import Outliers, find_outliers, sample_extremes
 from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import LayerSpec, QuantModule
+from ptq4cuda.processes import Processes
 from ptq4cuda.quantizer import QuantParams
 
 
@@ -33,6 +34,7 @@ class Signal:
 
     Attributes:
         frontier: holds it.
+        processes: who have the other samples.
         streams: for each chunk, the value in float and as quantized so far: one object where they are the same.
         before: for each chunk, the float tensor before `activation`, where the value is activation(before).
         activation: the activation that made the value.
@@ -42,6 +44,7 @@ class Signal:
     """
 
     frontier: Frontier
+    processes: Processes
     streams: list[tuple[Any, Any]]
     before: list[Tensor] | None = None
     activation: Activation = IDENTITY
@@ -72,21 +75,21 @@ class Signal:
         if self.outliers is not None:
             return
         hold = self.frontier.hold
-        found = find_outliers(self.values, axis, importance)
+        found = find_outliers(self.values, axis, importance, self.processes)
         self.outliers, self.clip = found.remark if found is not None else "", found
         if found is not None:
             for i, (value, quantized) in enumerate(self.streams):
                 clipped = hold(found.clip(value))
                 self.streams[i] = (clipped, clipped if quantized is value else hold(found.clip(quantized)))
         if self.before is not None:
-            found = find_outliers(self.frontier.each(self.before), axis, importance)
+            found = find_outliers(self.frontier.each(self.before), axis, importance, self.processes)
             if found is not None:
                 self.before = [hold(found.clip(value)) for value in self.before]
 
     def statistics(self, axis: int | None) -> ChannelStatistics:
         """Measure the float tensor along a channel axis, before its activation where it has one."""
         chunks = self.frontier.each(self.before) if self.before is not None else self.values
-        return ChannelStatistics.over(lambda: chunks, axis)
+        return ChannelStatistics.over(lambda: chunks, axis, self.processes)
 
     def extremes(self, axis: int, whole: bool = False) -> tuple[Tensor, Tensor]:
         """Return the smallest and the largest value of each channel in each sample, in float, [n, C] both.
@@ -95,12 +98,13 @@ class Signal:
             axis: of the channels.
             whole: take all channels for one.
         """
-        low, high = (torch.cat(parts) for parts in zip(*(sample_extremes(x, axis) for x in self.values), strict=True))
+        extremes = self.processes.gather([sample_extremes(x, axis) for x in self.values])
+        low, high = (torch.cat(parts) for parts in zip(*extremes, strict=True))
         return (low.amin(1, keepdim=True), high.amax(1, keepdim=True)) if whole else (low, high)
 
     def histogram(self, axis: int | None) -> ChannelHistogram:
         """Count the values of the tensor as quantized so far, as its readers see it."""
-        return ChannelHistogram.over(lambda: self.quantized, axis)
+        return ChannelHistogram.over(lambda: self.quantized, axis, processes=self.processes)
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -199,7 +203,8 @@ def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerR
     """
     module = solution.module
     layer = call.layer
-    some = [x.to(module.weight_scale.device) for x in some_samples(call.spec, call.signal.quantized)]
+    samples = some_samples(call.spec, call.signal.quantized, call.signal.processes)
+    some = [x.to(module.weight_scale.device) for x in samples]
     own = Noise()
     for x in some:
         own.add(call.run(x), module(x))

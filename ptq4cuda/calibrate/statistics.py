@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ptq4cuda import ops
+from ptq4cuda.processes import ALONE, Processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,28 +38,42 @@ class ChannelStatistics:
     @classmethod
     def of(cls, x: Tensor, axis: int | None = 1, centre: Tensor | None = None) -> ChannelStatistics:
         """Measure one tensor along its channel axis, or as a single channel where axis is None."""
-        if axis is None:
-            x, axis = x.unsqueeze(0), 0
-        return cls(*ops.channel_statistics(x, axis, centre).unbind(1))
+        return cls(*_table(x, axis, centre).unbind(1))
 
     @classmethod
-    def over(cls, batches: Callable[[], Iterable[Tensor]], axis: int | None = 1) -> ChannelStatistics:
-        """Measure several batches, each read twice: absdev needs the mean of all before it can be summed."""
-        moments: ChannelStatistics | None = None
-        count = 0
-        for x in batches():
-            moments = cls.of(x, axis) if moments is None else moments.merge(cls.of(x, axis))
-            count += 1
-        if moments is None:
+    def over(
+        cls, batches: Callable[[], Iterable[Tensor]], axis: int | None = 1, processes: Processes = ALONE
+    ) -> ChannelStatistics:
+        """Measure several batches, each read twice: absdev needs the mean of all before it can be summed.
+
+        Args:
+            batches: yields them.
+            axis: of the channels.
+            processes: whose batches follow each other.
+        """
+        parts = cls._of_each(batches(), axis, None, processes)
+        if len(parts) > 1:
+            parts = cls._of_each(batches(), axis, cls.merged(parts).mean, processes)
+        return cls.merged(parts)
+
+    @classmethod
+    def _of_each(
+        cls, batches: Iterable[Tensor], axis: int | None, centre: Tensor | None, processes: Processes
+    ) -> list[ChannelStatistics]:
+        """Measure each batch of all processes."""
+        tables = processes.gather([_table(x, axis, centre) for x in batches])
+        return [cls(*table.unbind(1)) for table in tables]
+
+    @classmethod
+    def merged(cls, parts: Sequence[ChannelStatistics]) -> ChannelStatistics:
+        """Return the statistics of all parts, merged one by one.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not parts:
             raise ValueError("there are no batches to measure")
-        if count == 1:
-            return moments
-        about_mean = None
-        for x in batches():
-            part = cls.of(x, axis, moments.mean)
-            about_mean = part if about_mean is None else about_mean.merge(part)
-        assert about_mean is not None
-        return about_mean
+        return functools.reduce(cls.merge, parts)
 
     @property
     def std(self) -> Tensor:
@@ -85,6 +101,13 @@ class ChannelStatistics:
         )
 
 
+def _table(x: Tensor, axis: int | None, centre: Tensor | None) -> Tensor:
+    """Return the statistics of a tensor as float64 [C, 7]."""
+    if axis is None:
+        x, axis = x.unsqueeze(0), 0
+    return ops.channel_statistics(x, axis, centre)
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelHistogram:
     """How often each channel has which values, exact zeros apart: every quantizer represents these exactly.
@@ -100,8 +123,20 @@ class ChannelHistogram:
     density: Tensor
 
     @classmethod
-    def over(cls, batches: Callable[[], Iterable[Tensor]], axis: int | None = 1, bins: int = 512) -> ChannelHistogram:
+    def over(
+        cls,
+        batches: Callable[[], Iterable[Tensor]],
+        axis: int | None = 1,
+        bins: int = 512,
+        processes: Processes = ALONE,
+    ) -> ChannelHistogram:
         """Count the values of several batches, each read twice: first for the limits.
+
+        Args:
+            batches: yields them.
+            axis: of the channels.
+            bins: how many.
+            processes: whose batches are counted together.
 
         Raises:
             ValueError: there are no batches, or they hold NaN or Inf.
@@ -110,12 +145,7 @@ class ChannelHistogram:
         def by_channel() -> Iterable[tuple[Tensor, int]]:
             return ((x, axis) if axis is not None else (x.unsqueeze(0), 0) for x in batches())
 
-        total: ChannelStatistics | None = None
-        for x, channel_axis in by_channel():
-            part = ChannelStatistics.of(x, channel_axis)
-            total = part if total is None else total.merge(part)
-        if total is None:
-            raise ValueError("there are no batches to count")
+        total = ChannelStatistics.merged(ChannelStatistics._of_each(batches(), axis, None, processes))
         if not bool(torch.isfinite(total.mean).all()):
             raise ValueError("its input contains NaN or Inf on the calibration data")
         low, high = total.min.clamp_max(0.0), total.max.clamp_min(0.0)
@@ -125,6 +155,7 @@ class ChannelHistogram:
             counts += ops.channel_histogram(x, low.float(), high.float(), bins, channel_axis)
             others = [d for d in range(x.dim()) if d != channel_axis % x.dim()]
             zeros += (x == 0).sum(others, dtype=torch.float64)
+        counts, zeros = processes.total([counts, zeros])  # whole numbers
         width = ((high - low) / bins).clamp_min(torch.finfo(torch.float32).tiny)
         bin_of_zero = (-low / width).long().clamp_max(bins - 1)[:, None]
         counts.scatter_add_(1, bin_of_zero, -zeros[:, None])

@@ -4,6 +4,7 @@
 
 import ast
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ptq4cuda.cli.images import Folder, Preprocessing
     from ptq4cuda.config import QuantConfig
+    from ptq4cuda.processes import Processes
 
 app = typer.Typer(
     help="Turns a trained PyTorch CNN into a 4-bit one in seconds, without training.",
@@ -78,20 +80,43 @@ def quantize_command(
     mean: Mean = None,
     std: Std = None,
     interpolation: Interpolation = None,
+    memory_limit: Annotated[
+        float | None, typer.Option(min=0.0, help="GiB of memory for samples and tensors between layers. [default: 8]")
+    ] = None,
+    spill_folder: Annotated[Path | None, typer.Option(help="For what is beyond that, on a disk.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A folder for layers that are done: the same command goes on from them.")
+    ] = None,
     device: Device = "",
 ) -> None:
-    """Quantize a model and write a file."""
-    with _mistakes():
+    """Quantize a model and write a file.
+
+    Processes that torchrun starts share the images, and make the file that one process makes.
+    """
+    with _mistakes(), _launched(device) as processes:
+        import torch
+
         import ptq4cuda
 
         _check_folders(output)
         config = _config(preset, field or [])
         subject = _Subject(model, weights, pretrained, classes, device, size, resize, mean, std, interpolation)
-        folder = subject.folder(calibration, images)
-        batches = [x for x, _ in folder.batches(subject.preprocessing, batch, subject.device, "read")]
-        network = ptq4cuda.quantize(subject.model, batches, config)
-        ptq4cuda.save(network, output)
-        print(f"\n{ptq4cuda.report(network)}\n\nWrote {output}: {output.stat().st_size:,} bytes.")
+        folder = subject.folder(calibration, images).share(batch, processes)
+        # They wait on the host, as many as memory_limit allows.
+        read = folder.batches(subject.preprocessing, batch, torch.device("cpu"), "read")
+        network = ptq4cuda.quantize(
+            subject.model,
+            (x for x, _ in read),
+            config,
+            memory_limit=None if memory_limit is None else round(memory_limit * 2**30),
+            spill_folder=spill_folder,
+            process_group=processes.group,
+            checkpoint=checkpoint,
+        )
+        if processes.rank == 0:
+            ptq4cuda.save(network, output)
+            print(f"\n{ptq4cuda.report(network)}\n\nWrote {output}: {output.stat().st_size:,} bytes.")
+        processes.gather([])  # whether it could be written
 
 
 @app.command("evaluate")
@@ -115,23 +140,26 @@ def evaluate_command(
 
     Folders whose names are numbers are these classes; others count from 0 in the order of their names.
     """
-    with _mistakes():
+    with _mistakes(), _launched(device) as processes:
         import ptq4cuda
         from ptq4cuda.artifact.report import DASH, table
         from ptq4cuda.metrics import compare
 
         subject = _Subject(model, weights, pretrained, classes, device, size, resize, mean, std, interpolation)
         network = ptq4cuda.load(file, subject.model)
-        folder = subject.folder(images, most)
+        folder = subject.folder(images, most).share(batch, processes)
         found = compare(
-            subject.model, network, folder.batches(subject.preprocessing, batch, subject.device, "evaluate")
+            subject.model,
+            network,
+            folder.batches(subject.preprocessing, batch, subject.device, "evaluate"),
+            processes,
         )
         known = folder.labels is not None
         rows = [
             ("float", f"{found.float_top1:.2f}" if known else DASH, "100.00", DASH),
             (file.name, f"{found.top1:.2f}" if known else DASH, f"{found.agreement:.2f}", f"{found.sqnr:.1f}"),
         ]
-        print(f"\n{table(('', 'top-1 %', 'agreement %', 'SQNR dB'), rows)}\n\n{found.images} images")
+        _say(f"\n{table(('', 'top-1 %', 'agreement %', 'SQNR dB'), rows)}\n\n{found.images} images")
 
 
 @app.command("compare")
@@ -290,7 +318,7 @@ class _Subject:
             interpolation=interpolation,
         )
         parameters = sum(p.numel() for p in self.model.parameters())
-        print(f"model: {name}, {parameters:,} parameters, on {self.device}\nimages: {self.preprocessing}")
+        _say(f"model: {name}, {parameters:,} parameters, on {self.device}\nimages: {self.preprocessing}")
 
     def folder(self, path: Path, most: int | None) -> "Folder":
         """List images, and say what was found."""
@@ -302,7 +330,7 @@ class _Subject:
             raise ValueError("images are read by pillow: run `pip install 'ptq4cuda[cli]'`") from None
         folder = Folder.read(path, most)
         labels = f", {len(set(folder.labels))} classes" if folder.labels is not None else ""
-        print(f"{path}: {len(folder.files)} images{labels}")
+        _say(f"{path}: {len(folder.files)} images{labels}")
         return folder
 
 
@@ -437,6 +465,29 @@ def _mistakes(*others: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("ptq4cuda: interrupted", err=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _launched(device: str) -> Iterator["Processes"]:
+    """Join the processes that torchrun started; where one fails all end, and it says why."""
+    import torch
+
+    from ptq4cuda.processes import launched
+
+    with launched(torch.device(_device(device))) as processes:
+        try:
+            with processes.ending_together():
+                yield processes
+        except Exception:
+            if processes.failed not in (None, processes.rank):
+                raise typer.Exit(2) from None
+            raise
+
+
+def _say(text: str) -> None:
+    """Print, in the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def _check_folders(*files: Path | None) -> None:

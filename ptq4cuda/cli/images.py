@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from ptq4cuda.processes import Processes
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -140,6 +143,22 @@ class Folder:
             labels = None if labels is None else [labels[i] for i in picked]
         return cls(path, files, labels)
 
+    def share(self, batch: int, processes: Processes) -> Folder:
+        """Return the part of one process: batches of this size that follow each other.
+
+        Raises:
+            ValueError: there are fewer batches than processes.
+        """
+        batches = -(-len(self.files) // batch)
+        if batches < processes.count:
+            raise ValueError(
+                f"{len(self.files)} images in batches of {batch} are {batches} batches, too few for "
+                f"{processes.count} processes: give more images or a smaller --batch"
+            )
+        first, end = ((processes.rank + i) * batches // processes.count * batch for i in (0, 1))
+        labels = None if self.labels is None else self.labels[first:end]
+        return replace(self, files=self.files[first:end], labels=labels)
+
     @property
     def classes(self) -> int:
         """Number of classes that the labels speak of."""
@@ -150,7 +169,8 @@ class Folder:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images [N, C, H, W] and labels [N], -1 where there are none, with a progress bar."""
         labels = self.labels if self.labels is not None else [-1] * len(self.files)
-        with tqdm(total=len(self.files), desc=what, unit="image", delay=1.0) as bar:
+        silent = os.environ.get("RANK", "0") != "0"  # of several processes the first one shows it
+        with tqdm(total=len(self.files), desc=what, unit="image", delay=1.0, disable=silent) as bar:
             for first in range(0, len(self.files), size):
                 images = [preprocessing(path) for path in self.files[first : first + size]]
                 yield torch.stack(images).to(device), torch.tensor(labels[first : first + size], device=device)

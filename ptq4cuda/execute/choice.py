@@ -46,7 +46,7 @@ def lower(network: nn.Module, model: nn.Module, inputs: Inputs | None = None) ->
     if len(reasons) == len(quantized):
         failure = next(iter(reasons.values()), "there is no quantized layer")
     elif inputs is not None:
-        failure = _difference(network, lowered, inputs[0])
+        failure = _difference(network, lowered, inputs.example)
     if failure and record.config.execution == "integer":
         raise ValueError(f"the network cannot be executed in integers: {failure}")
     if failure:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,8 +40,8 @@ def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
         raise ValueError(f"layer {call.name!r}: {error}") from error
     measured = None
     if config.rounding != "nearest" or config.target != "weights":
-        positions = sum(t.numel() for t in call.outputs) // len(weight)
-        measured = layer_moments(module, call.signal.quantized, target_outputs(call, config), positions)
+        targets = _TargetOutputs(call, config)
+        measured = layer_moments(module, call.signal.quantized, targets, call.signal.processes)
     module.set_weight(quantize_weight(weight, weight_bits, config.weights, module.groups, measured), call.layer.bias)
     if config.bias_correction == "output":
         match_output(module, call, config)
@@ -77,7 +77,7 @@ def samples_wanted(call: LayerCall, config: QuantConfig, samples: int) -> int:
     if bits_of(call, config)[0] == 8 or (config.rounding == "nearest" and config.target == "weights"):
         return 0
     rows = call.spec.rows(call.layer)
-    positions, inputs = sum(t.numel() for t in call.outputs) // len(rows), rows[0].numel()
+    positions, inputs = sum(numel for _, numel in _extents(call)[0]) // len(rows), rows[0].numel()
     return math.ceil(samples * inputs / max(1, positions)) if positions < inputs else 0
 
 
@@ -114,18 +114,30 @@ def quantizer_of_operand(signal: Signal, config: QuantConfig) -> QuantParams:
         low, high = signal.extremes(1)
         low, high = -with_headroom(low.clamp_max(0.0)), with_headroom(high.clamp_min(0.0))
     else:
-        statistics = ChannelStatistics.over(lambda: signal.quantized, 1)
+        statistics = ChannelStatistics.over(lambda: signal.quantized, 1, signal.processes)
         low, high = statistics.min, statistics.max
     return QuantParams.from_range(low, high, torch.full_like(low, 8, dtype=torch.uint8))
 
 
-def target_outputs(call: LayerCall, config: QuantConfig) -> Iterable[Tensor]:
-    """Return what the layer's output is to be, chunk by chunk."""
-    outputs = call.signal.frontier.each(call.outputs)
-    if config.target != "block" or call.added is None:
-        return outputs
-    # The layer is the last of its block to be quantized: let it make up for the error of what is added to it.
-    return (y + (x - quantized) for y, (x, quantized) in zip(outputs, call.added, strict=True))
+@dataclass(frozen=True)
+class _TargetOutputs:
+    """What the layer's output is to be, chunk by chunk, as often as it is read."""
+
+    call: LayerCall
+    config: QuantConfig
+
+    def __iter__(self) -> Iterator[Tensor]:
+        outputs = self.call.signal.frontier.each(self.call.outputs)
+        if self.config.target != "block" or self.call.added is None:
+            return iter(outputs)
+        # The layer is the last of its block to be quantized: let it make up for the error of what is added to it.
+        return (y + (x - quantized) for y, (x, quantized) in zip(outputs, self.call.added, strict=True))
+
+
+def _extents(call: LayerCall) -> tuple[list[tuple[int, int]], int]:
+    """Return how many samples and values the output has for each chunk of all processes, and this one's first."""
+    single = call.spec.is_single
+    return call.signal.processes.placed([(1 if single(y) else len(y), y.numel()) for y in call.outputs])
 
 
 def quantize_weight(
@@ -165,27 +177,33 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
     all others, by what is read of the output in the end, and the mean is left alone where that does more harm than
     the mean of so few samples does by chance.
     """
-    axis, device = call.spec.axis, module.weight_scale.device
+    axis, device, processes = call.spec.axis, module.weight_scale.device, call.signal.processes
+    extents, chunk = _extents(call)
+    judged: list[int] = []  # samples of each chunk that judge
+    room = _JUDGED
+    for samples, numel in extents:
+        few = min(samples, room * samples // max(1, numel))
+        judged.append(few if judged else max(1, few))
+        room -= few * (numel // max(1, samples))
+    first = sum(samples for samples, _ in extents[:chunk])
     sums: list[Tensor] = []  # of what is missing, of each sample [N, O]
     seen: list[tuple[int, Tensor, Tensor]] = []
-    room, first = _JUDGED, 0
-    for target, quantized in zip(target_outputs(call, config), call.signal.quantized, strict=True):
+    for target, quantized, some in zip(
+        _TargetOutputs(call, config), call.signal.quantized, judged[chunk:], strict=False
+    ):
         target, found = target.to(device), module(quantized.to(device))
         if found.dim() == 1:
             target, found = target[None], found[None]
         missing = (target - found).movedim(axis, -1)
         sums.append(missing.reshape(len(target), -1, missing.shape[-1]).sum(1, dtype=torch.float64))
-        few = min(len(target), room * len(target) // max(1, target.numel()))
-        if few or not seen:
-            some = slice(max(1, few))  # copied, so that the rest need not stay in memory
-            seen.append((first, target[some].clone(), found[some].clone()))
-            room -= few * target[0].numel()
+        if some:  # copied, so that the rest need not stay in memory
+            seen.append((first, target[:some].clone(), found[:some].clone()))
         first += len(target)
-    total = torch.cat(sums)
-    each = sum(t.numel() for t in call.outputs) / total.numel()  # values of a channel of a sample
+    total = torch.cat(processes.gather(sums))
+    each = sum(numel for _, numel in extents) / total.numel()  # values of a channel of a sample
     rest = max(1, len(total) - 1)
     others = (total.sum(0) - total if len(total) > 1 else total) / rest / each
-    error = harm = 0.0
+    errors = []
     for first, target, found in seen:
         shape = [1] * found.dim()
         shape[0], shape[axis] = len(found), found.shape[axis]
@@ -195,6 +213,9 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
             float((call.read(y) - wanted).square().nan_to_num(nan=0.0).sum(dtype=torch.float64))
             for y in (found + shift, found)
         )
+        errors.append((unmatched, matched))
+    error = harm = 0.0
+    for unmatched, matched in processes.gather(errors):
         error, harm = error + unmatched, harm + matched - unmatched
     # Errors without a mean grow by 1 / (n - 1) of them where that of n - 1 samples is taken away.
     if harm * rest > _BY_CHANCE * error:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda.artifact.record import QuantRecord, Trade
-from ptq4cuda.calibrate.inputs import Batch, Inputs, batch_size, some_samples
+from ptq4cuda.calibrate.inputs import Inputs, some_samples
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.containers import call_apart
 from ptq4cuda.metrics import Measure, Noise
@@ -101,11 +101,7 @@ def measure_parts(
             biases are corrected.
         most_bits: of parts that are measured.
     """
-    some: list[Batch] = []
-    for batch in inputs:
-        some.append(batch)
-        if sum(map(batch_size, some)) >= _SAMPLES:
-            break
+    some = inputs.head(_SAMPLES)
 
     def outputs() -> Iterator[Any]:
         return (call_apart(reference, *batch) for batch in some)
@@ -114,10 +110,10 @@ def measure_parts(
     layers = {name: reference.get_submodule(name) for name in modules}
     with _counting(modules, layers) as (products, read):
         expected = list(outputs())
-    samples = sum(map(batch_size, some))
+    samples = some.samples
     few = max(_FEWEST_SAMPLES, _PRODUCTS // max(1, sum(products.values()) // samples * 2 * len(modules)))
     if few < samples:  # of large images, which have many values each
-        some = list(some_samples(reference, some, 0, few))
+        some = some_samples(reference, some, 0, few)
         expected = list(outputs())
 
     def part(kind: Kind, names: Sequence[str]) -> Part | None:
@@ -388,7 +384,7 @@ def raise_layers(
                 setattr(layer, "weight_damage" if part.kind == "weight_bits" else "input_damage", part.damage)
     record.shortfall = _shortfall(trial, config, measure)
     if record.shortfall:
-        warnings.warn(f"ptq4cuda: {record.shortfall}", stacklevel=3)
+        warnings.warn(f"ptq4cuda: {record.shortfall}", stacklevel=4)
     return trial
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,26 @@ def test_all_chunks_of_a_layer_are_never_in_memory_at_once(
     network = quantize(model, [chunk + i for i in range(10)], config, progress=False, memory_limit=0)
     assert record_of(network).spilled_bytes > 40 << 20
     assert max(in_memory) - in_memory[0] < 6 << 20
+
+
+def test_batches_of_an_iterator_go_to_files(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    """They are read once, and are as good as a list."""
+    batches = list(images.split(16))
+    read: list[int] = []
+
+    def reading() -> Iterator[Tensor]:
+        for number, batch in enumerate(batches):
+            read.append(number)
+            yield batch.clone()
+
+    expected = quantize(model, batches, progress=False)
+    limit = 2 * batches[0].nbytes
+    with pytest.warns(UserWarning, match=r"calibration batches reach the limit of .* wait in files in '.*'"):
+        found = quantize(model, reading(), progress=False, memory_limit=limit, spill_folder=tmp_path)
+    assert read == list(range(len(batches)))
+    assert torch.equal(found(images), expected(images))
+    assert record_of(found).frontier_bytes <= limit
+    assert not list(tmp_path.iterdir())
 
 
 def test_channels_last_survives() -> None:

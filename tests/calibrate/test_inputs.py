@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,10 @@ from torch.nn import functional as F
 import ptq4cuda
 from ptq4cuda import QuantConfig, QuantConv2d, QuantLinear, quantize
 from ptq4cuda.artifact.record import record_of
-from ptq4cuda.calibrate.inputs import constant_arguments
+from ptq4cuda.calibrate.inputs import Inputs, constant_arguments
 from ptq4cuda.containers import contents, tensors_of
 from ptq4cuda.metrics import Noise
+from ptq4cuda.processes import ALONE
 
 EXECUTIONS = ["integer", "simulate"]
 
@@ -606,7 +607,10 @@ def test_constant_arguments_are_found_batch_by_batch() -> None:
     """Tensors go to the device when a batch is looked at: no two batches are to be there at a time."""
     held: list[weakref.ref[Tensor]] = []
 
-    class Batches(Sequence[Any]):
+    class Batches(Inputs):
+        def __init__(self) -> None:
+            self.processes = ALONE
+
         def __len__(self) -> int:
             return 4
 

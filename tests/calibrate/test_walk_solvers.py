@@ -14,6 +14,7 @@ import ptq4cuda
 from ptq4cuda import QuantConfig, graph, quantize
 from ptq4cuda.artifact.record import LayerRecord, record_of
 from ptq4cuda.calibrate.importance import output_importance
+from ptq4cuda.calibrate.inputs import Inputs
 from ptq4cuda.metrics import Noise, compare
 from small_networks import Deep, Writes
 
@@ -94,7 +95,7 @@ def importance(net: nn.Module, x: Tensor) -> Tensor:
     """Return what an error of each channel of the tensor that `first` makes costs."""
     traced, reason = graph.trace(net.eval())
     assert traced is not None, reason
-    costs = output_importance(traced, [((x,), {})])
+    costs = output_importance(traced, Inputs([((x,), {})]))
     return next(cost for node, cost in costs.items() if node.target == "first")
 
 
@@ -169,8 +170,8 @@ def test_importance_counts_the_slope_of_activations() -> None:
 def test_importance_does_not_depend_on_the_batches(model: nn.Module, images: Tensor) -> None:
     traced, _ = graph.trace(model)
     assert traced is not None
-    whole = output_importance(traced, [((images,), {})])
-    pieces = output_importance(traced, [((batch,), {}) for batch in images.split((1, 20, 27))])
+    whole = output_importance(traced, Inputs([((images,), {})]))
+    pieces = output_importance(traced, Inputs([((batch,), {}) for batch in images.split((1, 20, 27))]))
     assert whole.keys() == pieces.keys()
     for node, cost in whole.items():
         torch.testing.assert_close(pieces[node], cost, msg=str(node))

@@ -69,7 +69,7 @@ def read(folder: Path, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
 def test_the_file_is_that_of_quantize(folder: Path) -> None:
     file = quantized(folder, "--preset", "fast", "--set", "first_last_bits=6")
     config = ptq4cuda.QuantConfig.fast(first_last_bits=6)
-    expected = ptq4cuda.quantize(build(), [x for x, _ in read(folder, 5)], config, progress=False)
+    expected = ptq4cuda.quantize(build(), (x for x, _ in read(folder, 5)), config, progress=False)
     ptq4cuda.save(expected, folder / "expected.ptq4")
     assert file.read_bytes() == (folder / "expected.ptq4").read_bytes()
 

@@ -18,7 +18,7 @@ import ptq4cuda
 from ptq4cuda import QuantConfig, QuantConv2d, QuantConvTranspose2d, QuantLinear, quantize
 from ptq4cuda.artifact.record import LayerRecord, record_of
 from ptq4cuda.calibrate.by_modules import _ModuleWalk, walk_modules
-from ptq4cuda.calibrate.frontier import Memory
+from ptq4cuda.calibrate.inputs import Inputs
 from ptq4cuda.solve.layer import solve_layer
 
 PRESETS = {
@@ -339,15 +339,13 @@ def test_modules_and_graph_agree(images: Tensor) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.LeakyReLU(0.2), nn.Conv2d(8, 4, 3), nn.Flatten()
     ).eval()
-    inputs = [((images,), {})]
+    inputs = Inputs([((images,), {})])
     # The gain of a bit is weighed with the whole network behind it, which only the graph shows.
     config = QuantConfig(activation_allocation="analytic")
     by_graph = quantize(model, [images], config, progress=False)
     by_modules = copy.deepcopy(model)
 
-    walk_modules(
-        by_modules, inputs, lambda call: solve_layer(call, config), lambda name: "", progress=False, memory=Memory()
-    )
+    walk_modules(by_modules, inputs, lambda call: solve_layer(call, config), lambda name: "", progress=False)
     for name, tensor in by_modules.state_dict().items():
         torch.testing.assert_close(by_graph.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 

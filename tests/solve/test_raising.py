@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import ptq4cuda
 from ptq4cuda import QuantConfig, pipeline, quantize
 from ptq4cuda.artifact.record import LayerRecord, QuantRecord, record_of
+from ptq4cuda.calibrate.inputs import Inputs
 from ptq4cuda.calibrate.prepare import prepare
 from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.solve.raising import Part, marks_of, measure_parts, overrides_of, path_of, search
@@ -57,7 +58,7 @@ def kept_energy(model: nn.Module, images: Tensor) -> Callable[[nn.Module], float
 
 def parts_of(model: nn.Module, images: Tensor, config: QuantConfig, match: bool) -> tuple[list[Part], nn.Module]:
     network = quantize(model, [images], replace(config, execution="simulate"), progress=False)
-    inputs = [((images,), {})]
+    inputs = Inputs([((images,), {})])
     reference, _, _ = prepare(model, inputs, config)
     before = copy.deepcopy(reference.state_dict())
     parts = measure_parts(reference, network, inputs, match)

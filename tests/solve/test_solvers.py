@@ -61,7 +61,7 @@ def test_moments_of_a_convolution(geometry: dict, folded: bool) -> None:
     q = activation.fake_quantize(x)
     if folded:
         q = q / activation.scale.view(1, -1, 1, 1)
-    total = sum_of(layer_moments(module, x.split((1, 3, 2)), y.split((1, 3, 2)), y.numel() // 6))
+    total = sum_of(layer_moments(module, x.split((1, 3, 2)), y.split((1, 3, 2))))
     patches = unfolded(conv, q)
     targets = y.double().movedim(1, -1).reshape(-1, conv.groups, conv.out_channels // conv.groups).movedim(1, 0)
     assert total.count == patches.shape[1]
@@ -85,7 +85,7 @@ def test_moments_of_a_linear_layer(shape: tuple[int, ...]) -> None:
     )
     q = module.quantized_input(x).double().view(-1, 5)
     y = linear(x).detach()
-    total = sum_of(layer_moments(module, [x], [y], y.numel() // 3))
+    total = sum_of(layer_moments(module, [x], [y]))
     h, b = reference(q, y.double().view(-1, 3))
     np.testing.assert_allclose(total.covariance[0], h, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(total.cross[0], b, rtol=1e-5, atol=1e-6)
@@ -109,7 +109,7 @@ def marked(images: int, side: int) -> tuple[nn.Conv2d, nn.Module, Tensor]:
 @pytest.mark.parametrize("cut", [(8,), (1, 1, 1, 1, 1, 1, 1, 1), (3, 5), (1, 6, 1)])
 def test_no_image_is_in_both_halves(cut: tuple[int, ...]) -> None:
     _, module, x = marked(8, 5)
-    a, b = layer_moments(module, x.split(cut), x.split(cut), x.numel())
+    a, b = layer_moments(module, x.split(cut), x.split(cut))
     assert (a.count, b.count) == (100, 100)
     # sums of 1, 4, 16, 64 and of 2, 8, 32, 128, each 25 times
     assert (a.u.item(), b.u.item()) == (25 * 85, 25 * 170)
@@ -120,7 +120,7 @@ def test_sampling_takes_what_is_asked_for(cut: tuple[int, ...], monkeypatch: pyt
     monkeypatch.setattr(moments_module, "MIN_SAMPLES", 200)
     monkeypatch.setattr(moments_module, "SAMPLES_PER_INPUT", 1)
     _, module, x = marked(8, 20)
-    a, b = layer_moments(module, x.split(cut), x.split(cut), x.numel())
+    a, b = layer_moments(module, x.split(cut), x.split(cut))
     assert a.count + b.count == 200  # of 3,200 positions
     assert a.u.item() == pytest.approx(25 * 85, rel=0.02)  # every image counts alike
     assert b.u.item() == pytest.approx(25 * 170, rel=0.02)
@@ -129,7 +129,7 @@ def test_sampling_takes_what_is_asked_for(cut: tuple[int, ...], monkeypatch: pyt
 
 def test_one_sample_cannot_be_halved() -> None:
     _, module, x = marked(1, 5)
-    a, b = layer_moments(module, [x], [x], x.numel())
+    a, b = layer_moments(module, [x], [x])
     assert a is b
 
 
