@@ -187,12 +187,12 @@ def newest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [*MUTATIONS, *FORGERIES])
 def test_damaged_files_are_refused(newest: Path, tmp_path: Path, name: str) -> None:
-    counts = try_mutants(newest, name, 60, tmp_path)
-    assert counts["refused"] > 20
+    counts = try_mutants(newest, name, 1000, tmp_path)
+    assert counts["refused"] > 300
     if name in ("truncated", "size of the header", "tensors"):
-        assert counts["loads"] <= 6  # the same in effect, as a swap of a tensor with itself
+        assert counts["loads"] <= 100  # the same in effect, as a swap of a tensor with itself
 
 
 @pytest.mark.parametrize("name", [*MUTATIONS])
 def test_damaged_files_of_format_2_are_refused(tmp_path: Path, name: str) -> None:
-    assert try_mutants(FILES / "format2.ptq4", name, 30, tmp_path)["refused"] > 10
+    assert try_mutants(FILES / "format2.ptq4", name, 500, tmp_path)["refused"] > 150
