@@ -84,16 +84,18 @@ def paper(images: int) -> list[Method]:
 def ladder(images: int) -> list[Method]:
     """Return the default recipe step by step; every row can be executed with integers."""
     fast, full = QuantConfig.fast(), QuantConfig()
+    alike = replace(full, layer_allocation="uniform")
     rows = {
         "all three of the paper, scales folded": replace(QuantConfig.paper(), fold_activation_scale=True),
         "fast(): searched clips, bits by gain, mean output": fast,
         "+ weights fitted to the float output": replace(fast, target="output"),
         "+ compensated rounding": replace(fast, target="output", rounding="compensated"),
-        "+ coordinate descent": replace(full, target="output"),
-        "+ blocks make up for their shortcut (default)": full,
+        "+ coordinate descent": replace(alike, target="output"),
+        "+ blocks make up for their shortcut": alike,
+        "+ layers share out the bits of the network (default)": full,
         "default, depthwise at 4 bits": replace(full, depthwise_bits=None),
-        "default, 4 bits for every channel": replace(full, activation_allocation="uniform"),
-        "default, one scale per tensor": replace(full, activation_granularity="per_tensor"),
+        "default, 4 bits for every channel": replace(alike, activation_allocation="uniform"),
+        "default, one scale per tensor": replace(alike, activation_granularity="per_tensor"),
         "default with 8-bit activations": replace(full, activation_bits=8),
         "default with 8-bit weights": replace(full, weight_bits=8),
     }

@@ -48,6 +48,7 @@ STAGES: list[tuple[str, Any, str]] = [
     ("means of outputs", layer, "match_output"),
     ("quantized layers", by_graph._GraphWalk, "_solve"),
     ("other operations", by_graph._GraphWalk, "visit"),
+    ("damage of bits", pipeline, "measure_parts"),
     ("noise of the output", pipeline, "output_noise"),
     ("program of integers", pipeline, "lower"),
 ]

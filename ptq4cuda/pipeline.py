@@ -27,7 +27,15 @@ from ptq4cuda.calibrate.allocator import memory_kept
 from ptq4cuda.calibrate.by_graph import walk_graph
 from ptq4cuda.calibrate.by_modules import walk_modules
 from ptq4cuda.calibrate.frontier import Memory
-from ptq4cuda.calibrate.inputs import Inputs, batch_size, check_model, check_shapes, collect_inputs, some_samples
+from ptq4cuda.calibrate.inputs import (
+    Inputs,
+    batch_size,
+    check_model,
+    check_shapes,
+    collect_inputs,
+    samples_of,
+    some_samples,
+)
 from ptq4cuda.calibrate.prepare import prepare
 from ptq4cuda.calibrate.signals import LayerCall, Signal, Solution
 from ptq4cuda.compat import tree_leaves
@@ -39,7 +47,7 @@ from ptq4cuda.graph.network import Network
 from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.processes import ALONE, Processes
 from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.solve.budget import MOST_BITS, SAMPLES, WORTH, share_out, trial_config
+from ptq4cuda.solve.budget import FEWEST_SAMPLES, MOST_BITS, SAMPLES, VALUES, WORTH, share_out, trial_config
 from ptq4cuda.solve.layer import bits_of, quantizer_of_operand, samples_wanted, solve_layer
 from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, raise_layers
 
@@ -229,7 +237,8 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Override
     if quick is None:
         return {}
     count = inputs.samples
-    half = min(SAMPLES, (count + 1) // 2)
+    values = samples_of(*inputs[0])[0].numel()
+    half = min(SAMPLES, (count + 1) // 2, max(FEWEST_SAMPLES, VALUES // max(1, values)))
     some, others = (some_samples(model, inputs, first, first + half) for first in (0, min(half, count - half)))
 
     def quantized(shares: Overrides) -> nn.Module:

@@ -20,7 +20,8 @@ from ptq4cuda.solve.raising import Kind, Overrides, Part
 MOST_BITS = 7  # of what has a part in it
 WORTH = 0.9  # of the noise with the same bits for all, what is left at most: the fit that follows changes it, too
 _UNITS = 1 << 14
-SAMPLES = 32  # of calibration, that damage is measured on; as many others judge what is made of it
+# Of calibration, that damage is measured on, as many as have so many values; as many others judge what is made of it.
+SAMPLES, FEWEST_SAMPLES, VALUES = 32, 8, 1 << 21
 # Bits below and above the mean. Weights of fewer do more damage than the rule of four says, and more gain little.
 _AROUND: dict[Kind, tuple[int, int]] = {"weight_bits": (1, 2), "activation_bits": (2, 4)}
 
