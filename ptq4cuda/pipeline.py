@@ -47,7 +47,7 @@ from ptq4cuda.graph.network import Network
 from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.processes import ALONE, Processes
 from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.solve.budget import FEWEST_SAMPLES, MOST_BITS, SAMPLES, VALUES, WORTH, share_out, trial_config
+from ptq4cuda.solve.budget import FEWEST_SAMPLES, MOST_BITS, SAMPLES, VALUES, share_out, trial_config
 from ptq4cuda.solve.layer import bits_of, quantizer_of_operand, samples_wanted, solve_layer
 from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, raise_layers
 
@@ -251,7 +251,7 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Override
     if all(bits == getattr(config, kind) for own in shares.values() for kind, bits in own.items()):
         return {}
     alike, shared = (output_noise(model, n, others).relative for n in (network, quantized(shares)))
-    return shares if shared < WORTH * alike else {}
+    return shares if shared < alike else {}
 
 
 def quantize_once(

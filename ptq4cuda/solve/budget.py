@@ -18,7 +18,6 @@ from ptq4cuda.config import FLOAT, QuantConfig
 from ptq4cuda.solve.raising import Kind, Overrides, Part
 
 MOST_BITS = 7  # of what has a part in it
-WORTH = 0.9  # of the noise with the same bits for all, what is left at most: the fit that follows changes it, too
 _UNITS = 1 << 14
 # Of calibration, that damage is measured on, as many as have so many values; as many others judge what is made of it.
 SAMPLES, FEWEST_SAMPLES, VALUES = 32, 8, 1 << 21
