@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from ptq4cuda import ops
+from ptq4cuda.ops.checks import FLOATING, describe
+
+_FRACTIONS = 58  # of the range of data that are tried, a sixtieth apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,42 @@ class QuantParams:
         step = torch.where(empty, constant.abs() / steps, step).clamp_min(torch.finfo(torch.float32).tiny)
         zero_point = torch.where(bits == 0, -constant.sign() * steps, zero_point)
         return cls(bits.to(torch.uint8), step.float(), zero_point.to(torch.int32), axis)
+
+    @classmethod
+    def from_data(cls, data: Tensor, bits: int = 4, axis: int | None = 1) -> QuantParams:
+        """Spread the codes over the range in which rounding and clipping the data makes the least squared error.
+
+        Ranges that are tried are that of the data and fractions of it, down to a twentieth. What quantize() finds for
+        a layer of a network, whose activations and readers it knows, may be better.
+
+        Args:
+            data: floating values of any shape.
+            bits: 1 to 8.
+            axis: of the channels, each of which gets a range of its own; None for one range.
+
+        Raises:
+            TypeError, ValueError: data has no values, NaN, Inf or another dtype; bits or axis are out of range.
+        """
+        if not isinstance(data, Tensor) or data.dtype not in FLOATING:
+            raise TypeError(f"data must be a float32, float16 or bfloat16 tensor, got {describe(data)}")
+        if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
+            raise ValueError(f"bits must be an int from 1 to 8, got {bits!r}")
+        if axis is not None and not -data.dim() <= axis < data.dim():
+            raise ValueError(f"data of shape {list(data.shape)} has no axis {axis}")
+        if not data.numel() or not bool(torch.isfinite(data).all()):
+            raise ValueError("data contains NaN or Inf" if data.numel() else "data has no values")
+        rows = (data.detach().reshape(1, -1) if axis is None else data.detach().movedim(axis, 0).flatten(1)).float()
+        low, high = rows.amin(1), rows.amax(1)
+        of_bits = torch.full_like(low, bits, dtype=torch.uint8)
+        best_low, best_high, least = low, high, torch.full_like(low, torch.inf, dtype=torch.float64)
+        for fraction in torch.linspace(1.0, 0.05, _FRACTIONS).tolist():
+            tried = cls.from_range(low * fraction, high * fraction, of_bits, 0)
+            error = (tried.fake_quantize(rows) - rows).square().sum(1, dtype=torch.float64)
+            better = error < least
+            least = torch.where(better, error, least)
+            best_low = torch.where(better, low * fraction, best_low)
+            best_high = torch.where(better, high * fraction, best_high)
+        return cls.from_range(best_low, best_high, of_bits, 1 if axis is None else axis)
 
     def repeated(self, times: int) -> QuantParams:
         """Return the quantizer of each channel several times, one after the other; once, with the same tensors."""

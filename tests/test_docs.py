@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,21 @@ def test_what_a_page_shows_runs(page: str, tmp_path: Path) -> None:
         text=True,
         env=environment,
     )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_what_the_readme_shows_runs(tmp_path: Path) -> None:
+    """For a network, batches and a measure of the reader's own."""
+    own = """
+        import torch
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3)).eval()
+        batches = [torch.randn(16, 3, 8, 8)]
+        top1 = lambda network: 90.0
+    """
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", (DOCS.parent / "README.md").read_text(), re.M | re.S))
+    command = [sys.executable, "-c", f"{textwrap.dedent(own)}\n{code}"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 

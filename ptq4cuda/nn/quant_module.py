@@ -176,9 +176,10 @@ class QuantModule(QuantizerState):
     def from_float(
         cls,
         layer: Any,
-        activation: QuantParams | None = None,
+        activation: QuantParams | Tensor | None = None,
         *,
         weight_bits: int | Tensor = 4,
+        activation_bits: int = 4,
         bias_correction: WeightCorrection = "mean",
         folded: bool = True,
     ) -> Self:
@@ -186,8 +187,10 @@ class QuantModule(QuantizerState):
 
         Args:
             layer: the float layer; it is not changed.
-            activation: quantizer of the input, per tensor or per channel; None leaves the input in float.
+            activation: example inputs, in which a range is found for each channel (QuantParams.from_data); or the
+                quantizer of the input, per tensor or per channel; None leaves the input in float.
             weight_bits: 0 to 8, one number or uint8 [O].
+            activation_bits: 1 to 8, for ranges that are found in example inputs.
             bias_correction: "none", "mean" or "mean+variance" (eq. 12-13).
             folded: fold the activation's scale into the weights before they are quantized.
 
@@ -197,6 +200,9 @@ class QuantModule(QuantizerState):
         if not isinstance(layer, cls.spec.float_class):
             raise TypeError(f"layer must be a torch.nn.{cls.spec.name}, got {type(layer).__name__}")
         quantized = cls.like(layer, quantized_input=activation is not None, folded=folded)
+        if isinstance(activation, Tensor):
+            quantized._refuse(activation)
+            activation = QuantParams.from_data(activation, activation_bits, cls.spec.axis)
         quantized._quantize_from(layer, activation, weight_bits, bias_correction)
         return quantized
 
@@ -209,7 +215,7 @@ class QuantModule(QuantizerState):
     ) -> None:
         """Take over a float layer's weights, rounded to the nearest code, its bias and a quantizer of its input."""
         if activation is not None and not isinstance(activation, QuantParams):
-            raise TypeError(f"activation must be QuantParams or None, got {type(activation).__name__}")
+            raise TypeError(f"activation must be an input, QuantParams or None, got {type(activation).__name__}")
         if bias_correction not in WEIGHT_CORRECTIONS:
             raise ValueError(f"bias_correction must be one of {list(WEIGHT_CORRECTIONS)}, got {bias_correction!r}")
         if isinstance(weight_bits, int):

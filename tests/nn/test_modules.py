@@ -235,7 +235,10 @@ def test_repr_names_bits_and_geometry() -> None:
     ("arguments", "message"),
     [
         ({"activation": quantizer(5)}, "activation bits has 5 channels, the layer has 6"),
-        ({"activation": 8}, "activation must be QuantParams or None, got int"),
+        ({"activation": 8}, "activation must be an input, QuantParams or None, got int"),
+        ({"activation": torch.ones(2, 5, 8, 8)}, r"shape \[2, 5, 8, 8\], and the convolution takes 6 channels"),
+        ({"activation": torch.ones(2, 6, 8, 8), "activation_bits": 0}, "bits must be an int from 1 to 8, got 0"),
+        ({"activation": torch.full((2, 6, 8, 8), torch.nan)}, "data contains NaN or Inf"),
         ({"weight_bits": 9}, "bits must be 0 to 8, got 9"),
         ({"weight_bits": -1}, "bits must be 0 to 8, got -1"),
         ({"weight_bits": [4] * 8}, "weight_bits must be a number or a tensor, got list"),
@@ -246,8 +249,55 @@ def test_repr_names_bits_and_geometry() -> None:
     ],
 )
 def test_from_float_refuses(arguments: dict, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         QuantConv2d.from_float(**{"layer": make_conv({}), **arguments})
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("axis", [None, 1, -1])
+def test_quantizers_from_data(bits: int, axis: int | None) -> None:
+    """Nothing is clipped that 8 bits hold; at fewer the range is better than that of the data, for each channel."""
+    x = torch.randn(16, 4, 50, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1.0], [9.0], [0.1], [0.0]]
+    )
+    if axis == -1:
+        x = x.movedim(1, -1)
+    found = QuantParams.from_data(x, bits, axis)
+    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+    seen = QuantParams.from_range(rows.amin(1), rows.amax(1), _bits(bits), 1 if axis is None else axis)
+    assert found.axis == seen.axis and found.scale.shape == seen.scale.shape
+
+    def error(quantizer: QuantParams) -> Tensor:
+        squared = (quantizer.fake_quantize(x) - x).square()
+        return squared.sum()[None] if axis is None else squared.movedim(axis, 0).flatten(1).sum(1)
+
+    assert bool((error(found) <= error(seen)).all())
+    assert bits == 8 or bool((error(found)[:3] < 0.8 * error(seen)[:3]).all())
+
+
+def test_quantizers_from_data_refuse() -> None:
+    x = torch.ones(2, 3)
+    for data, arguments, message in (
+        (x.double(), {}, "data must be a float32, float16 or bfloat16 tensor, got "),
+        (x, {"axis": 2}, r"data of shape \[2, 3\] has no axis 2"),
+        (x, {"bits": 9}, "bits must be an int from 1 to 8, got 9"),
+        (x[:0], {}, "data has no values"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            QuantParams.from_data(data, **arguments)
+
+
+def test_a_layer_calibrates_itself_by_example_inputs() -> None:
+    conv, x = make_conv({"padding": 1}), torch.randn(8, 6, 10, 10, generator=torch.Generator().manual_seed(0)).relu()
+    layer = QuantConv2d.from_float(conv, x, activation_bits=6)
+    explicit = QuantConv2d.from_float(conv, QuantParams.from_data(x, 6, -3))
+    assert torch.equal(layer(x), explicit(x))
+    with torch.no_grad():
+        expected = conv(x)
+        noise = (expected - QuantConv2d.from_float(conv, x, weight_bits=8, activation_bits=8)(x)).square().sum()
+    assert expected.square().sum() / noise > 1e4
+    linear = QuantLinear.from_float(nn.Linear(5, 3), torch.randn(4, 7, 5))
+    assert linear.activation is not None and linear.activation.scale.shape == (5,)
 
 
 def test_weights_that_are_not_finite() -> None:
