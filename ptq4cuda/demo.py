@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tqdm import trange
 
 from ptq4cuda.artifact.file import load, save
 from ptq4cuda.artifact.report import DASH, report, table
+from ptq4cuda.artifact.writing import write_figure
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.metrics import Comparison, compare
 from ptq4cuda.pipeline import quantize
@@ -132,6 +134,11 @@ def run(
         assert quantized is not None
         echo(f"\n{len(images)} test images; calibrated on 256 training images without labels\n")
         echo(results_table(rows, float_path.stat().st_size))
+        chance = margin(rows[0].result.float_top1, len(images))
+        echo(
+            f"\nSQNR tells the configurations apart. {len(images)} images hardly do: their top-1 is within\n"
+            f"{chance:.1f} points of that of any number of them, 19 times of 20."
+        )
         echo(f"\nThe {rows[-1].name} network, layer by layer:\n\n{report(quantized)}\n")
 
         loaded = load(path, DigitsNet())
@@ -150,27 +157,41 @@ def run(
 
 def results_table(rows: list[Row], float_bytes: int) -> str:
     """Return the comparison as text."""
-    header = ("", "top-1 %", "agreement %", "SQNR dB", "file bytes", "seconds")
+    header = ("", "SQNR dB", "agreement %", "top-1 %", "file bytes", "seconds")
     lines: list[tuple[object, ...]] = [
-        ("float32", f"{rows[0].result.float_top1:.2f}", "100.00", DASH, f"{float_bytes:,}", DASH)
+        ("float32", DASH, "100.0", f"{rows[0].result.float_top1:.1f}", f"{float_bytes:,}", DASH)
     ]
     for row in rows:
         r = row.result
-        numbers = (f"{r.top1:.2f}", f"{r.agreement:.2f}", f"{r.sqnr:.1f}")
+        numbers = (f"{r.sqnr:.1f}", f"{r.agreement:.1f}", f"{r.top1:.1f}")
         lines.append((row.name, *numbers, f"{row.bytes:,}", f"{row.seconds:.2f}"))
     return table(header, lines)
 
 
+def margin(percent: float, images: int) -> float:
+    """Return how far a share may be from that of all images there are, in points, 19 times of 20.
+
+    Half the interval of Wilson (1927), which also holds where all or none are right.
+
+    Args:
+        percent: that was found.
+        images: among so many.
+    """
+    share, z = percent / 100.0, 1.96
+    spread = share * (1.0 - share) / images + z * z / (4.0 * images * images)
+    return 100.0 * z * math.sqrt(spread) / (1.0 + z * z / images)
+
+
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw agreement and SQNR of the configurations side by side."""
+    """Draw the SQNR of the configurations side by side, from zero, and agreement with what chance may make of it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     settings = list(dict.fromkeys(row.name.split()[0] for row in rows))
     for axes, field, label in zip(
         figure.subplots(1, 2),
-        ("agreement", "sqnr"),
-        ("same class as float, %", "SQNR of the logits, dB"),
+        ("sqnr", "agreement"),
+        ("SQNR of the logits, dB", f"same class as float, % of {rows[0].result.images} images"),
         strict=True,
     ):
         for shift, (method, colour) in enumerate(
@@ -179,14 +200,20 @@ def draw(rows: list[Row], path: Path) -> None:
             shown = [row for row in rows if row.name.endswith(method)]
             places = [settings.index(row.name.split()[0]) + 0.28 * (shift - 1) for row in shown]
             values = [getattr(row.result, field) for row in shown]
-            bars = axes.bar(places, values, 0.26, color=colour, label=method)
-            axes.bar_label(bars, fmt="%.1f", fontsize=8)
+            chance = [margin(row.result.agreement, row.result.images) for row in shown]
+            bars = axes.bar(
+                *(places, values, 0.26),
+                color=colour,
+                label=method,
+                yerr=chance if field == "agreement" else None,
+                error_kw={"capsize": 2, "linewidth": 1},
+            )
+            if field == "sqnr":
+                axes.bar_label(bars, fmt="%.1f", fontsize=8)
         axes.set_xticks(range(len(settings)), settings)
         axes.set_ylabel(label)
+        axes.set_ylim(bottom=0.0)
         axes.spines[["top", "right"]].set_visible(False)
-        if field == "agreement":
-            lowest = min(row.result.agreement for row in rows)
-            axes.set_ylim(max(0.0, lowest - 0.5 * (100.0 - lowest) - 1.0), 100.5)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     figure.suptitle("Handwritten digits: a float network and its 4-bit forms", x=0.02, ha="left")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

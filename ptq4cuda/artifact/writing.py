@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
 _DESCRIPTORS = Path("/proc/self/fd")  # of this process: where a nameless file gets its name from
 _UNFINISHED = ".ptq4cuda-unfinished"  # how names end that a file has before its own
@@ -50,6 +52,18 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
             unfinished.unlink()
     with contextlib.suppress(OSError):  # some file systems cannot
         _sync_folder(folder)
+
+
+def write_figure(path: str | os.PathLike[str], figure: Any) -> None:
+    """Write a matplotlib figure as an image of the kind that the name says, .png where it says none, as write_whole.
+
+    Raises:
+        ValueError: matplotlib knows no such kind.
+        OSError: the file cannot be written.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format=Path(path).suffix[1:] or "png")
+    write_whole(path, content.getvalue())
 
 
 def _mode_to_keep(target: Path) -> int | None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ptq4cuda import ops
 from ptq4cuda.artifact.report import DASH, table
+from ptq4cuda.artifact.writing import write_figure
 from ptq4cuda.bench.timing import captured, machine_line, write_figures
 from ptq4cuda.execute.engines import IntegerConv2d, Packing
 from ptq4cuda.nn.spec import Geometry
@@ -506,4 +507,4 @@ def draw(timings: Sequence[Timing], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"Distance from a copy (statistics: from a sum), {len(timings)} cases", x=0.02, ha="left")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

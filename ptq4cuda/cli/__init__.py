@@ -22,5 +22,6 @@ def main() -> None:
 
             print(info())
             return
-        raise SystemExit(f"the ptq4cuda command needs {error.name}: run `pip install 'ptq4cuda[cli]'`") from None
+        print(f"ptq4cuda: commands need {error.name}: run `pip install 'ptq4cuda[cli]'`", file=sys.stderr)
+        raise SystemExit(2) from None
     app()

@@ -5,7 +5,7 @@
 import ast
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,11 +40,25 @@ Weights = Annotated[Path | None, typer.Option(help="The model's weights: .safete
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm or torchvision get their own weights.")]
 Classes = Annotated[int | None, typer.Option(min=1, help="Build the model with that many classes.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images that are run at a time.")]
-Size = Annotated[str | None, typer.Option(help="Pixels of the input: 224, or 224x192 (height x width).")]
-Resize = Annotated[int | None, typer.Option(min=0, help="Pixels of the shorter side before the centre is cut out.")]
-Mean = Annotated[str | None, typer.Option(help="Of values in 0 to 1: three numbers for RGB, one for grey.")]
-Std = Annotated[str | None, typer.Option(help="The same.")]
-Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")]
+_PANEL = "Images, where the model's own metadata are missing or not wanted"
+Size = Annotated[
+    str | None, typer.Option(help="Pixels of the input: 224, or 224x192 (height x width).", rich_help_panel=_PANEL)
+]
+Resize = Annotated[
+    int | None,
+    typer.Option(min=0, help="Pixels of the shorter side before the centre is cut out.", rich_help_panel=_PANEL),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="Mean of values in 0 to 1: three numbers for RGB, as 0.485,0.456,0.406, one for grey images.",
+        rich_help_panel=_PANEL,
+    ),
+]
+Std = Annotated[str | None, typer.Option(help="Their standard deviation, as many numbers.", rich_help_panel=_PANEL)]
+Interpolation = Annotated[
+    str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.", rich_help_panel=_PANEL)
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 
 
@@ -69,7 +83,18 @@ def quantize_command(
     weights: Weights = None,
     pretrained: Pretrained = False,
     classes: Classes = None,
-    preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS[:-1])} or {PRESETS[-1]}.")] = "default",
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(help="A folder of images in folders of classes: its top-1 decides which layers get more bits."),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Points of top-1 that may be lost on it.  [default: 0.5]", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(PRESETS[:-1])} or {PRESETS[-1]}.", autocompletion=lambda: list(PRESETS)),
+    ] = "default",
     field: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of QuantConfig; repeatable.")
     ] = None,
@@ -92,6 +117,8 @@ def quantize_command(
     """Quantize a model and write a file.
 
     Processes that torchrun starts share the images, and make the file that one process makes.
+
+    ptq4cuda quantize resnet50 --pretrained --calibration images/train -o resnet50.ptq4
     """
     with _mistakes(), _launched(device) as processes:
         import torch
@@ -99,15 +126,20 @@ def quantize_command(
         import ptq4cuda
 
         _check_folders(output)
+        if max_drop is not None and evaluate is None:
+            raise ValueError("--max-drop is how much of the top-1 on --evaluate may be lost: give such a folder, too")
         config = _config(preset, field or [])
         subject = _Subject(model, weights, pretrained, classes, device, size, resize, mean, std, interpolation)
         folder = subject.folder(calibration, images).share(batch, processes)
+        measure = None if evaluate is None else subject.top1(evaluate, batch)
         # They wait on the host, as many as memory_limit allows.
         read = folder.batches(subject.preprocessing, batch, torch.device("cpu"), "read")
         network = ptq4cuda.quantize(
             subject.model,
             (x for x, _ in read),
             config,
+            evaluate=measure,
+            max_drop=0.5 if max_drop is None else max_drop,
             memory_limit=None if memory_limit is None else round(memory_limit * 2**30),
             spill_folder=spill_folder,
             process_group=processes.group,
@@ -333,6 +365,26 @@ class _Subject:
         _say(f"{path}: {len(folder.files)} images{labels}")
         return folder
 
+    def top1(self, path: Path, batch: int) -> "Callable[[nn.Module], float]":
+        """Return a measure of classifiers, percent of a folder's images that they classify right."""
+        import torch
+
+        folder = self.folder(path, None)
+        if folder.labels is None:
+            raise ValueError(f"{str(path)!r} has images that are in no folder of a class: top-1 needs their classes")
+
+        @torch.no_grad()
+        def measure(network: "nn.Module") -> float:
+            right = 0
+            for x, target in folder.batches(self.preprocessing, batch, self.device, "evaluate"):
+                scores = network(x)
+                if scores.shape[1] < folder.classes:
+                    raise ValueError(f"{str(path)!r} has {folder.classes} classes, the model {scores.shape[1]}")
+                right += int((scores.argmax(1) == target).sum())
+            return 100.0 * right / len(folder.files)
+
+        return measure
+
 
 def _config(preset: str, fields: list[str]) -> "QuantConfig":
     from ptq4cuda.config import QuantConfig
@@ -396,7 +448,8 @@ def demo_command(
         if plot is not None:
             import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise SystemExit(f"the demo needs {error.name}: run `pip install 'ptq4cuda[demo]'`") from None
+        typer.echo(f"ptq4cuda: the demo needs {error.name}: run `pip install 'ptq4cuda[demo]'`", err=True)
+        raise typer.Exit(2) from None
     with _mistakes():
         from ptq4cuda import demo
 

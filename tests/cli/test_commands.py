@@ -154,6 +154,32 @@ def test_inspect_and_report(folder: Path) -> None:
     assert run("report", file, "-o", folder / "report.txt").exit_code == 2
 
 
+def test_quantize_until_the_users_images_are_content(folder: Path) -> None:
+    """The top-1 on labelled images decides, as quantize(evaluate=...) does with the same measure."""
+
+    def top1(network: nn.Module) -> float:
+        right = [network(x).argmax(1) == y for x, y in read(folder, 5)]
+        return 100.0 * torch.cat(right).double().mean().item()
+
+    arguments = ("--preset", "naive", "--set", "weight_bits=2", "--set", "activation_bits=2")
+    file = quantized(folder, *arguments, "--evaluate", folder / "images", "--max-drop", 8)
+    config = ptq4cuda.QuantConfig.naive(weight_bits=2, activation_bits=2)
+    batches = [x for x, _ in read(folder, 5)]
+    expected = ptq4cuda.quantize(build(), batches, config, evaluate=top1, max_drop=8.0, progress=False)
+    ptq4cuda.save(expected, folder / "expected.ptq4")
+    assert file.read_bytes() == (folder / "expected.ptq4").read_bytes()
+    record = ptq4cuda.report(ptq4cuda.load(file, build())).record
+    assert (record.float_value, record.max_drop) == (top1(build()), 8.0)
+
+
+def test_completion(folder: Path) -> None:
+    """What a shell asks for: commands, and the values of an option."""
+    for words, wanted in (("ptq4cuda qu", "quantize"), ("ptq4cuda quantize --preset w", "w4a8")):
+        asked = {"_PTQ4CUDA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        result = CliRunner().invoke(app, [], env=asked, prog_name="ptq4cuda")
+        assert wanted in result.output.split()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -171,6 +197,9 @@ def test_inspect_and_report(folder: Path) -> None:
             "quantize_images --set weight_bits=9",
             "weight_bits must be an int from 1",
         ),
+        ("quantize_images --max-drop 1", "--max-drop is how much of the top-1 on --evaluate may be lost"),
+        ("quantize_images --evaluate images/ape", "has images that are in no folder of a class"),
+        ("quantize_images --evaluate many --size 16", "'many' has 3 classes, the model 2"),
         ("quantize_images --size 12,12", "--size must be pixels"),
         ("quantize_images --mean a", "--mean must be numbers"),
         ("quantize_images --weights w.pt", "there is no file 'w.pt'"),
@@ -182,6 +211,9 @@ def test_inspect_and_report(folder: Path) -> None:
 )
 def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str) -> None:
     monkeypatch.chdir(folder)
+    for name in ("0", "2"):
+        (folder / "many" / name).mkdir(parents=True)
+        (folder / "many" / name / "a.png").write_bytes((folder / "images" / "ape" / "0.png").read_bytes())
     mine = "quantize small_model:build --calibration images -o x"
     result = run(*arguments.replace("quantize_images", mine).split())
     assert result.exit_code == 2

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ptq4cuda
 from ptq4cuda import demo
+from ptq4cuda.metrics import Comparison
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -35,10 +37,27 @@ def test_demo(tmp_path: Path) -> None:
     assert by_name["W4A4 default"].result.sqnr > by_name["W4A4 paper"].result.sqnr - 0.5
     assert by_name["W4A4 paper"].bytes < by_name["W8A4 paper"].bytes
     text = "\n".join(texts)
+    header = next(line.split() for line in text.splitlines() if "SQNR" in line)
+    assert header[:2] == ["SQNR", "dB"]
     assert "same outputs, bit for bit" in text
     assert "float32" in text
     assert (tmp_path / "digits.ptq4").stat().st_size == by_name["W4A4 default"].bytes
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(("percent", "images", "margin"), [(50.0, 100, 9.6), (98.5, 597, 1.0), (100.0, 597, 0.32)])
+def test_margin(percent: float, images: int, margin: float) -> None:
+    assert demo.margin(percent, images) == pytest.approx(margin, abs=0.05)
+
+
+def test_axes_begin_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(demo, "write_figure", lambda path, figure: figures.append(figure))
+    result = Comparison(597, 98.5, 98.3, 99.2, 20.0)
+    demo.draw([demo.Row(name, result, 1, 1.0) for name in demo.CONFIGS], tmp_path / "plot.png")
+    first, second = figures[0].axes
+    assert "SQNR" in first.get_ylabel() and "597 images" in second.get_ylabel()
+    assert first.get_ylim()[0] == second.get_ylim()[0] == 0.0
 
 
 def test_version(tmp_path: Path) -> None:
@@ -83,7 +102,7 @@ def test_info(tmp_path: Path) -> None:
     assert "RuntimeWarning" not in result.stderr
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), [(["info"], 0, "torch"), (["demo"], 1, "ptq4cuda[cli]")])
+@pytest.mark.parametrize(("arguments", "code", "message"), [(["info"], 0, "torch"), (["demo"], 2, "ptq4cuda[cli]")])
 def test_without_the_extra_cli(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     script = "import sys; sys.modules['typer'] = None; from ptq4cuda.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True)
@@ -95,6 +114,6 @@ def test_without_the_extra_cli(tmp_path: Path, arguments: list[str], code: int, 
 def test_demo_without_scikit_learn(tmp_path: Path) -> None:
     script = "import sys; sys.modules['sklearn'] = None; from ptq4cuda.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", script, "demo"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "ptq4cuda[demo]" in result.stderr
     assert "Traceback" not in result.stderr
