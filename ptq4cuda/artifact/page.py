@@ -56,7 +56,7 @@ _STYLE = """
 .ptq4cuda .scroll { overflow-x: auto; }
 .ptq4cuda table { border-collapse: collapse; }
 .ptq4cuda th, .ptq4cuda td { text-align: left; vertical-align: top; padding: 3px 18px 3px 0; border: 0;
-  border-bottom: 1px solid var(--line); background: none; overflow-wrap: anywhere; }
+  border-bottom: 1px solid var(--line); background: none; overflow-wrap: break-word; }
 .ptq4cuda td.number, .ptq4cuda th.number { text-align: right; white-space: nowrap; }
 .ptq4cuda pre { font: 12px/1.4 ui-monospace, monospace; color: inherit; background: none; margin: 8px 0; }
 @media (min-width: 760px) { .ptq4cuda .layer { grid-template-columns: minmax(230px, 1fr) 1fr 1fr; } }

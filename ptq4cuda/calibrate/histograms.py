@@ -11,7 +11,8 @@ from ptq4cuda.artifact.record import Histogram
 from ptq4cuda.nn import LayerSpec, QuantModule
 from ptq4cuda.processes import ALONE, Processes
 
-_VALUES = 1 << 18  # of a layer's input that are looked at, or one sample
+_VALUES = 1 << 16  # that are looked at: more would take longer than what else a layer needs
+_SAMPLES = 4  # at least, of however many values
 _WITHIN, _BESIDE = 32, 8  # bins of the range, and on either side of it
 
 
@@ -26,7 +27,7 @@ def some_samples(spec: LayerSpec, inputs: Sequence[Tensor], processes: Processes
     single = spec.is_single  # a chunk is one sample without a dimension for it
     sizes, chunk = processes.placed([(1 if single(x) else len(x), x.numel()) for x in inputs])
     total = sum(size for size, _ in sizes)
-    count = min(total, max(1, _VALUES * sizes[0][0] // max(1, sizes[0][1])))
+    count = min(total, max(_SAMPLES, _VALUES * sizes[0][0] // max(1, sizes[0][1])))
     wanted = [i * total // count for i in range(count)]
     first = sum(size for size, _ in sizes[:chunk])
     some = []
