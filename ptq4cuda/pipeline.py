@@ -33,6 +33,7 @@ from ptq4cuda.calibrate.inputs import (
     check_model,
     check_shapes,
     collect_inputs,
+    ordinary,
     samples_of,
     some_samples,
 )
@@ -239,7 +240,8 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Override
     count = inputs.samples
     values = samples_of(*inputs[0])[0].numel()
     half = min(SAMPLES, (count + 1) // 2, max(FEWEST_SAMPLES, VALUES // max(1, values)))
-    some, others = (some_samples(model, inputs, first, first + half) for first in (0, min(half, count - half)))
+    starts = 0, min(half, count - half)
+    some, others = (ordinary(model, some_samples(model, inputs, first, first + half)) for first in starts)
 
     def quantized(shares: Overrides) -> nn.Module:
         return quantize_once(model, some, quick, False, Solved(ALONE), shares)[0].eval()

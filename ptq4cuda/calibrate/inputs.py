@@ -26,6 +26,7 @@ CPU, MEMORY = torch.device("cpu"), Memory()
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a call
 
 _PLAIN = (bool, int, float, str, type(None))
+_ORDINARY = 8.0  # largest values of a sample beside those of others; see outliers.py
 
 
 # --- models ---------------------------------------------------------------------------------------------------
@@ -257,8 +258,20 @@ def some_samples(model: nn.Module, inputs: Inputs, first: int, end: int) -> Inpu
     return Inputs(inputs.processes.gather(found), inputs.frontier)
 
 
+def ordinary(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return the samples but for those with values so large, as of a broken pixel, that they would rule a few."""
+    found: list[Batch] = []
+    largest = [samples_of(*batch).unsqueeze(-1).flatten(1).double().abs().amax(1).cpu() for batch in inputs]
+    limit = _ORDINARY * torch.cat(largest).median()
+    for batch, sizes in zip(inputs, largest, strict=True):
+        kept = (sizes <= limit).nonzero().squeeze(1)
+        if len(kept):
+            found.append(batch if len(kept) == len(sizes) else _part_of(model, batch, kept))
+    return Inputs(found, inputs.frontier)
+
+
 @torch.no_grad()
-def _part_of(model: nn.Module, batch: Batch, part: slice) -> Batch:
+def _part_of(model: nn.Module, batch: Batch, part: slice | Tensor) -> Batch:
     size = batch_size(batch)
     args, kwargs = tree_map_only(Tensor, lambda t: t[part] if t.dim() and len(t) == size else t, batch)
     try:

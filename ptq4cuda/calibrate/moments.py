@@ -99,9 +99,12 @@ class Moments:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """H = cov(u, u) [G, d, d]."""
-        mean = self.mean_u
-        return (self.uu / self.count).sub_(mean[:, :, None] * mean[:, None, :])
+        """H = cov(u, u) [G, d, d], and what rounding may have made of the variances of inputs that hardly vary."""
+        mean, squares = self.mean_u, self.uu / self.count
+        rounding = 1e-12 * squares.diagonal(dim1=1, dim2=2)
+        found = squares.sub_(mean[:, :, None] * mean[:, None, :])
+        found.diagonal(dim1=1, dim2=2).add_(rounding)
+        return found
 
     @cached_property
     def cross(self) -> Tensor:
