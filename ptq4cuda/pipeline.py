@@ -238,7 +238,7 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Override
     if quick is None:
         return {}
     count = inputs.samples
-    values = samples_of(*inputs[0])[0].numel()
+    values = samples_of(*inputs.example)[0].numel()  # the same in all processes
     half = min(SAMPLES, (count + 1) // 2, max(FEWEST_SAMPLES, VALUES // max(1, values)))
     starts = 0, min(half, count - half)
     some, others = (ordinary(model, some_samples(model, inputs, first, first + half)) for first in starts)
