@@ -51,8 +51,8 @@ class LayerReport(LayerRecord):
     noise_share: float | None = None
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False, eq=False)
+class Report(str):
     """What quantization did to a network; print it for a table.
 
     Attributes:
@@ -86,8 +86,12 @@ class Report:
         ]
         return cls(tuple(layers), record.bytes if size is None else size, record)
 
-    def __str__(self) -> str:
-        return _text(self)
+    def __new__(cls, layers: tuple[LayerReport, ...], bytes: int, record: QuantRecord) -> Report:
+        """Write the table: a report is the text that it prints as."""
+        return super().__new__(cls, _text(layers, bytes, record))
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.layers, self.bytes, self.record
 
     def __repr__(self) -> str:
         """Show the table where a shell shows the value of a line."""
@@ -150,11 +154,10 @@ def report(network: nn.Module) -> Report:
     return Report.of(record_of(network), tensor_bytes(network), kernels)
 
 
-def _text(report: Report) -> str:
-    record, size = report.record, report.bytes
+def _text(layers: tuple[LayerReport, ...], size: int, record: QuantRecord) -> str:
     header = ["layer", "kind", "W", "A", "clip", "SQNR dB", "bytes fp32", "bytes", "ratio", "runs as"]
     header += ["kernel", "reason"]  # where there are any
-    rows = [_row(layer) for layer in report.layers]
+    rows = [_row(layer) for layer in layers]
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
     quantized = sum(layer.execution != "float" for layer in record.layers)
     samples = f"{record.images} calibration samples"

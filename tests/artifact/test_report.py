@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import sys
 from dataclasses import replace
@@ -191,3 +192,11 @@ def test_a_network_of_an_earlier_version_has_no_histograms(report: Report) -> No
     text = earlier._repr_html_()
     assert "<figure>" not in text and "SQNR from layer to layer" in text
     assert [layer.noise_share for layer in earlier.layers] == [None] * 3
+
+
+def test_a_report_is_its_text() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    told = ptq4cuda.report(ptq4cuda.quantize(model, [torch.randn(2, 3, 8, 8)], progress=False))
+    assert isinstance(told, str) and "total: " in told and told.split("\n") == str(told).splitlines()
+    copied = pickle.loads(pickle.dumps(told))
+    assert (copied, copied.layers, copied.bytes) == (told, told.layers, told.bytes)
