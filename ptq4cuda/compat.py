@@ -7,13 +7,15 @@ oldest supported release, 2.10, or in later ones.
 
 from __future__ import annotations
 
+import linecache
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import _symbolic_trace
+from torch.fx import _symbolic_trace, graph_module
 from torch.fx.experimental.symbolic_shapes import expect_true
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -159,3 +161,16 @@ def number_names_anew(tracer: fx.Tracer) -> None:
 def is_wrapped(scope: dict[str, Any], name: str) -> bool:
     """Tell whether torch.fx.wrap registered a name of a module's globals. Replaced by: nothing."""
     return (id(scope), name) in _symbolic_trace._wrapped_fns_to_patch
+
+
+def forget_source_with(forward: Callable[..., Any]) -> None:
+    """Let go of the code that torch.fx wrote for a graph when what it compiled from it is gone.
+
+    It keeps the code of every graph, for tracebacks, as long as the process lives. Replaced by: nothing.
+    """
+    weakref.finalize(forward, _forget_source, forward.__code__.co_filename).atexit = False
+
+
+def _forget_source(name: str) -> None:
+    graph_module._loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ptq4cuda.compat import BUFFERS, HOOKS, MODULES, NON_PERSISTENT, PARAMETERS, parts_of
+from ptq4cuda.compat import BUFFERS, HOOKS, MODULES, NON_PERSISTENT, PARAMETERS, forget_source_with, parts_of
 
 _RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))  # names that torch.fx uses itself
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -78,6 +78,12 @@ class Network(fx.GraphModule):
     def constants(self) -> Mapping[str, Any]:
         """Arguments of forward for whose values alone the network was traced."""
         return self._model.constants
+
+    def recompile(self) -> Any:
+        """Compile the graph; the process does not keep the code of what was compiled before."""
+        code = super().recompile()
+        forget_source_with(type(self).forward)
+        return code
 
     def __getattr__(self, name: str) -> Any:
         modules = vars(self).get(MODULES, {})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import linecache
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +278,26 @@ def test_a_plain_attribute_of_the_name_of_the_record(images: Tensor) -> None:
             assert "ptq4cuda" not in str(model.meta)
             if branches and isinstance(value, str):
                 assert network.meta == value
+
+
+def test_the_code_of_a_network_goes_with_it(images: Tensor, tmp_path: Path) -> None:
+    """A process that loads one network after the other does not keep what torch.fx wrote for each."""
+
+    def written() -> set[str]:
+        return {name for name in linecache.cache if name.startswith("<eval_with_key>")}
+
+    gc.collect()
+    before, model = written(), Classifier()
+    network = quantize(model, [images], CONFIG, progress=False)
+    ptq4cuda.save(network, tmp_path / "net.ptq4")
+    loaded = ptq4cuda.load(tmp_path / "net.ptq4", model)
+    code = type(loaded).forward.__code__.co_filename
+    assert any("return" in line for line in linecache.getlines(code))  # as tracebacks show it
+    copied = copy.deepcopy(loaded)
+    del network, loaded
+    gc.collect()
+    assert code not in written()
+    assert linecache.getlines(type(copied).forward.__code__.co_filename)
+    del copied
+    gc.collect()
+    assert written() <= before
