@@ -111,12 +111,14 @@ class QuantConvNd(QuantModule):
         )
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if memory_format_of(x) == torch.contiguous_format:
+        memory_format = memory_format_of(x)
+        if memory_format == torch.contiguous_format:
             # Weights in channels_last order would turn the output to it, and contiguous() may leave them in it.
             weight = weight.clone(memory_format=torch.contiguous_format)
         padding: str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.explicit_padding, mode=self.padding_mode), (0,) * self.spec.dims
+            x = x.contiguous(memory_format=memory_format)  # circular padding forgets it
         return self.spec.function(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:

@@ -135,6 +135,12 @@ def test_output_keeps_the_memory_format(memory_format: torch.memory_format) -> N
     layer = QuantConv2d.from_float(conv, quantizer(6))
     x = torch.randn(2, 6, 8, 8).contiguous(memory_format=memory_format)
     assert layer(x).stride() == conv(x).stride()
+    for groups in (1, 2):
+        circular = make_conv(
+            {"padding": 1, "padding_mode": "circular", "groups": groups}
+        )  # which forgets it in torch
+        y = QuantConv2d.from_float(circular, quantizer(6))(x)
+        assert y.stride() == y.contiguous(memory_format=memory_format).stride()
 
 
 def test_unbatched_input() -> None:
