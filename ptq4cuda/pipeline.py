@@ -153,8 +153,9 @@ def _quantize(
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config must be a QuantConfig, got {type(config).__name__}")
     inputs = collect_inputs(model, batches, memory, processes)
+    known = "" if processes.count == 1 and checkpoint is None else fingerprint(model)
     if processes.count > 1:
-        processes.check_same(version=__version__, configuration=config.to_dict(), model=fingerprint(model))
+        processes.check_same(version=__version__, configuration=config.to_dict(), model=known)
     progress = progress and processes.rank == 0
     with naming_what_needs_memory("in a forward of the model"):
         check_shapes(model, inputs)
@@ -164,10 +165,11 @@ def _quantize(
     inputs, judged = inputs.apart() if raising else (inputs, inputs)
     solved = Solved(processes, {} if raising else None)
     if checkpoint is not None:
-        led_here = (__version__, config.to_dict(), fingerprint(model), fingerprint_of_batches(inputs))
+        led_here = (__version__, config.to_dict(), known, fingerprint_of_batches(inputs))
         solved.checkpoint = Checkpoint(checkpoint, *led_here) if processes.rank == 0 else None
     with naming_what_needs_memory("in a forward of the model"):
-        shares = processes.from_first(shares_of(model, inputs, config))
+        quick = trial_config(config)
+        shares = {} if quick is None else solved.shares(lambda: shares_of(model, inputs, config, quick))
 
     def simulated(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
         network, record = quantize_once(model, inputs, config, progress, solved, shares)
@@ -228,15 +230,22 @@ class Solved:
         self.kept[key] = found
         return copy.deepcopy(found)
 
+    def shares(self, measure: Callable[[], Overrides]) -> Overrides:
+        """Return the bits that layers share out, which all processes measure unless the checkpoint has them."""
+        files = self.checkpoint
+        found = self.processes.from_first(None if files is None else files.load_shares())
+        if found is None:
+            found = self.processes.from_first(measure())
+            if files is not None:
+                files.save_shares(found)
+        return found
 
-def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Overrides:
-    """Return the bits of each layer, where layers share out those of the network and other samples say that it helps.
+
+def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, quick: QuantConfig) -> Overrides:
+    """Return the bits of each layer that shares out those of the network, where other samples say that it helps.
 
     Where bits are needed is told by a network that is quantized quickly, from a few samples, in each process.
     """
-    quick = trial_config(config)
-    if quick is None:
-        return {}
     count = inputs.samples
     values = samples_of(*inputs.example)[0].numel()  # the same in all processes
     half = min(SAMPLES, (count + 1) // 2, max(FEWEST_SAMPLES, VALUES // max(1, values)))

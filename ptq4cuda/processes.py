@@ -12,6 +12,7 @@ import functools
 import io
 import itertools
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -215,12 +216,23 @@ def _leave() -> None:
 def launched(device: torch.device) -> Iterator[Processes]:
     """Join the processes that torchrun started, and this one alone where it did not.
 
+    Where one of them ends, torchrun tells the others to end, which is a LostError in them.
+
     Args:
         device: of the network; each process takes a GPU of its own.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
         yield ALONE
         return
+
+    def told_to_end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        raise LostError(
+            f"process {os.environ['RANK']} of {count} was told to end, as torchrun does when one has ended"
+        )
+
+    before = signal.signal(signal.SIGTERM, told_to_end)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with ALONE._losing_nobody():
@@ -228,6 +240,7 @@ def launched(device: torch.device) -> Iterator[Processes]:
     try:
         yield Processes.of(distributed.group.WORLD)
     finally:
+        signal.signal(signal.SIGTERM, before)
         _leave()
         distributed.destroy_process_group()
 

@@ -230,6 +230,21 @@ def net():
     pool = nn.AdaptiveAvgPool2d(1)
     layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), pool, nn.Flatten(), nn.Linear(8, 3)
     return nn.Sequential(*layers).eval()
+
+
+def ending():
+    # The last process is killed at work, and the one before it told to end.
+    import os, signal
+
+    found, rank, calls = net(), 1 + int(os.environ["RANK"]) - int(os.environ["WORLD_SIZE"]), []
+
+    def end(*_):
+        calls.append(0)
+        if rank in (0, -1) and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL if rank == 0 else signal.SIGTERM)
+
+    found.register_forward_pre_hook(end)
+    return found
 """
 
 COMMANDS = """
@@ -271,12 +286,13 @@ two = command(2, *make, "-o", "two.ptq4")
 many = command(2, *make[:-1], "2", "-o", "many.ptq4")
 bad = command(2, *make[:-1], "9", "-o", "bad.ptq4", "--set", "weight_bits=1RANK")
 lost = command(2, *make, "-o", "folder-RANK/lost.ptq4")
+ended = command(3, "quantize", "little:ending", *make[2:], "-o", "ended.ptq4")
 evaluate = [command(n, "evaluate", "little:net", "one.ptq4", "images", *subject[1:]) for n in (1, 2)]
 from ptq4cuda.artifact.file import read_record
 import little
 same = [fingerprint(ptq4cuda.load(f"{n}.ptq4", little.net())) for n in ("one", "two")]
 files = os.listdir()
-cli = dict(two=two, many=many, bad=bad, lost=lost, evaluate=evaluate, same=same, files=files)
+cli = dict(two=two, many=many, bad=bad, lost=lost, ended=ended, evaluate=evaluate, same=same, files=files)
 """
 
 
@@ -294,4 +310,8 @@ def test_commands_share_the_images(found: Any) -> None:
     assert [code for code, *_ in found["bad"]] == [code for code, *_ in found["lost"]] == [2, 2]
     assert sum(bool(err) for *_, err in found["bad"]) == 1
     assert sum(bool(err) for *_, err in found["lost"]) == 1
-    assert not {"many.ptq4", "bad.ptq4"} & set(found["files"])
+    (code, _, lost), (told_code, _, told), killed = found["ended"]
+    assert (code, told_code, killed) == (2, 2, None)
+    assert lost.startswith("ptq4cuda: process 0 of 3 lost another one, which has ended or did not come for ")
+    assert told == "ptq4cuda: process 1 of 3 was told to end, as torchrun does when one has ended\n"
+    assert not {"many.ptq4", "bad.ptq4", "ended.ptq4"} & set(found["files"])

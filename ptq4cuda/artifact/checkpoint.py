@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,22 @@ class Checkpoint:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in solution.module.state_dict().items()}
         write_whole(self._file(key), save(tensors, {"clip": solution.clip}))
 
-    def _file(self, key: Any) -> Path:
+    def load_shares(self) -> dict[str, dict[str, int]] | None:
+        """Return the bits that layers share out; None where they were not measured, or their file is damaged."""
+        try:
+            content = json.loads(self._file("shares", "json").read_bytes())
+            return {name: {kind: int(n) for kind, n in bits.items()} for name, bits in content.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    def save_shares(self, shares: Mapping[str, Mapping[str, int]]) -> None:
+        """Keep the bits that layers share out.
+
+        Raises:
+            OSError: there is no room, or no permission.
+        """
+        write_whole(self._file("shares", "json"), json.dumps({n: dict(bits) for n, bits in shares.items()}).encode())
+
+    def _file(self, key: Any, suffix: str = "safetensors") -> Path:
         name = hashlib.sha256(repr((self._led_here, key)).encode()).hexdigest()[:40]
-        return self.folder / f"{name}.safetensors"
+        return self.folder / f"{name}.{suffix}"
