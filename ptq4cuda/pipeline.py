@@ -48,9 +48,9 @@ from ptq4cuda.graph.network import Network
 from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.processes import ALONE, Processes
 from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.solve.budget import FEWEST_SAMPLES, MOST_BITS, SAMPLES, VALUES, share_out, trial_config
+from ptq4cuda.solve.budget import FEWEST_SAMPLES, SAMPLES, VALUES, Shares, share_out, trial_config
 from ptq4cuda.solve.layer import bits_of, quantizer_of_operand, samples_wanted, solve_layer
-from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, raise_layers
+from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, note_damage, raise_layers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -169,10 +169,10 @@ def _quantize(
         solved.checkpoint = Checkpoint(checkpoint, *led_here) if processes.rank == 0 else None
     with naming_what_needs_memory("in a forward of the model"):
         quick = trial_config(config)
-        shares = {} if quick is None else solved.shares(lambda: shares_of(model, inputs, config, quick))
+        shares = Shares() if quick is None else solved.shares(lambda: shares_of(model, inputs, config, quick))
 
     def simulated(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
-        network, record = quantize_once(model, inputs, config, progress, solved, shares)
+        network, record = quantize_once(model, inputs, config, progress, solved, shares.bits)
         if judged is not inputs:
             note_noise(record, output_noise(model, network, judged))
             record.held_out = judged.samples
@@ -185,6 +185,7 @@ def _quantize(
         return Trial(network, record, None if measure is None else measure(network))
 
     network, record = simulated(config)
+    note_damage(record, shares.parts)
     trial = executed(network, record)
     if raising:
         reference, _, _ = prepare(model, inputs, config)
@@ -230,7 +231,7 @@ class Solved:
         self.kept[key] = found
         return copy.deepcopy(found)
 
-    def shares(self, measure: Callable[[], Overrides]) -> Overrides:
+    def shares(self, measure: Callable[[], Shares]) -> Shares:
         """Return the bits that layers share out, which all processes measure unless the checkpoint has them."""
         files = self.checkpoint
         found = self.processes.from_first(None if files is None else files.load_shares())
@@ -241,7 +242,7 @@ class Solved:
         return found
 
 
-def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, quick: QuantConfig) -> Overrides:
+def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, quick: QuantConfig) -> Shares:
     """Return the bits of each layer that shares out those of the network, where other samples say that it helps.
 
     Where bits are needed is told by a network that is quantized quickly, from a few samples, in each process.
@@ -257,12 +258,12 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, quick: Quan
 
     network = quantized({})
     reference, _, _ = prepare(model, some, quick)
-    parts = measure_parts(reference, network, some, config.bias_correction != "none", MOST_BITS)
-    shares = share_out(parts, config)
-    if all(bits == getattr(config, kind) for own in shares.values() for kind, bits in own.items()):
-        return {}
-    alike, shared = (output_noise(model, n, others).relative for n in (network, quantized(shares)))
-    return shares if shared < alike else {}
+    parts = measure_parts(reference, network, some, config.bias_correction != "none")
+    bits = share_out(parts, config)
+    if all(number == getattr(config, kind) for own in bits.values() for kind, number in own.items()):
+        return Shares({}, parts)
+    alike, shared = (output_noise(model, n, others).relative for n in (network, quantized(bits)))
+    return Shares(bits if shared < alike else {}, parts)
 
 
 def quantize_once(

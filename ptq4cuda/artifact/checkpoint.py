@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from safetensors.torch import save
 
 from ptq4cuda.artifact.writing import write_whole
 from ptq4cuda.calibrate.signals import LayerCall, Solution
+from ptq4cuda.solve.budget import Shares
+from ptq4cuda.solve.raising import Part
 
 
 class Checkpoint:
@@ -63,21 +65,22 @@ class Checkpoint:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in solution.module.state_dict().items()}
         write_whole(self._file(key), save(tensors, {"clip": solution.clip}))
 
-    def load_shares(self) -> dict[str, dict[str, int]] | None:
-        """Return the bits that layers share out; None where they were not measured, or their file is damaged."""
+    def load_shares(self) -> Shares | None:
+        """Return how layers share out bits; None where it was not measured, or its file is damaged."""
         try:
             content = json.loads(self._file("shares", "json").read_bytes())
-            return {name: {kind: int(n) for kind, n in bits.items()} for name, bits in content.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            bits = {name: {kind: int(n) for kind, n in own.items()} for name, own in content["bits"].items()}
+            return Shares(bits, [Part(**{**part, "layers": tuple(part["layers"])}) for part in content["parts"]])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
-    def save_shares(self, shares: Mapping[str, Mapping[str, int]]) -> None:
-        """Keep the bits that layers share out.
+    def save_shares(self, shares: Shares) -> None:
+        """Keep how layers share out bits.
 
         Raises:
             OSError: there is no room, or no permission.
         """
-        write_whole(self._file("shares", "json"), json.dumps({n: dict(bits) for n, bits in shares.items()}).encode())
+        write_whole(self._file("shares", "json"), json.dumps(asdict(shares)).encode())
 
     def _file(self, key: Any, suffix: str = "safetensors") -> Path:
         name = hashlib.sha256(repr((self._led_here, key)).encode()).hexdigest()[:40]

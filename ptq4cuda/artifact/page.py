@@ -82,11 +82,16 @@ _HISTOGRAM = Template("""<figure><figcaption>$caption</figcaption>
 <path d="M0 32H48" stroke="var(--line)" vector-effect="non-scaling-stroke"/></svg>
 <div class="place"><span style="left:16.7%">$low</span><span style="left:83.3%">$high</span></div></figure>""")
 
-_HURT = """<h2>Layers, those that hurt most first</h2>
-<p class="soft">Order and bar: each layer's share of the noise that layers add by their own quantization, measured at
-their own outputs on some of the calibration data. SQNR: of the output with all layers before it quantized too; alone:
-of this layer's quantization by itself. Histograms show where values lie in the range of their channel, between the
-red lines; what is outside is clipped. Heights are square roots of shares, zeros are left out.</p>"""
+_HURT = Template("""<h2>Layers, those that hurt most first</h2>
+<p class="soft">Order and bar: each layer's share of $noise. SQNR: of the output with all layers before it quantized
+too; alone: of this layer's quantization by itself. Histograms show where values lie in the range of their channel,
+between the red lines; what is outside is clipped. Heights are square roots of shares, zeros are left out.</p>""")
+
+_AT_OUTPUTS = """the noise at the network's outputs. It was measured with the weights or the input of one layer alone
+quantized, quickly and on few samples, and is scaled to the bits that these have now"""
+
+_AT_LAYERS = """the noise that layers add by their own quantization, measured at their own outputs on some of the
+calibration data"""
 
 
 def page(report: Report) -> str:
@@ -102,7 +107,8 @@ def fragment(report: Report) -> str:
     sections = []
     if quantized:
         worst_first = sorted(quantized, key=lambda layer: -(layer.noise_share or 0.0))
-        sections += [_course(quantized), _HURT, *map(_layer, worst_first)]
+        hurt = _HURT.substitute(noise=_AT_OUTPUTS if record.noise_at_outputs else _AT_LAYERS)
+        sections += [_course(quantized), hurt, *map(_layer, worst_first)]
     if left:
         rows = [(layer.name, layer.kind, f"{layer.bytes:,}", layer.reason) for layer in left]
         sections += ["<h2>What stayed in float, and why</h2>", _table(("layer", "kind", "bytes", "reason"), rows)]
@@ -179,12 +185,16 @@ def _course(layers: list[LayerReport]) -> str:
 
 
 def _layer(layer: LayerReport) -> str:
-    share = ""
+    share = noise = ""
     if layer.noise_share is not None:
         percent = 100.0 * layer.noise_share
+        noise = f"{percent:.1f} % of all layers'"
+        if layer.weight_damage and layer.input_damage:
+            of_weights = 100.0 * layer.weight_damage / (layer.weight_damage + layer.input_damage)
+            noise += f", {of_weights:.0f} % of it by the weights"
         share = f'<div class="share"><i style="width:{percent:.1f}%"></i></div>'
     facts = {
-        "noise": "" if layer.noise_share is None else f"{100.0 * layer.noise_share:.1f} % of all layers'",
+        "noise": noise,
         "SQNR": f"{_decibels(layer.sqnr)}, alone {_decibels(layer.own_sqnr)}",
         "bits": f"weights {_bits(layer.weight_bits)}, input {_bits(layer.activation_bits)}",
         "bytes": f"{layer.float_bytes:,} → {layer.bytes:,}",

@@ -55,8 +55,8 @@ class LayerRecord:
         execution: "integer", "simulate" or "float".
         reason: why it stayed in float, or a remark.
         weight_damage: noise over signal at the network's outputs, summed over these, that the quantized weights make
-            alone, where it was measured.
-        input_damage: the same of the quantized input, in all layers that share its quantizer.
+            alone. It is measured, on some of the calibration data, where layers share out bits or are raised to more.
+        input_damage: the same of the quantized input; layers that share its quantizer have equal parts of it.
     """
 
     name: str
@@ -172,6 +172,11 @@ class QuantRecord:
     spilled_bytes: int = 0
     structure: list[str] = field(default_factory=list)
     constants: dict[str, Any] | None = None
+
+    @property
+    def noise_at_outputs(self) -> bool:
+        """Whether it is known what the quantization of each layer does at the network's outputs."""
+        return all(layer.weight_damage is not None for layer in self.layers if layer.execution != "float")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a file's header."""

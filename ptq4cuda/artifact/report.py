@@ -43,8 +43,9 @@ class LayerReport(LayerRecord):
 
     Attributes:
         kernel: that computes it in integers; "" where none does, or where a file is described and no network.
-        noise_share: of the noise that all layers add by their own quantization, each in terms of its own output: how
-            much of it is this layer's, 0 to 1. None where it is not known.
+        noise_share: how much of the noise of all layers is this one's, 0 to 1, None where it is not known: of that at
+            the network's outputs (weight_damage, input_damage) where it was measured, else of that which each adds by
+            its own quantization, in terms of its own output (own_sqnr).
     """
 
     kernel: str = ""
@@ -74,13 +75,13 @@ class Report(str):
             size: bytes of its tensors now. Default: what the record says.
             kernels: by the names of layers in integers.
         """
-        noise = [0.0 if layer.own_sqnr is None else 10.0 ** (-layer.own_sqnr / 10.0) for layer in record.layers]
-        total = sum(noise)
+        noise = [_noise(layer, record.noise_at_outputs) for layer in record.layers]
+        total = sum(own for own in noise if own is not None)
         layers = [
             LayerReport(
                 **vars(layer),
                 kernel=(kernels or {}).get(layer.name, ""),
-                noise_share=None if layer.own_sqnr is None or not 0.0 < total < math.inf else own / total,
+                noise_share=None if own is None or not 0.0 < total < math.inf else own / total,
             )
             for layer, own in zip(record.layers, noise, strict=True)
         ]
@@ -152,6 +153,13 @@ def report(network: nn.Module) -> Report:
     engines = {name: m.engine for name, m in network.named_modules() if isinstance(m, QuantModule)}
     kernels = {name: engine.kernel for name, engine in engines.items() if engine is not None}
     return Report.of(record_of(network), tensor_bytes(network), kernels)
+
+
+def _noise(layer: LayerRecord, at_outputs: bool) -> float | None:
+    """Return noise over signal of a layer's quantization, at the network's outputs or at its own."""
+    if at_outputs:
+        return None if layer.weight_damage is None else layer.weight_damage + (layer.input_damage or 0.0)
+    return None if layer.own_sqnr is None else 10.0 ** (-layer.own_sqnr / 10.0)
 
 
 def _text(layers: tuple[LayerReport, ...], size: int, record: QuantRecord) -> str:

@@ -17,6 +17,7 @@ from ptq4cuda._version import __version__
 if TYPE_CHECKING:
     from torch import nn
 
+    from ptq4cuda.calibrate.frontier import Memory
     from ptq4cuda.cli.images import Folder, Preprocessing
     from ptq4cuda.config import QuantConfig
     from ptq4cuda.processes import Processes
@@ -106,7 +107,11 @@ def quantize_command(
     std: Std = None,
     interpolation: Interpolation = None,
     memory_limit: Annotated[
-        float | None, typer.Option(min=0.0, help="GiB of memory for samples and tensors between layers. [default: 8]")
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="GiB of memory for samples and tensors between layers, and for images of --evaluate.  [default: 8]",
+        ),
     ] = None,
     spill_folder: Annotated[Path | None, typer.Option(help="For what is beyond that, on a disk.")] = None,
     checkpoint: Annotated[
@@ -124,6 +129,7 @@ def quantize_command(
         import torch
 
         import ptq4cuda
+        from ptq4cuda.calibrate.frontier import Memory
 
         _check_folders(output)
         if max_drop is not None and evaluate is None:
@@ -131,7 +137,8 @@ def quantize_command(
         config = _config(preset, field or [])
         subject = _Subject(model, weights, pretrained, classes, device, size, resize, mean, std, interpolation)
         folder = subject.folder(calibration, images).share(batch, processes)
-        measure = None if evaluate is None else subject.top1(evaluate, batch)
+        limit = None if memory_limit is None else round(memory_limit * 2**30)
+        measure = None if evaluate is None else subject.top1(evaluate, batch, Memory(limit, spill_folder))
         # They wait on the host, as many as memory_limit allows.
         read = folder.batches(subject.preprocessing, batch, torch.device("cpu"), "read")
         network = ptq4cuda.quantize(
@@ -140,7 +147,7 @@ def quantize_command(
             config,
             evaluate=measure,
             max_drop=0.5 if max_drop is None else max_drop,
-            memory_limit=None if memory_limit is None else round(memory_limit * 2**30),
+            memory_limit=limit,
             spill_folder=spill_folder,
             process_group=processes.group,
             checkpoint=checkpoint,
@@ -365,22 +372,32 @@ class _Subject:
         _say(f"{path}: {len(folder.files)} images{labels}")
         return folder
 
-    def top1(self, path: Path, batch: int) -> "Callable[[nn.Module], float]":
-        """Return a measure of classifiers, percent of a folder's images that they classify right."""
+    def top1(self, path: Path, batch: int, memory: "Memory") -> "Callable[[nn.Module], float]":
+        """Return a measure of classifiers, percent of a folder's images that they classify right.
+
+        The images are read once: their pixels are kept, in files beyond the limit of memory.
+        """
         import torch
+
+        from ptq4cuda.calibrate.frontier import Frontier
+        from ptq4cuda.cli.images import progress
 
         folder = self.folder(path, None)
         if folder.labels is None:
             raise ValueError(f"{str(path)!r} has images that are in no folder of a class: top-1 needs their classes")
+        frontier = Frontier(self.device, memory)
+        kept = [frontier.hold(both) for both in folder.pixels(self.preprocessing, batch, "read")]
 
         @torch.no_grad()
         def measure(network: "nn.Module") -> float:
             right = 0
-            for x, target in folder.batches(self.preprocessing, batch, self.device, "evaluate"):
-                scores = network(x)
-                if scores.shape[1] < folder.classes:
-                    raise ValueError(f"{str(path)!r} has {folder.classes} classes, the model {scores.shape[1]}")
-                right += int((scores.argmax(1) == target).sum())
+            with progress(len(folder.files), "evaluate") as bar:
+                for pixels, target in map(frontier.fetch, kept):
+                    scores = network(self.preprocessing.normalized(pixels))
+                    if scores.shape[1] < folder.classes:
+                        raise ValueError(f"{str(path)!r} has {folder.classes} classes, the model {scores.shape[1]}")
+                    right += int((scores.argmax(1) == target).sum())
+                    bar.update(len(target))
             return 100.0 * right / len(folder.files)
 
         return measure

@@ -74,8 +74,8 @@ class Preprocessing:
             given["resize"] = round(self.resize * min(size) / min(self.size))
         return replace(self, **given, source="as given") if given else self
 
-    def __call__(self, path: Path) -> Tensor:
-        """Read an image as float32 [C, H, W].
+    def pixels(self, path: Path) -> Tensor:
+        """Read an image as uint8 [C, H, W], of the input's size.
 
         Raises:
             ValueError: the file is no image that can be read.
@@ -97,9 +97,12 @@ class Preprocessing:
             image = image.crop((left, top, left + width, top + height))
         else:
             image = image.resize((width, height), how)
-        values = torch.from_numpy(np.array(image, dtype=np.float32)) / 255.0
-        values = values.view(height, width, -1)
-        return ((values - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(image)).view(height, width, -1).permute(2, 0, 1).contiguous()
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Return the input, float32 [..., C, H, W], that pixels, uint8 of the same shape, are."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (pixels / 255.0 - mean) / std
 
 
 @dataclass(frozen=True)
@@ -164,14 +167,23 @@ class Folder:
         """Number of classes that the labels speak of."""
         return 0 if self.labels is None else max(self.labels) + 1
 
+    def pixels(self, preprocessing: Preprocessing, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of pixels, uint8 [N, C, H, W], and labels [N], -1 where there are none, and show progress."""
+        labels = self.labels if self.labels is not None else [-1] * len(self.files)
+        with progress(len(self.files), what) as bar:
+            for first in range(0, len(self.files), size):
+                images = [preprocessing.pixels(path) for path in self.files[first : first + size]]
+                yield torch.stack(images), torch.tensor(labels[first : first + size])
+                bar.update(len(images))
+
     def batches(
         self, preprocessing: Preprocessing, size: int, device: torch.device, what: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images [N, C, H, W] and labels [N], -1 where there are none, with a progress bar."""
-        labels = self.labels if self.labels is not None else [-1] * len(self.files)
-        silent = os.environ.get("RANK", "0") != "0"  # of several processes the first one shows it
-        with tqdm(total=len(self.files), desc=what, unit="image", delay=1.0, disable=silent) as bar:
-            for first in range(0, len(self.files), size):
-                images = [preprocessing(path) for path in self.files[first : first + size]]
-                yield torch.stack(images).to(device), torch.tensor(labels[first : first + size], device=device)
-                bar.update(len(images))
+        """Yield batches as a network takes them, float32 [N, C, H, W], and labels [N]."""
+        for pixels, labels in self.pixels(preprocessing, size, what):
+            yield preprocessing.normalized(pixels.to(device)), labels.to(device)
+
+
+def progress(images: int, what: str) -> tqdm[Any]:
+    """Return a progress bar of images; of several processes the first one shows it."""
+    return tqdm(total=images, desc=what, unit="image", delay=1.0, disable=os.environ.get("RANK", "0") != "0")

@@ -140,6 +140,12 @@ def preprocessing_of_torchvision(transforms: Any) -> Preprocessing:
 
 def _own(name: str, given: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
     module_name, _, attribute = name.partition(":")
+    if module_name.endswith(".py") or not all(
+        part.isidentifier() for part in f"{module_name}.{attribute}".split(".")
+    ):
+        raise ValueError(
+            f"a model of one's own is package.module:callable, named as in `import package.module`, got {name!r}"
+        )
     if os.getcwd() not in sys.path:  # as with `python -m`
         sys.path.insert(0, os.getcwd())
     with _naming(f"{module_name} cannot be imported"):
@@ -171,7 +177,7 @@ def _naming(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may read arguments that are not its own
         raise ValueError(f"{what} ({kind_and_line(error)})") from error
 
 

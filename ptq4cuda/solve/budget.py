@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,6 +23,19 @@ _UNITS = 1 << 14
 SAMPLES, FEWEST_SAMPLES, VALUES = 32, 8, 1 << 21
 # Bits below and above the mean. Weights of fewer do more damage than the rule of four says, and more gain little.
 _AROUND: dict[Kind, tuple[int, int]] = {"weight_bits": (1, 2), "activation_bits": (2, 4)}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a trial tells.
+
+    Attributes:
+        bits: of each layer; none where all have the same.
+        parts: of the network, and what each does at the outputs.
+    """
+
+    bits: Overrides = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
 
 
 def trial_config(config: QuantConfig) -> QuantConfig | None:

@@ -88,9 +88,7 @@ class Trial:
 
 
 @torch.no_grad()
-def measure_parts(
-    reference: nn.Module, quantized: nn.Module, inputs: Inputs, match_means: bool, most_bits: int = 8
-) -> list[Part]:
+def measure_parts(reference: nn.Module, quantized: nn.Module, inputs: Inputs, match_means: bool) -> list[Part]:
     """Measure what the weights and the input of each quantized layer cost at the network's outputs, each alone.
 
     Args:
@@ -99,7 +97,6 @@ def measure_parts(
         inputs: calibration data, of which the first samples are used.
         match_means: whether the mean of what a part makes of a layer's output is that of the float layer, as where
             biases are corrected.
-        most_bits: of parts that are measured.
     """
     some = inputs.head(_SAMPLES)
 
@@ -116,12 +113,9 @@ def measure_parts(
         some = some_samples(reference, some, 0, few)
         expected = list(outputs())
 
-    def part(kind: Kind, names: Sequence[str]) -> Part | None:
+    def part(kind: Kind, names: Sequence[str]) -> Part:
         module = modules[names[0]]
         bits = module.weight_bits if kind == "weight_bits" else cast(Tensor, module.activation_bits)
-        mean_bits = math.ceil(float(bits.float().mean()))  # an allocation leaves a remainder
-        if mean_bits > most_bits:
-            return None
         noise = Noise()
         with _quantized_alone(kind, {layers[name]: modules[name] for name in names}, match_means):
             for unquantized, found in zip(expected, outputs(), strict=True):
@@ -129,7 +123,7 @@ def measure_parts(
         return Part(
             kind,
             tuple(names),
-            mean_bits,
+            math.ceil(float(bits.float().mean())),  # an allocation leaves a remainder
             noise.relative,
             module.weight_shape.numel() if kind == "weight_bits" else 0,
             sum(products[name] for name in names) // samples,
@@ -144,8 +138,23 @@ def measure_parts(
             values = (quantizer.bits, quantizer.scale, quantizer.zero_point)
             sharing.setdefault(tuple(t.cpu().numpy().tobytes() for t in values), []).append(name)
     parts = [part("weight_bits", [name]) for name in modules]
-    parts += [part("activation_bits", names) for names in sharing.values()]
-    return [found for found in parts if found is not None]
+    return parts + [part("activation_bits", names) for names in sharing.values()]
+
+
+def note_damage(record: QuantRecord, parts: Sequence[Part]) -> None:
+    """Note what layers do at a network's outputs, with the bits that they have in it.
+
+    Args:
+        record: of the network.
+        parts: as measured, of the same or of other bits: noise is taken to fall fourfold with each bit.
+    """
+    layers = {layer.name: layer for layer in record.layers}
+    for part in parts:
+        for layer in (layers[name] for name in part.layers if name in layers):
+            bits = getattr(layer, part.kind)
+            if bits is not None:
+                noise = part.damage / len(part.layers) * 4.0 ** (part.bits - bits)
+                setattr(layer, "weight_damage" if part.kind == "weight_bits" else "input_damage", noise)
 
 
 @contextmanager
@@ -378,10 +387,7 @@ def raise_layers(
     record.config = config
     if measure is not None:
         record.float_value, record.max_drop = measure.reference, measure.max_drop
-    for part in parts:
-        for layer in record.layers:
-            if layer.name in part.layers:
-                setattr(layer, "weight_damage" if part.kind == "weight_bits" else "input_damage", part.damage)
+    note_damage(record, parts)
     record.shortfall = _shortfall(trial, config, measure)
     if record.shortfall:
         warnings.warn(f"ptq4cuda: {record.shortfall}", stacklevel=4)

@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,6 +22,7 @@ from ptq4cuda import QuantConfig, _native, quantize
 from ptq4cuda.artifact.record import record_of, tensor_bytes
 from ptq4cuda.artifact.report import Report, table
 from ptq4cuda.execute.engines import IntegerConv2d
+from ptq4cuda.solve.raising import Part, note_damage
 
 
 def test_table_aligns() -> None:
@@ -122,6 +124,26 @@ def test_the_report_is_data(report: Report) -> None:
     assert repr(report) == str(report)
 
 
+def test_layers_are_in_the_order_of_what_they_do_to_the_outputs(report: Report) -> None:
+    """Where that was measured: as measured with four bits, here with two bits more and less."""
+    layers = [replace(layer, weight_bits=6.0, activation_bits=2.0) for layer in report.record.layers[:2]]
+    record = replace(report.record, layers=[*layers, report.record.layers[2]])
+    assert not record.noise_at_outputs and "measured at their own outputs" in Report.of(record)._repr_html_()
+    first, second = (layer.name for layer in layers)
+    note_damage(record, [Part("weight_bits", (first,), 4, 16.0, 1, 1), Part("weight_bits", (second,), 4, 48.0, 1, 1)])
+    note_damage(
+        record,
+        [Part("activation_bits", (first, second), 4, 0.25, 0, 1), Part("weight_bits", ("gone",), 4, 1.0, 1, 1)],
+    )
+    assert [(layer.weight_damage, layer.input_damage) for layer in layers] == [(1.0, 2.0), (3.0, 2.0)]
+    found = Report.of(record)
+    assert [layer.noise_share for layer in found.layers] == [3 / 8, 5 / 8, None]
+    text = found._repr_html_()
+    assert "share of the noise at the network's outputs" in text
+    assert "62.5 % of all layers&#x27;, 60 % of it by the weights" in text
+    assert text.index(escape(second)) < text.index("37.5 % of")
+
+
 def test_pandas_is_asked_for_when_it_is_needed(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"^to_pandas\(\) needs pandas: run `pip install pandas`$"):
@@ -194,9 +216,10 @@ def test_a_network_of_an_earlier_version_has_no_histograms(report: Report) -> No
     assert [layer.noise_share for layer in earlier.layers] == [None] * 3
 
 
-def test_a_report_is_its_text() -> None:
+def test_a_report_is_its_text_and_knows_the_noise_at_the_outputs() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
     told = ptq4cuda.report(ptq4cuda.quantize(model, [torch.randn(2, 3, 8, 8)], progress=False))
     assert isinstance(told, str) and "total: " in told and told.split("\n") == str(told).splitlines()
     copied = pickle.loads(pickle.dumps(told))
     assert (copied, copied.layers, copied.bytes) == (told, told.layers, told.bytes)
+    assert told.record.noise_at_outputs and all(layer.noise_share for layer in told.layers)

@@ -154,14 +154,17 @@ def test_inspect_and_report(folder: Path) -> None:
     assert run("report", file, "-o", folder / "report.txt").exit_code == 2
 
 
-def test_quantize_until_the_users_images_are_content(folder: Path) -> None:
-    """The top-1 on labelled images decides, as quantize(evaluate=...) does with the same measure."""
+def test_quantize_until_the_users_images_are_content(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The top-1 on labelled images decides, as with quantize(evaluate=...); they are read once."""
+    once, images = Preprocessing.pixels, []
+    monkeypatch.setattr(Preprocessing, "pixels", lambda self, path: images.append(path) or once(self, path))
 
     def top1(network: nn.Module) -> float:
         return 100.0 * sum(int((network(x).argmax(1) == y).sum()) for x, y in read(folder, 5)) / 12
 
     arguments = ("--preset", "naive", "--set", "weight_bits=2", "--set", "activation_bits=2")
     file = quantized(folder, *arguments, "--evaluate", folder / "images", "--max-drop", 8)
+    assert len(images) == 2 * 12  # of calibration, and of the measure
     config = ptq4cuda.QuantConfig.naive(weight_bits=2, activation_bits=2)
     batches = (x for x, _ in read(folder, 5))
     expected = ptq4cuda.quantize(build(), batches, config, evaluate=top1, max_drop=8.0, progress=False)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ptq4cuda.cli.images import Folder, Preprocessing
 
@@ -18,10 +19,14 @@ def write(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
+def read(how: Preprocessing, path: Path) -> Tensor:
+    return how.normalized(how.pixels(path))
+
+
 def test_the_centre_is_normalized(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     path = write(tmp_path / "a.png", pixels)
-    found = Preprocessing((6, 6), resize=8, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))(path)
+    found = read(Preprocessing((6, 6), resize=8, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0)), path)
     centre = torch.tensor(pixels[1:7, 3:9].astype(np.float32) / 255).permute(2, 0, 1)
     expected = (centre - torch.tensor([0.5, 0.25, 0.0]).view(3, 1, 1)) / torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1)
     torch.testing.assert_close(found, expected)
@@ -30,24 +35,25 @@ def test_the_centre_is_normalized(tmp_path: Path) -> None:
 
 def test_the_shorter_side_is_resized(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png", np.full((40, 20, 3), 51, dtype=np.uint8))
-    found = Preprocessing((8, 8), resize=10, mean=(0.0,), std=(1.0,), interpolation="bicubic")(path)
+    found = read(Preprocessing((8, 8), resize=10, mean=(0.0,), std=(1.0,), interpolation="bicubic"), path)
     torch.testing.assert_close(found, torch.full((1, 8, 8), 0.2))
     ramp = np.repeat(np.arange(40, dtype=np.uint8)[:, None], 20, 1)
-    found = Preprocessing((10, 10), resize=10, mean=(0.0,), std=(1.0,))(write(tmp_path / "ramp.png", ramp)) * 255
+    path = write(tmp_path / "ramp.png", ramp)
+    found = Preprocessing((10, 10), resize=10, mean=(0.0,), std=(1.0,)).pixels(path)
     assert found[0, :, 5].tolist() == pytest.approx([10.5 + 2 * i for i in range(10)], abs=0.6)  # the middle half
 
 
 def test_an_image_covers_what_is_not_square(tmp_path: Path) -> None:
     ramp = np.repeat(np.arange(40, dtype=np.uint8)[:, None], 40, 1)
     how = Preprocessing((20, 10), resize=10, mean=(0.0,), std=(1.0,))
-    found = how(write(tmp_path / "ramp.png", ramp)) * 255
+    found = how.pixels(write(tmp_path / "ramp.png", ramp))
     assert found.shape == (1, 20, 10)
     assert found[0, :, 5].tolist() == pytest.approx([0.5 + 2 * i for i in range(20)], abs=0.6)  # all of its height
 
 
 def test_scaled_without_regard_to_the_shape(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png", np.zeros((30, 10, 3), dtype=np.uint8))
-    assert Preprocessing((6, 7), resize=0)(path).shape == (3, 6, 7)
+    assert Preprocessing((6, 7), resize=0).pixels(path).shape == (3, 6, 7)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +81,7 @@ def test_changed() -> None:
 def test_no_image(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"broken\.png' cannot be read as an image"):
-        Preprocessing()(tmp_path / "broken.png")
+        Preprocessing().pixels(tmp_path / "broken.png")
 
 
 @pytest.mark.parametrize(("names", "labels"), [(("cat", "dog", "eel"), [0, 1, 2]), (("10", "2", "7"), [10, 2, 7])])

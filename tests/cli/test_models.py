@@ -24,6 +24,7 @@ def net(num_classes: int = 3) -> nn.Module:
 def own(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("own_models")
     module.net, module.zoo, module.three, module.made = net, SimpleNamespace(net=net), 3, net(7)  # type: ignore[attr-defined]
+    module.exits = lambda: sys.exit(2)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "own_models", module)
     return module
 
@@ -45,6 +46,13 @@ def test_models_by_import(own: ModuleType) -> None:
         ("no_such_module:net", "no_such_module cannot be imported"),
         ("no_such_model", "there is no model 'no_such_model'"),
         ("hub/resnet50", "models come from timm or torchvision"),
+        (
+            "own_models.py:net",
+            r"is package\.module:callable, named as in `import package\.module`, got 'own_models\.py:net'",
+        ),
+        (":net", r"is package\.module:callable"),
+        ("./own_models:net", r"is package\.module:callable"),
+        ("own_models:exits", r"own_models:exits cannot be called \(SystemExit: 2\)"),
     ],
 )
 def test_models_that_are_not_there(own: ModuleType, name: str, message: str) -> None:
