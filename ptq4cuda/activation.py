@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Activation:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the activation."""
         return torch.where(x > 0, x, self.negative_slope * x).clamp_max(self.upper)
+
+    @property
+    def applied(self) -> Activation:
+        """What is left of it for values that it made: the upper limit."""
+        return replace(self, negative_slope=1.0)
 
 
 IDENTITY = Activation(negative_slope=1.0)

@@ -15,6 +15,8 @@ from ptq4cuda.containers import contents, named_contents
 from ptq4cuda.errors import is_out_of_memory, kind_and_line
 from ptq4cuda.processes import ALONE, Processes
 
+_PIECE = 1 << 16  # values
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -61,14 +63,14 @@ class Noise:
 
     def _add(self, name: str, expected: Any, found: Any, samples: int) -> None:
         if isinstance(expected, Tensor) and expected.is_floating_point():
-            masked = ~expected.isfinite()  # classes that are not there, and the like
-            signal = expected.double().masked_fill(masked, 0.0).square()
-            noise = (expected.double() - found.double()).masked_fill(masked, 0.0).square()
-            noise = noise.nan_to_num(nan=math.inf, posinf=math.inf)
             totals, of_samples = self._chunks[-1]
-            totals[name] = float(signal.sum()), float(noise.sum())
-            if samples and expected.dim() and len(expected) == samples:
-                of_samples[name] = torch.stack([t.reshape(samples, -1).sum(1) for t in (signal, noise)], 1).cpu()
+            of_each = bool(samples) and expected.dim() > 0 and len(expected) == samples
+            rows = zip(expected, found, strict=True) if of_each else [(expected, found)]
+            own = torch.tensor([_energies(e, f) for e, f in rows], dtype=torch.float64, device="cpu").view(-1, 2)
+            signal, noise = own.sum(0).tolist()
+            totals[name] = signal, noise
+            if of_each:
+                of_samples[name] = own
         else:
             pairs = zip(named_contents(expected) or (), contents(found) or (), strict=True)
             for (key, e), f in pairs:
@@ -142,6 +144,23 @@ class Noise:
             return None
         ratio = float(ratios.quantile(share, interpolation="lower"))
         return _decibels(ratio) if ratio < math.inf else None
+
+
+def _energies(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """Return the energy of what is expected, and of what was found minus that, a piece at a time that caches hold."""
+    signal = noise = 0.0
+    pieces = (t.reshape(-1).split(_PIECE) for t in (expected, found))
+    for own, other in zip(*pieces, strict=True):
+        e = own.double()
+        difference = e - other
+        energies = float(e.dot(e)), float(difference.dot(difference))
+        if not all(map(math.isfinite, energies)):
+            masked = ~e.isfinite()  # classes that are not there, and the like
+            e, difference = e.masked_fill(masked, 0.0), difference.masked_fill(masked, 0.0)
+            squares = difference.square().nan_to_num(nan=math.inf, posinf=math.inf)
+            energies = float(e.square().sum()), float(squares.sum())
+        signal, noise = signal + energies[0], noise + energies[1]
+    return signal, noise
 
 
 class Measure:

@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.processes import ALONE, Processes
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.solve.budget import FEWEST_SAMPLES, SAMPLES, VALUES, Shares, share_out, trial_config
+from ptq4cuda.solve.clipping import ClipRule
 from ptq4cuda.solve.layer import bits_of, quantizer_of_operand, samples_wanted, solve_layer
 from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, note_damage, raise_layers
 
@@ -94,7 +95,7 @@ def quantize(
         progress: show a progress bar when it takes longer than a moment.
         memory_limit: bytes of host memory that tensors between layers may take, of all samples together, and batches
             that come from something else than a list; beyond it they go to files, which have no names and are gone
-            when quantize() ends, however it ends. Default: 8 GiB. Beside them there are the batches of a list, the
+            when quantize() ends, however it ends. Default: 4 GiB. Beside them there are the batches of a list, the
             model and its copies, and a few times what a layer makes of one batch: smaller batches take less.
         spill_folder: for these files, on a disk. Default: the folder of temporary files, which may be in memory.
         process_group: of torch.distributed, whose processes all call this with the same model and configuration and
@@ -218,18 +219,22 @@ class Solved:
         """Return a solved layer; the caller may change it."""
         if self.kept is not None and key in self.kept:
             return copy.deepcopy(self.kept[key])
+        outputs = None
         files = self.checkpoint
         found = self.processes.from_first(
             None if files is None else files.load(key, call, config.fold_activation_scale)
         )
         if found is None:
-            found = self.processes.from_first(solve_layer(call, config))
+            own = solve_layer(call, config)
+            # Of the samples of this process, and of the module that counts if that is its own.
+            outputs = own.outputs if self.processes.count == 1 else None
+            found = self.processes.from_first(replace(own, outputs=None))
             if files is not None:
                 files.save(key, found)
-        if self.kept is None:
-            return found
-        self.kept[key] = found
-        return copy.deepcopy(found)
+        if self.kept is not None:
+            self.kept[key] = found
+            found = copy.deepcopy(found)
+        return replace(found, outputs=outputs)
 
     def shares(self, measure: Callable[[], Shares]) -> Shares:
         """Return the bits that layers share out, which all processes measure unless the checkpoint has them."""
@@ -307,13 +312,14 @@ def quantize_once(
     for pattern in config.overrides:
         if not any(fnmatchcase(name, pattern) for name in layers):
             raise ValueError(f"overrides: no layer is called {pattern!r}; the layers are {', '.join(layers)}")
+    keep_before = ClipRule.named(config.clipping).looks_before
     if not record.reason:
         assert isinstance(network, Network)
         record.constants = dict(network.constants)
-        result = walk_graph(network, inputs, solve, operand, kept, progress)
+        result = walk_graph(network, inputs, solve, operand, kept, progress, keep_before)
     else:
         record.walked_by = "modules"
-        result = walk_modules(network, inputs, solve, kept, progress)
+        result = walk_modules(network, inputs, solve, kept, progress, keep_before)
     record.layers = result.layers
     most = max(wanted, key=wanted.__getitem__, default="")
     if most and wanted[most]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ptq4cuda import graph
+from ptq4cuda.activation import IDENTITY, Activation
 from ptq4cuda.artifact.record import LayerRecord
 from ptq4cuda.calibrate.frontier import Usage
 from ptq4cuda.calibrate.importance import output_importance
@@ -38,6 +40,7 @@ def walk_graph(
     operand: Callable[[Signal], QuantParams],
     kept: Kept,
     progress: bool,
+    keep_before: bool = True,
 ) -> WalkResult:
     """Quantize the layers of a traced network in place.
 
@@ -48,13 +51,14 @@ def walk_graph(
         operand: fits the quantizer of a residual operand.
         kept: tells why a layer stays in float.
         progress: show a progress bar.
+        keep_before: what values were before their activation, for rules that look at that.
 
     Raises:
         MemoryError: memory does not suffice; the message names the layer.
         OSError: nor does the folder that the rest goes to.
     """
     with naming_what_needs_memory("in a forward of the model"):
-        walk = _GraphWalk(network, inputs, solve, operand, kept)
+        walk = _GraphWalk(network, inputs, solve, operand, kept, keep_before)
     with torch.no_grad(), progress_bar(len(walk.layers), progress) as bar:
         for node in network.graph.nodes:
             name = str(node.target) if node.op == "call_module" else node.name
@@ -73,6 +77,7 @@ class _GraphWalk:
         solve: Solver,
         operand: Callable[[Signal], QuantParams],
         kept: Kept,
+        keep_before: bool,
     ) -> None:
         self.network, self.inputs, self.solve, self.operand, self.kept = network, inputs, solve, operand, kept
         self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
@@ -90,14 +95,11 @@ class _GraphWalk:
         self.ends = graph.ends_of(network, self.layers)
         self.costs = output_importance(network, inputs)
         self.as_codes = graph.operands_as_codes(network, *inputs.example)
-        # The values that are not needed any more once a node has run.
-        self.last_uses: dict[fx.Node, list[fx.Node]] = {}
-        seen: set[fx.Node] = set()
-        for node in reversed(network.graph.nodes):
-            for used in node.all_input_nodes:
-                if used not in seen:
-                    seen.add(used)
-                    self.last_uses.setdefault(node, []).append(used)
+        self.last_uses = _last_uses(network, lambda node: True)
+        # Who asks what a value was before its activation, and hands it on.
+        self.last_looks = _last_uses(network, lambda n: n in self.float_layers or graph.is_transparent(n, network))
+        self.looked_at = set(itertools.chain.from_iterable(self.last_looks.values()))
+        self.keep_before = keep_before
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.network.get_submodule(str(node.target))
@@ -127,9 +129,10 @@ class _GraphWalk:
                 module = self._module(node) if node.op == "call_module" else None
                 name = str(node.target) if module is not None else node.name
                 self.records.append(record_float(name, module, graph.call_name(node, self.network), reason))
-            signal = self._signal([self._both(node, i) for i in range(len(self.inputs))])
-        self._set_activation(node, signal)
+            signal = self._operation(node)
         self.signals[node] = signal
+        for used in self.last_looks.get(node, []):
+            self.signals[used].before = None
         for used in self.last_uses.get(node, []):
             del self.signals[used]
         if not node.users:
@@ -162,6 +165,22 @@ class _GraphWalk:
             return result, result
         return result, self.frontier.hold(self._run(node, self._arguments(node, chunk, 1)))
 
+    def _used_up(self, node: fx.Node, chunk: int) -> None:
+        """Let go of a chunk of what nothing needs once a node has run on it."""
+        for used in self.last_uses.get(node, []):
+            self.signals[used].drop(chunk)
+
+    def _operation(self, node: fx.Node) -> Signal:
+        """Run what is no layer on all chunks of both streams."""
+        activation, run_before = self._before(node)
+        streams, before = [], []
+        for i in range(len(self.inputs)):
+            if run_before is not None:
+                before.append(run_before(i))
+            streams.append(self._both(node, i))
+            self._used_up(node, i)
+        return Signal(self.frontier, self.processes, streams, before or None, activation)
+
     def _solve(self, node: fx.Node) -> Signal:
         layer, source = self._module(node), node.args[0] if node.args else node.kwargs["input"]
         assert isinstance(source, fx.Node)
@@ -180,8 +199,7 @@ class _GraphWalk:
         self.clipped |= bool(signal.outliers)
         solution = self.solve(call)
         streams, noise = [], Noise()
-        for y, (_, quantized) in zip(call.outputs, signal.streams, strict=True):
-            y_quantized = self.frontier.hold(solution.module(self.frontier.fetch(quantized)))
+        for y, y_quantized in zip(call.outputs, solution.outputs_for(signal), strict=True):
             noise.add(y, y_quantized)
             streams.append((y, y_quantized))
         self.network.set_submodule(call.name, solution.module)
@@ -197,13 +215,16 @@ class _GraphWalk:
         module, source = self._module(node), node.all_input_nodes[0]
         assert isinstance(module, QuantTensor)
         signal = self.signals[source]
-        streams = signal.streams
         if node not in self.as_codes:
-            return self._signal(streams)
-        self._clip_outliers(signal, 1, torch.ones(streams[0][0].shape[1], dtype=torch.float64, device="cpu"))
+            return self._signal(list(signal.streams))
+        channels = signal.streams[0][0].shape[1]
+        self._clip_outliers(signal, 1, torch.ones(channels, dtype=torch.float64, device="cpu"))
         module.set(self.operand(signal).to(self.frontier.device))
-        hold, fetch = self.frontier.hold, self.frontier.fetch
-        return self._signal([(x, hold(module(fetch(quantized)))) for x, quantized in streams])
+        result = []
+        for i, (x, quantized) in enumerate(list(signal.streams)):
+            result.append((x, self.frontier.hold(module(self.frontier.fetch(quantized)))))
+            self._used_up(node, i)
+        return self._signal(result)
 
     def _reader(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
         """Return what the nodes that follow one by one make of a node's value, up to the next layer, sum or fork."""
@@ -254,29 +275,47 @@ class _GraphWalk:
             for (value, quantized), y in zip(self.frontier.each(streams), outputs, strict=True)
         ]
 
-    def _set_activation(self, node: fx.Node, signal: Signal) -> None:
-        """Remember what the value was before its activation, also through nodes that only move values."""
+    def _before(self, node: fx.Node) -> tuple[Activation, Callable[[int], Tensor] | None]:
+        """Return the activation that made a value, and what tells of a chunk what it was before, if that is kept.
+
+        Nodes that only move values hand it on. The activation is the identity where nobody asks.
+        """
+        if node not in self.looked_at:
+            return IDENTITY, None
         used = [s for n in node.all_input_nodes if _has_tensors((s := self.signals[n]).streams[0][0])]  # not sizes
         activation = graph.activation_of(node, self.network)
         if activation is not None and len(used) == 1:
-            signal.before = [value for value, _ in used[0].streams]
-            signal.activation = activation
-        elif graph.is_transparent(node, self.network) and used:
-            if any(s.before is None or s.activation != used[0].activation for s in used):
-                return
+            return activation, (lambda chunk: used[0].streams[chunk][0]) if self.keep_before else None
+        handed_on = {s.activation for s in used}
+        if not graph.is_transparent(node, self.network) or len(handed_on) != 1:
+            return IDENTITY, None
+        activation = handed_on.pop()
+        if activation == IDENTITY or not self.keep_before:
+            return activation, None
 
-            def run_before(chunk: int) -> Tensor:
-                def before(n: fx.Node) -> Any:
-                    held = self.signals[n].before
-                    return self.frontier.fetch(self.signals[n].streams[chunk][0] if held is None else held[chunk])
+        def run_before(chunk: int) -> Tensor:
+            def before(n: fx.Node) -> Any:
+                held = self.signals[n].before
+                return self.frontier.fetch(self.signals[n].streams[chunk][0] if held is None else held[chunk])
 
-                held: Tensor = self.frontier.hold(
-                    self._run(node, (map_arg(node.args, before), map_arg(node.kwargs, before)))
-                )
-                return held
+            held: Tensor = self.frontier.hold(
+                self._run(node, (map_arg(node.args, before), map_arg(node.kwargs, before)))
+            )
+            return held
 
-            signal.before = [run_before(i) for i in range(len(self.inputs))]
-            signal.activation = used[0].activation
+        return activation, run_before
+
+
+def _last_uses(network: fx.GraphModule, counts: Callable[[fx.Node], bool]) -> dict[fx.Node, list[fx.Node]]:
+    """Return by node the values that it is the last one to use, among nodes that count."""
+    last: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in filter(counts, reversed(network.graph.nodes)):
+        for used in node.all_input_nodes:
+            if used not in seen:
+                seen.add(used)
+                last.setdefault(node, []).append(used)
+    return last
 
 
 def _has_tensors(value: Any) -> bool:

@@ -40,7 +40,9 @@ from ptq4cuda.errors import naming_what_needs_memory
 from ptq4cuda.metrics import Noise
 
 
-def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool) -> WalkResult:
+def walk_modules(
+    network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool, keep_before: bool = True
+) -> WalkResult:
     """Quantize the layers of any network in place, chunk by chunk.
 
     BatchNorm is not folded, and an activation before a layer is known only where it is a module.
@@ -50,7 +52,7 @@ def walk_modules(network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, 
         OSError: nor does the folder that the rest goes to.
     """
     names, flow = _observe(network, kept, inputs.example)
-    walk = _ModuleWalk(network, names, flow.ends, inputs, solve)
+    walk = _ModuleWalk(network, names, flow.ends, inputs, solve, keep_before)
     noise = Noise()
     with torch.no_grad(), progress_bar(len(flow.order), progress) as bar, walk.in_place():
         waiting = [module for module in flow.order if module in names]
@@ -133,7 +135,9 @@ class _ModuleWalk:
         ends: set[nn.Module],
         inputs: Inputs,
         solve: Solver,
+        keep_before: bool,
     ) -> None:
+        self.keep_before = keep_before
         self.network, self.names, self.ends, self.inputs, self.solve = network, names, ends, inputs, solve
         self.frontier, self.processes = inputs.frontier, inputs.processes
         self.usage = Usage(inputs.frontier)
@@ -252,7 +256,8 @@ class _ModuleWalk:
         self._run(chunk, quantized, until=module)
         found, self.arrival = self.arrival, None
         if found is not None:
-            found.x, found.before = self.frontier.hold(found.x), self.frontier.hold(found.before)
+            found.x = self.frontier.hold(found.x)
+            found.before = self.frontier.hold(found.before) if self.keep_before else None
         return found
 
     def solve_layer(self, module: nn.Module) -> None:
@@ -275,13 +280,14 @@ class _ModuleWalk:
             self.left[module] = "its input does not keep the samples along dimension 0"
             return
         activations = self.processes.gather(
-            [None if found.before is None else found.activation for found in arrivals]
+            [None if found.activation == IDENTITY else found.activation for found in arrivals]
         )
         if not activations:
             return
         signal = Signal(self.frontier, self.processes, streams)
         if activations[0] is not None and len(set(activations)) == 1:
-            signal.before = [found.before for found in arrivals if found.before is not None]
+            if self.keep_before:
+                signal.before = [found.before for found in arrivals if found.before is not None]
             signal.activation = activations[0]
         arrivals.clear()
         spec = graph.quantized_spec(module)
@@ -295,16 +301,15 @@ class _ModuleWalk:
             run=partial(self._float, module),
             first_or_last=module in self.ends,
         )
-        fetch = self.frontier.fetch
         solution = self.solve(call)
         noise, self.outputs[module] = Noise(), {}
-        for chunk, y, (_, quantized) in zip(chunks, call.outputs, signal.streams, strict=True):
-            y_quantized = solution.module(fetch(quantized))
-            noise.add(fetch(y), y_quantized)
+        for chunk, y, y_quantized in zip(chunks, call.outputs, solution.outputs_for(signal), strict=True):
+            noise.add(y, y_quantized)
             self._keep(module, (chunk, False, 0), y)
             self._keep(module, (chunk, True, 0), y_quantized)
         self.records[module] = record_solution(call, solution, noise.merged(self.processes))
         call.outputs, signal.streams, signal.before = [], [], None  # let the tensors go
+        solution.outputs = None
         self.solved[module], self.solved_calls[module] = solution, call
 
     def compare(self) -> Noise:

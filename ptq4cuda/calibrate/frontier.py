@@ -20,7 +20,7 @@ from ptq4cuda.compat import tree_map_only
 
 _T = TypeVar("_T")
 _LIBC = ctypes.CDLL(None)
-FRONTIER_LIMIT = 8 << 30  # bytes of tensors between layers in host memory
+FRONTIER_LIMIT = 4 << 30  # bytes of tensors between layers in host memory
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ptq4cuda.calibrate.inputs import Inputs
+from ptq4cuda.calibrate.inputs import Inputs, samples_of
+from ptq4cuda.calibrate.statistics import positives
 from ptq4cuda.graph.bind import Interpreter
 from ptq4cuda.graph.layers import activation_of, is_addition, is_concatenation, is_maximum, quantized_spec
 from ptq4cuda.graph.readers import readers
 from ptq4cuda.nn import LayerSpec, spec_of
-from ptq4cuda.processes import Processes
+from ptq4cuda.ops.checks import FLOATING
+
+# What is positive is counted in as many samples as have so many values.
+_SAMPLES, _VALUES = 64, 1 << 23
 
 
 @dataclass
@@ -45,7 +49,7 @@ class _Probe(Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.dim() >= 2 and value.is_floating_point():
             axis = self._axis(n, value.shape)
-            positive = (value > 0).sum([d for d in range(value.dim()) if d != axis], dtype=torch.float64)
+            positive = positives(value if value.dtype in FLOATING else value.float(), axis)
             sums = torch.stack([positive, torch.full_like(positive, value.numel() // max(1, len(positive)))])
             shape, axis = self.shapes.setdefault(n, (value.shape, axis))
             total = self.sums.setdefault(n, sums.new_zeros(2, shape[axis]))
@@ -53,13 +57,13 @@ class _Probe(Interpreter):
                 total += sums
         return value
 
-    def seen(self, processes: Processes) -> dict[fx.Node, _Seen]:
-        """Return what was seen in all processes, which saw the same batch first."""
-        sums = processes.total([self.sums[node] for node in self.shapes])
-        return {
-            node: _Seen(shape, axis, positive / count.clamp_min(1.0))
-            for (node, (shape, axis)), (positive, count) in zip(self.shapes.items(), sums, strict=True)
-        }
+    def seen(self) -> dict[fx.Node, _Seen]:
+        """Return what was seen in all batches."""
+        found = {}
+        for node, (shape, axis) in self.shapes.items():
+            positive, count = self.sums[node]
+            found[node] = _Seen(shape, axis, positive / count.clamp_min(1.0))
+        return found
 
     def _axis(self, n: fx.Node, shape: torch.Size) -> int:
         """Return the channel axis: the last one beside linear layers, which take images as [N, H, W, C]."""
@@ -92,13 +96,11 @@ def output_importance(network: fx.GraphModule, inputs: Inputs) -> dict[fx.Node, 
         ValueError: a convolution gets a single image without a batch dimension.
     """
     probe = _Probe(network)
+    values = samples_of(*inputs.example)[0].numel()
     with torch.no_grad():
-        if inputs.processes.rank > 0:  # shapes are those of the first batch, which is another process's
-            probe.call(*inputs.example)
-            probe.sums.clear()
-        for args, kwargs in inputs:
+        for args, kwargs in inputs.head(max(_SAMPLES, _VALUES // max(1, values))):
             probe.call(args, kwargs)
-    seen = probe.seen(inputs.processes)
+    seen = probe.seen()
     for node, value in seen.items():
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
         spec = None if module is None else spec_of(module)

@@ -8,7 +8,7 @@ chunk, on the host, so that device memory is bounded by one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class Signal:
     frontier: Frontier
     processes: Processes
     streams: list[tuple[Any, Any]]
-    before: list[Tensor] | None = None
+    before: list[Any] | None = None
     activation: Activation = IDENTITY
     quantizers: dict[tuple[int, int], tuple[QuantParams, str]] = field(default_factory=dict)
     outliers: str | None = None
@@ -61,6 +61,12 @@ class Signal:
     def quantized(self) -> Sequence[Any]:
         """The value as quantized so far, to be read chunk by chunk."""
         return self.frontier.each([quantized for _, quantized in self.streams])
+
+    def drop(self, chunk: int) -> None:
+        """Let go of a chunk, which nothing needs any more."""
+        self.streams[chunk] = (None, None)
+        if self.before is not None:
+            self.before[chunk] = None
 
     def clip_outliers(self, axis: int, importance: Tensor) -> None:
         """Clip both streams, once, to what all but a vanishing share of the samples confirm.
@@ -86,10 +92,15 @@ class Signal:
             if found is not None:
                 self.before = [hold(found.clip(value)) for value in self.before]
 
-    def statistics(self, axis: int | None) -> ChannelStatistics:
-        """Measure the float tensor along a channel axis, before its activation where it has one."""
+    def statistics(self, axis: int | None, absdev: bool) -> ChannelStatistics:
+        """Measure the float tensor along a channel axis, before its activation where that is kept.
+
+        Args:
+            axis: of the channels; None for one of all.
+            absdev: whether deviations are taken about the mean of all chunks, and not of each.
+        """
         chunks = self.frontier.each(self.before) if self.before is not None else self.values
-        return ChannelStatistics.over(lambda: chunks, axis, self.processes)
+        return ChannelStatistics.over(lambda: chunks, axis, self.processes, absdev)
 
     def extremes(self, axis: int, whole: bool = False) -> tuple[Tensor, Tensor]:
         """Return the smallest and the largest value of each channel in each sample, in float, [n, C] both.
@@ -164,10 +175,27 @@ class LayerCall:
 
 @dataclass(eq=False)
 class Solution:
-    """What a solver returns: the quantized module and the clip rule of its input."""
+    """What a solver returns.
+
+    Attributes:
+        module: the quantized module.
+        clip: the clip rule of its input.
+        outputs: what the module makes of the signal as quantized so far, held by the frontier, for each chunk: where
+            the solver knows.
+    """
 
     module: QuantModule
     clip: str
+    outputs: list[Tensor] | None = None
+
+    def outputs_for(self, signal: Signal) -> Iterator[Tensor]:
+        """Yield what the module makes of the signal as quantized so far, held by the frontier, for each chunk."""
+        if self.outputs is not None:
+            yield from signal.frontier.each(self.outputs)
+            return
+        hold, fetch = signal.frontier.hold, signal.frontier.fetch
+        for _, quantized in signal.streams:
+            yield hold(self.module(fetch(quantized)))
 
 
 Kept = Callable[[str], str]  # why a layer that could be quantized stays in float, or ""

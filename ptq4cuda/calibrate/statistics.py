@@ -12,6 +12,8 @@ from torch import Tensor
 from ptq4cuda import ops
 from ptq4cuda.processes import ALONE, Processes
 
+_COUNTED, _COUNTED_SAMPLES = 1 << 19, 64  # values of a channel and samples that tell enough of a distribution
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelStatistics:
@@ -42,17 +44,23 @@ class ChannelStatistics:
 
     @classmethod
     def over(
-        cls, batches: Callable[[], Iterable[Tensor]], axis: int | None = 1, processes: Processes = ALONE
+        cls,
+        batches: Callable[[], Iterable[Tensor]],
+        axis: int | None = 1,
+        processes: Processes = ALONE,
+        absdev: bool = True,
     ) -> ChannelStatistics:
-        """Measure several batches, each read twice: absdev needs the mean of all before it can be summed.
+        """Measure several batches.
 
         Args:
             batches: yields them.
             axis: of the channels.
             processes: whose batches follow each other.
+            absdev: read all twice, as absdev needs the mean of all before it can be summed. Without it is that about
+                the mean of each batch.
         """
         parts = cls._of_each(batches(), axis, None, processes)
-        if len(parts) > 1:
+        if absdev and len(parts) > 1:
             parts = cls._of_each(batches(), axis, cls.merged(parts).mean, processes)
         return cls.merged(parts)
 
@@ -101,6 +109,12 @@ class ChannelStatistics:
         )
 
 
+def positives(x: Tensor, axis: int) -> Tensor:
+    """Return how many values of each channel are positive, float64 [C]."""
+    count, positive = ops.channel_statistics(x, axis)[:, [0, 6]].unbind(1)
+    return (count * positive).round()
+
+
 def _table(x: Tensor, axis: int | None, centre: Tensor | None) -> Tensor:
     """Return the statistics of a tensor as float64 [C, 7]."""
     if axis is None:
@@ -130,7 +144,9 @@ class ChannelHistogram:
         bins: int = 512,
         processes: Processes = ALONE,
     ) -> ChannelHistogram:
-        """Count the values of several batches, each read twice: first for the limits.
+        """Count the values of several batches, each read twice: first for the limits, which are those of all values.
+
+        Where there are many, those of every so many samples are counted.
 
         Args:
             batches: yields them.
@@ -141,25 +157,30 @@ class ChannelHistogram:
         Raises:
             ValueError: there are no batches, or they hold NaN or Inf.
         """
-
-        def by_channel() -> Iterable[tuple[Tensor, int]]:
-            return ((x, axis) if axis is not None else (x.unsqueeze(0), 0) for x in batches())
-
         total = ChannelStatistics.merged(ChannelStatistics._of_each(batches(), axis, None, processes))
         if not bool(torch.isfinite(total.mean).all()):
             raise ValueError("its input contains NaN or Inf on the calibration data")
         low, high = total.min.clamp_max(0.0), total.max.clamp_min(0.0)
         counts = torch.zeros(len(low), bins, dtype=torch.float64, device=low.device)
         zeros = torch.zeros_like(low)
-        for x, channel_axis in by_channel():
+        sizes, chunk = processes.placed([len(x) if axis is None or axis % x.dim() else 1 for x in batches()])
+        step = max(1, min(int(total.count.max()) // _COUNTED, sum(sizes) // _COUNTED_SAMPLES))
+        first, counted = sum(sizes[:chunk]), torch.zeros_like(low)
+        for x, size in zip(batches(), sizes[chunk:], strict=False):
+            x = x[-first % step :: step] if size > 1 else x
+            first += size
+            x, channel_axis = (x, axis) if axis is not None else (x.unsqueeze(0), 0)
             counts += ops.channel_histogram(x, low.float(), high.float(), bins, channel_axis)
-            others = [d for d in range(x.dim()) if d != channel_axis % x.dim()]
-            zeros += (x == 0).sum(others, dtype=torch.float64)
-        counts, zeros = processes.total([counts, zeros])  # whole numbers
+            own = x.numel() // len(low)
+            counted += own
+            zeros += own - positives(x, channel_axis)
+            if bool((low < 0).any()):
+                zeros -= positives(-x, channel_axis)
+        counts, zeros, counted = processes.total([counts, zeros, counted])  # whole numbers
         width = ((high - low) / bins).clamp_min(torch.finfo(torch.float32).tiny)
         bin_of_zero = (-low / width).long().clamp_max(bins - 1)[:, None]
         counts.scatter_add_(1, bin_of_zero, -zeros[:, None])
-        return cls(low, high, counts.clamp_min(0.0) / total.count.clamp_min(1)[:, None])
+        return cls(low, high, counts.clamp_min(0.0) / counted.clamp_min(1)[:, None])
 
     @property
     def values(self) -> Tensor:

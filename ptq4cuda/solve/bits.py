@@ -176,6 +176,7 @@ class Greedy(AllocationRule):
 
     name = "greedy"
     needs_errors = True
+    needs_spread = False
 
     def check(self, mean_bits: int, fewest: int, most: int) -> None:
         """Raise ValueError where the mean is not between the limits."""

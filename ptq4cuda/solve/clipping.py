@@ -13,6 +13,7 @@ A clip rule is a class, at the end of this file or anywhere else: see ClipRule.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -146,22 +147,9 @@ def search_clip(histogram: ChannelHistogram, bits: int, exponent: float = 2.0) -
     The paper's sum for a measured density and for any power k of the error: Σ p |x - limit|^k beyond the limits and
     P(inside) · (step / 2)^k / (k + 1) between them. Both limits are searched together.
     """
-    density = histogram.density
-    bins = density.shape[1]
-    edges = torch.linspace(0.0, bins, _EDGES + 1, dtype=torch.float64, device=density.device)
-    zero = -histogram.low / (histogram.high - histogram.low).clamp_min(torch.finfo(torch.float32).tiny) * bins
-    middles = torch.arange(bins, dtype=torch.float64, device=density.device) + 0.5
-    distance = middles[:, None] - edges  # in bins, the same for all channels
-    # Noise that clipping at each edge makes; a range has to contain zero.
-    above = density @ distance.clamp_min(0.0).pow(exponent)
-    below = density @ distance.neg().clamp_min(0.0).pow(exponent)
-    above = torch.where(edges >= zero[:, None], above, torch.inf)
-    below = torch.where(edges <= zero[:, None], below, torch.inf)
-    if bool((histogram.low >= 0).all()):
-        below, lower = below[:, :1], edges[:1]
-    else:
-        lower = edges
-    under = density @ (distance < 0).double()  # share of values under each edge
+    bins = histogram.density.shape[1]
+    edges, above, below, under = _beyond_edges(histogram, exponent)
+    lower = edges[: below.shape[1]]
     step = (edges[None, :] - lower[:, None]).clamp_min(0.0) / (2.0**bits - 1.0)
     rounding = (step / 2.0).pow(exponent)
 
@@ -170,12 +158,34 @@ def search_clip(histogram: ChannelHistogram, bits: int, exponent: float = 2.0) -
         return (below[rows, :, None] + above[rows, None, :]).add_(inside.mul_(rounding).div_(exponent + 1.0))
 
     # A few channels at a time, whose tables of all ranges stay in the cache.
-    parts = [slice(first, first + _ROWS) for first in range(0, len(density), _ROWS)]
+    parts = [slice(first, first + _ROWS) for first in range(0, len(under), _ROWS)]
     best = torch.cat([noise(rows).flatten(1).argmin(1) for rows in parts])
     width = (histogram.high - histogram.low) / bins
     low = histogram.low + lower[best // len(edges)] * width
     high = histogram.low + edges[best % len(edges)] * width
     return low.clamp_max(0.0), high.clamp_min(0.0)
+
+
+@functools.lru_cache(maxsize=1)  # of one histogram ranges are searched for one number of bits after the other
+def _beyond_edges(histogram: ChannelHistogram, exponent: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return limits, in bins, and of each channel what clipping above and below costs and the share of values under.
+
+    A limit on the wrong side of zero, which a range has to contain, costs infinitely much. Where no value is negative
+    there is one lower limit alone.
+    """
+    density = histogram.density
+    bins = density.shape[1]
+    edges = torch.linspace(0.0, bins, _EDGES + 1, dtype=torch.float64, device=density.device)
+    zero = -histogram.low / (histogram.high - histogram.low).clamp_min(torch.finfo(torch.float32).tiny) * bins
+    middles = torch.arange(bins, dtype=torch.float64, device=density.device) + 0.5
+    distance = middles[:, None] - edges  # the same for all channels
+    above = density @ distance.clamp_min(0.0).pow(exponent)
+    below = density @ distance.neg().clamp_min(0.0).pow(exponent)
+    above = torch.where(edges >= zero[:, None], above, torch.inf)
+    below = torch.where(edges <= zero[:, None], below, torch.inf)
+    if bool((histogram.low >= 0).all()):
+        below = below[:, :1]
+    return edges, above, below, density @ (distance < 0).double()
 
 
 def percentile_clip(histogram: ChannelHistogram, percentile: float = PERCENTILE) -> tuple[Tensor, Tensor]:
@@ -236,7 +246,7 @@ class TensorProfile:
 
     Attributes:
         statistics: moments of each channel in float, before the activation where there is one.
-        activation: made the tensor.
+        activation: made the tensor of what the statistics are of.
         known: False for values that are never negative and come from no known activation.
         histogram: of the tensor as the quantized network delivers it; None where no rule asks for it.
         importance: float64 [C], what a squared error of each channel costs.
@@ -259,10 +269,13 @@ class ClipRule(Rule):
 
     Attributes:
         needs_histogram: whether it looks at the histogram of a profile.
+        looks_before: whether it looks at how a tensor is distributed before its activation; if not, the statistics
+            may be of what came after, and absdev of each batch about its own mean.
         at_eight_bits: name of the rule for tensors of 8 bits, which need no clipping.
     """
 
     needs_histogram: ClassVar[bool] = True
+    looks_before: ClassVar[bool] = True
     at_eight_bits: ClassVar[str] = "minmax"
 
     @abstractmethod
@@ -282,6 +295,7 @@ class MinMax(ClipRule):
     """The whole range."""
 
     name = "minmax"
+    looks_before = False
     needs_histogram = False
 
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
@@ -295,6 +309,7 @@ class Headroom(ClipRule):
     """More than the whole range: new samples go further than those of calibration did."""
 
     name = "headroom"
+    looks_before = False
     needs_histogram = False
 
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
@@ -343,6 +358,7 @@ class Mse(ClipRule):
     """The range with the least error, searched on the histogram."""
 
     name = "mse"
+    looks_before = False
     at_eight_bits = "headroom"
 
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
@@ -355,6 +371,7 @@ class Percentile(ClipRule):
     """All but a share of the values."""
 
     name = "percentile"
+    looks_before = False
 
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
         """Leave out as many on either side."""
@@ -366,6 +383,7 @@ class Kld(ClipRule):
     """The range with the least Kullback-Leibler divergence (TensorRT)."""
 
     name = "kld"
+    looks_before = False
 
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
         """Compare thresholds."""

@@ -43,9 +43,8 @@ def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
         targets = _TargetOutputs(call, config)
         measured = layer_moments(module, call.signal.quantized, targets, call.signal.processes)
     module.set_weight(quantize_weight(weight, weight_bits, config.weights, module.groups, measured), call.layer.bias)
-    if config.bias_correction == "output":
-        match_output(module, call, config)
-    return Solution(module, clip)
+    outputs = match_output(module, call, config) if config.bias_correction == "output" else None
+    return Solution(module, clip, outputs)
 
 
 def bits_of(call: LayerCall, config: QuantConfig) -> tuple[int, int]:
@@ -86,12 +85,13 @@ def quantizer_of(call: LayerCall, bits: int, config: QuantConfig) -> tuple[Quant
     signal, axis = call.signal, call.spec.axis
     if (bits, axis) not in signal.quantizers:
         channel_axis = axis if config.activation_granularity == "per_channel" else None
-        statistics = signal.statistics(channel_axis)
+        by_spread = AllocationRule.named(config.activation_allocation).needs_spread
+        statistics = signal.statistics(channel_axis, by_spread or ClipRule.named(config.clipping).looks_before)
         if not bool(torch.isfinite(statistics.mean).all()):
             raise ValueError("its input contains NaN or Inf on the calibration data")
         profile = TensorProfile(
             statistics=statistics,
-            activation=signal.activation,
+            activation=signal.activation if signal.before is not None else signal.activation.applied,
             known=signal.before is not None or not bool((statistics.min >= 0).all()),
             histogram=signal.histogram(channel_axis) if needs_histogram(bits, config.activations) else None,
             importance=call.importance.to(statistics.mean.device)
@@ -114,7 +114,7 @@ def quantizer_of_operand(signal: Signal, config: QuantConfig) -> QuantParams:
         low, high = signal.extremes(1)
         low, high = -with_headroom(low.clamp_max(0.0)), with_headroom(high.clamp_min(0.0))
     else:
-        statistics = ChannelStatistics.over(lambda: signal.quantized, 1, signal.processes)
+        statistics = ChannelStatistics.over(lambda: signal.quantized, 1, signal.processes, absdev=False)
         low, high = statistics.min, statistics.max
     return QuantParams.from_range(low, high, torch.full_like(low, 8, dtype=torch.uint8))
 
@@ -169,13 +169,17 @@ def quantize_weight(
     return correct_bias(quantized, weight, config.bias_correction)
 
 
-def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> None:
+def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> list[Tensor] | None:
     """Set the bias so that the mean of each output channel is that of the target, where that does good.
 
     It does harm where few samples tell the mean, and where what follows is blind to most of it: a sigmoid hardly sees
     values far below zero, whose mean a few peaks that were clipped would move. So each sample judges the mean of
     all others, by what is read of the output in the end, and the mean is left alone where that does more harm than
     the mean of so few samples does by chance.
+
+    Returns:
+        What the module gives then, for each chunk, held by the frontier; None where the bias is not all that is added
+        to its products in the end.
     """
     axis, device, processes = call.spec.axis, module.weight_scale.device, call.signal.processes
     extents, chunk = _extents(call)
@@ -186,16 +190,27 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
         judged.append(few if judged else max(1, few))
         room -= few * (numel // max(1, samples))
     first = sum(samples for samples, _ in extents[:chunk])
+    bias = module.bias
+    outputs: list[Tensor] = []
+    apart = _adds_bias_last(module)
+    if apart:
+        module.register_buffer("bias", None)
     sums: list[Tensor] = []  # of what is missing, of each sample [N, O]
     seen: list[tuple[int, Tensor, Tensor]] = []
     for target, quantized, some in zip(
         _TargetOutputs(call, config), call.signal.quantized, judged[chunk:], strict=False
     ):
         target, found = target.to(device), module(quantized.to(device))
+        if apart:
+            outputs.append(call.signal.frontier.hold(found))
+            found = found if bias is None else found + _along(bias, axis, found)
         if found.dim() == 1:
             target, found = target[None], found[None]
-        missing = (target - found).movedim(axis, -1)
-        sums.append(missing.reshape(len(target), -1, missing.shape[-1]).sum(1, dtype=torch.float64))
+        others_than_channels = [d for d in range(1, found.dim()) if d != axis % found.dim()]
+        missing = target - found
+        if others_than_channels:  # float32 sums of so few are as good as others
+            missing = missing.sum(others_than_channels, dtype=torch.float32)
+        sums.append(missing.double())
         if some:  # copied, so that the rest need not stay in memory
             seen.append((first, target[:some].clone(), found[:some].clone()))
         first += len(target)
@@ -218,7 +233,23 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> N
     for unmatched, matched in processes.gather(errors):
         error, harm = error + unmatched, harm + matched - unmatched
     # Errors without a mean grow by 1 / (n - 1) of them where that of n - 1 samples is taken away.
-    if harm * rest > _BY_CHANCE * error:
-        return
-    bias = torch.zeros_like(total[0]) if module.bias is None else module.bias.double()
-    module.register_buffer("bias", (bias + total.mean(0) / each).float())
+    if not harm * rest > _BY_CHANCE * error:
+        before = torch.zeros_like(total[0]) if bias is None else bias.double()
+        bias = (before + total.mean(0) / each).float()
+    module.register_buffer("bias", bias)
+    if not apart:
+        return None
+    if bias is not None:
+        for y in call.signal.frontier.each(outputs):
+            y += _along(bias.to(y.device), axis, y)
+    return outputs
+
+
+def _adds_bias_last(module: QuantModule) -> bool:
+    """Tell whether what a module gives is, bit for bit, what it gives without a bias and that."""
+    return module.dtype == torch.float32 and module.activation is not None and module.product_scale is not None
+
+
+def _along(values: Tensor, axis: int, x: Tensor) -> Tensor:
+    """View values of channels as a tensor of x's dimensions."""
+    return values.view([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])

@@ -28,7 +28,8 @@ def fit_activation(profile: TensorProfile, mean_bits: int, axis: int, config: Ac
     spread = wanted.spread(profile.statistics)
     alone = mean_bits == 8 or len(spread) == 1
     allocation = AllocationRule.named("uniform" if alone else config.allocation)
-    fits = [_fit(profile, rule, allocation, spread, mean_bits, config.channel_bits) for rule in rules]
+    several = len(rules) > 1
+    fits = [_fit(profile, rule, allocation, spread, mean_bits, config.channel_bits, several) for rule in rules]
     best = min(fits, key=lambda fit: fit.error)
     constant = profile.activation(profile.statistics.mean)
     return QuantParams.from_range(best.low, best.high, best.bits, axis, constant), best.rule
@@ -50,8 +51,9 @@ def _fit(
     spread: Tensor,
     mean_bits: int,
     channel_bits: tuple[int, int],
+    several: bool,
 ) -> _Fit:
-    """Fit bits and limits by one rule; with a histogram, measure the error too."""
+    """Fit bits and limits by one rule; with a histogram, and several rules to choose from, measure the error too."""
     fewest, most = channel_bits
     # A row for each channel and a column for each number of bits.
     low, high, error, squared = (spread.new_zeros(len(spread), 9) for _ in range(4))
@@ -59,7 +61,7 @@ def _fit(
     def measure(wanted: Iterable[int]) -> None:
         for b in wanted:
             low[:, b], high[:, b] = rule.limits(profile, b)
-            if profile.histogram is not None:
+            if profile.histogram is not None and several:
                 error[:, b] = clip_error(profile.histogram, low[:, b], high[:, b], b, profile.exponent)
 
     if allocation.needs_errors:

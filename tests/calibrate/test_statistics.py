@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from ptq4cuda.calibrate.statistics import ChannelStatistics
+from ptq4cuda.calibrate import statistics
+from ptq4cuda.calibrate.statistics import ChannelHistogram, ChannelStatistics
 
 FIELDS = ("count", "min", "max", "mean", "m2", "absdev", "positive")
 
@@ -57,3 +60,16 @@ def test_whole_tensor_as_one_channel() -> None:
 def test_no_batches() -> None:
     with pytest.raises(ValueError, match="no batches"):
         ChannelStatistics.over(list)
+
+
+def test_distribution_of_many_samples_is_told_by_some_and_its_limits_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_COUNTED", 1000)
+    torch.manual_seed(0)
+    x = torch.randn(256, 3, 8, 8).relu()
+    x[7, 1, 0, 0] = 50.0  # not among those that are counted
+    whole, *others = (ChannelHistogram.over(partial(x.split, n), bins=64) for n in (256, 100, 7))
+    assert whole.high[1] == 50.0
+    for other in others:
+        assert torch.equal(whole.density, other.density)
+    zeros = (x[::4] == 0).double().mean((0, 2, 3))
+    torch.testing.assert_close(1.0 - whole.density.sum(1), zeros)

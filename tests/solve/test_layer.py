@@ -100,6 +100,21 @@ def test_what_follows_a_layer_is_what_reads_it(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(read, made(y), msg=name)
 
 
+def test_what_a_solver_says_its_layer_gives_is_what_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def spied(call, config):  # type: ignore[no-untyped-def]
+        solution = solve_layer(call, config)
+        for y, x in zip(solution.outputs, call.signal.quantized, strict=True):
+            assert torch.equal(y, solution.module(x))
+        told.append(call.name)
+        return solution
+
+    monkeypatch.setattr("ptq4cuda.pipeline.solve_layer", spied)
+    quantize(Following().eval(), torch.randn(6, 3, 4, 4).split(4), QuantConfig.fast(), progress=False)
+    assert told == ["a", "b", "c", "d", "fc"]
+
+
 # --- headroom ---------------------------------------------------------------------------------------------------
 
 
