@@ -9,8 +9,9 @@ import io
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _DESCRIPTORS = Path("/proc/self/fd")  # of this process: where a nameless file gets its name from
 _UNFINISHED = ".ptq4cuda-unfinished"  # how names end that a file has before its own
@@ -28,30 +29,49 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         OSError: the file cannot be written: there is no such folder, no room, no permission, or what is there is a
             folder, a device or another special file. What was there is untouched.
     """
+    with _unfinished(path) as (file, name, target):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        if not name.exists():
+            _name(file.fileno(), name)
+        os.replace(name, target)
+    with contextlib.suppress(OSError):  # some file systems cannot
+        _sync_folder(target.parent)
+
+
+def check_writable(*paths: str | os.PathLike[str] | None) -> None:
+    """Raise what write_whole would raise for these files, but for want of room, before there is anything to write.
+
+    Raises:
+        OSError: see write_whole.
+    """
+    for path in paths:
+        if path is not None:
+            with _unfinished(path):
+                pass
+
+
+@contextlib.contextmanager
+def _unfinished(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Path, Path]]:
+    """Open a file that is going to take the place of another; yield it, a name for it and the name it is to have."""
     target = Path(os.path.realpath(path))
     folder = target.parent
-    unfinished = folder / f".{os.getpid()}-{secrets.token_hex(4)}{_UNFINISHED}"
+    name = folder / f".{os.getpid()}-{secrets.token_hex(4)}{_UNFINISHED}"
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"there is no folder {str(folder)!r} to save {target.name!r} in")
     try:
         mode = _mode_to_keep(target)
         _remove_leftovers(folder)
-        with open(_create(unfinished), "wb") as file:
+        with open(_create(name), "wb") as file:
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            if not unfinished.exists():
-                _name(file.fileno(), unfinished)
-            os.replace(unfinished, target)
+            yield file, name, target
     except OSError as error:
         raise OSError(error.errno, f"{os.fspath(path)!r} cannot be written: {error.strerror}") from error
     finally:
         with contextlib.suppress(OSError):
-            unfinished.unlink()
-    with contextlib.suppress(OSError):  # some file systems cannot
-        _sync_folder(folder)
+            name.unlink()
 
 
 def write_figure(path: str | os.PathLike[str], figure: Any) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ptq4cuda._version import __version__
+from ptq4cuda.artifact.writing import check_writable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,7 +132,7 @@ def quantize_command(
         import ptq4cuda
         from ptq4cuda.calibrate.frontier import Memory
 
-        _check_folders(output)
+        check_writable(output)
         if max_drop is not None and evaluate is None:
             raise ValueError("--max-drop is how much of the top-1 on --evaluate may be lost: give such a folder, too")
         config = _config(preset, field or [])
@@ -256,7 +257,7 @@ def report_command(
         from ptq4cuda.artifact.file import read_record
         from ptq4cuda.artifact.report import Report
 
-        _check_folders(*(output or ()))
+        check_writable(*(output or ()))
         report = Report.of(read_record(file))
         for path in output or ():
             report.save(path)
@@ -287,7 +288,7 @@ def benchmark_command(
         import ptq4cuda
         from ptq4cuda.artifact.writing import write_whole
 
-        _check_folders(json)
+        check_writable(json)
         counts = _counts("--batches", batches)
         subject = _Subject(model, None, False, classes, device, size, random=True)
         channels, (height, width) = len(subject.preprocessing.mean), subject.preprocessing.size
@@ -317,7 +318,7 @@ def export_command(
 
         import ptq4cuda
 
-        _check_folders(output)
+        check_writable(output)
         subject = _Subject(model, weights, pretrained, classes, "cpu", size)
         network = ptq4cuda.load(file, subject.model, execution="simulate")
         example = torch.zeros(1, len(subject.preprocessing.mean), *subject.preprocessing.size)
@@ -470,7 +471,7 @@ def demo_command(
     with _mistakes():
         from ptq4cuda import demo
 
-        _check_folders(file, plot)
+        check_writable(file, plot)
         demo.run(file, plot)
 
 
@@ -487,7 +488,7 @@ def bench_command(
     with _mistakes(RuntimeError):
         from ptq4cuda.bench import kernels
 
-        _check_folders(json, plot)
+        check_writable(json, plot)
         kernels.run(_device(device), quick=quick, only=only, compiled=compiled, json_file=json, plot=plot)
 
 
@@ -509,7 +510,7 @@ def bench_models_command(
     with _mistakes():
         from ptq4cuda.bench import models
 
-        _check_folders(json)
+        check_writable(json)
         models.run(
             _device(device),
             models=model or models.MODELS,
@@ -530,7 +531,8 @@ def _mistakes(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        typer.echo(f"ptq4cuda: {error}", err=True)
+        told = error.strerror if isinstance(error, OSError) and error.filename is None else None
+        typer.echo(f"ptq4cuda: {told or error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo("ptq4cuda: interrupted", err=True)
@@ -558,13 +560,6 @@ def _say(text: str) -> None:
     """Print, in the first process."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
-
-
-def _check_folders(*files: Path | None) -> None:
-    """Raise before the work rather than after it where a file cannot be written."""
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"there is no folder {str(file.parent)!r} to write {file.name!r} into")
 
 
 def _device(asked: str) -> str:

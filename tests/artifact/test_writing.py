@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ptq4cuda.artifact import writing
-from ptq4cuda.artifact.writing import write_whole
+from ptq4cuda.artifact.writing import check_writable, write_whole
 
 
 @pytest.fixture(params=["nameless", "named"], autouse=True)
@@ -62,7 +63,11 @@ def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path, there: b
     assert list(folder.iterdir()) == [target]
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "write", [lambda path, content: write_whole(path, content), lambda path, _: check_writable(path)]
+)
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, write: Callable[[Path, bytes], None]) -> None:
+    """Nor is it found out after the work only."""
     pipe, loop = tmp_path / "pipe", tmp_path / "loop"
     os.mkfifo(pipe)
     loop.symlink_to(loop)
@@ -71,15 +76,22 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     for path in (pipe, link, Path("/dev/null"), Path("/dev/full")):
         with pytest.raises(OSError, match=f"{path}' cannot be written: it is a device, a pipe or a socket"):
-            write_whole(path, b"content")
+            write(path, b"content")
     with pytest.raises(IsADirectoryError, match="cannot be written: it is a folder"):
-        write_whole(tmp_path, b"content")
+        write(tmp_path, b"content")
     with pytest.raises(OSError, match="loop' cannot be written: Too many levels of symbolic links"):
-        write_whole(loop, b"content")
+        write(loop, b"content")
     with pytest.raises(FileNotFoundError, match=r"no folder '.*/nowhere' to save 'file' in"):
-        write_whole(tmp_path / "nowhere" / "file", b"content")
+        write(tmp_path / "nowhere" / "file", b"content")
     assert sorted(tmp_path.iterdir()) == before
     assert link.is_symlink()
+
+
+def test_asking_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    check_writable(path, None, tmp_path / "other")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_without_permission_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

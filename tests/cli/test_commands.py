@@ -188,7 +188,7 @@ def test_completion(folder: Path) -> None:
         ("quantize small_model:build --calibration nowhere -o net.ptq4", "there is no folder 'nowhere'"),
         (
             "quantize small_model:build --calibration images -o nowhere/net.ptq4",
-            "there is no folder 'nowhere' to write",
+            "/nowhere' to save 'net.ptq4' in",
         ),
         (
             "quantize_images --preset best",
@@ -202,6 +202,7 @@ def test_completion(folder: Path) -> None:
         ("quantize_images --max-drop 1", "--max-drop is how much of the top-1 on --evaluate may be lost"),
         ("quantize_images --evaluate images/ape", "has images that are in no folder of a class"),
         ("quantize_images --evaluate many --size 16", "'many' has 3 classes, the model 2"),
+        ("quantize_images -o images", "ptq4cuda: 'images' cannot be written: it is a folder"),
         ("quantize_images --size 12,12", "--size must be pixels"),
         ("quantize_images --mean a", "--mean must be numbers"),
         ("quantize_images --weights w.pt", "there is no file 'w.pt'"),

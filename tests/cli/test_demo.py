@@ -76,9 +76,9 @@ def test_help_names_the_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("demo --file nowhere/net.ptq4", "there is no folder 'nowhere' to write 'net.ptq4' into"),
-        ("demo --plot nowhere/plot.png", "there is no folder 'nowhere'"),
-        ("bench --json nowhere/bench.json", "there is no folder 'nowhere'"),
+        ("demo --file nowhere/net.ptq4", "/nowhere' to save 'net.ptq4' in"),
+        ("demo --plot nowhere/plot.png", "/nowhere' to save 'plot.png' in"),
+        ("bench --json nowhere/bench.json", "/nowhere' to save 'bench.json' in"),
         ("bench --device tpu", "--device must be cpu or cuda, got 'tpu'"),
         ("bench --device cpu --only nonsense", "there is no case of 'nonsense': the operators are"),
         ("bench-models --device tpu", "--device must be cpu or cuda"),
