@@ -25,6 +25,7 @@ from ptq4cuda.nn import QuantModule
 from ptq4cuda.pipeline import quantize
 
 _ROUNDS = 5  # at least
+_MOST_THREADS = 1024  # more than any machine has cores; OpenMP crashes on numbers that are far too large
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def _check(net: Any, batches: Any, threads: Any, float_net: Any, seconds: Any) -
     whole = isinstance(batches, Sequence) and all(type(count) is int and count > 0 for count in batches)
     if not whole or isinstance(batches, str) or not batches:
         raise ValueError(f"batches must be numbers of samples, from 1, as (1, 8), got {batches!r}")
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise ValueError(f"threads must be a number from 1, got {threads!r}")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
+        raise ValueError(f"threads must be a number from 1 to {_MOST_THREADS}, got {threads!r}")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.0 <= seconds < float("inf"):
         raise ValueError(f"seconds must be a number from 0, got {seconds!r}")
 

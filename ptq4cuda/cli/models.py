@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,15 +186,19 @@ def _naming(what: str) -> Iterator[None]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state_dict into a model, also from a checkpoint that wraps it, or of a model that ran in parallel.
+    """Load a state_dict into a model, also from a checkpoint that wraps it, or of a model that was part of a wrapper.
 
     Raises:
         ValueError: the file cannot be read, or has other weights than the model.
     """
-    state = _state_of(path)
-    if state and all(name.startswith("module.") for name in state):  # of DistributedDataParallel
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = model.state_dict()
+    state, own = _state_of(path), model.state_dict()
+    while state.keys().isdisjoint(
+        own
+    ):  # a wrapper's: "module." of DistributedDataParallel, "_orig_mod." of a compiled one
+        prefixes = {name.partition(".")[0] for name in state}
+        if len(prefixes) > 1 or not all("." in name for name in state):
+            break
+        state = {name.partition(".")[2]: value for name, value in state.items()}
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     surplus = [name for name in state if name not in own]
     shapes = [
@@ -221,10 +226,16 @@ def _state_of(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a TorchScript archive, which the error says, too
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(f"{str(path)!r} is a TorchScript archive: save model.state_dict()") from error
         raise ValueError(f"{str(path)!r} cannot be read as weights ({first_line(error)})") from error
-    except Exception as error:  # pickle.UnpicklingError: it holds more than tensors
+    except Exception as error:  # pickle.UnpicklingError, and whatever else garbage leads to
+        if "Unsupported global" not in str(error):
+            raise ValueError(f"{str(path)!r} cannot be read as weights: it is no file of torch.save") from error
         raise ValueError(
             f"{str(path)!r} holds more than tensors, which may run code when it is read: save model.state_dict()"
         ) from error

@@ -9,7 +9,7 @@ its lower end as a constant of each channel is added to that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -179,8 +179,10 @@ def _saturated(graph: OnnxGraph, y: str, above: Tensor, low: Tensor, high: Tenso
     return Codes(plus(codes, none, low, zero), zero, low, high, behind)
 
 
-class _Rounding:
+class Rounding:
     """How a runtime that sums up products in integers gets codes, `above` larger: rint((sum + bias) * scale).
+
+    Or, as OpenVINO does, rint(sum * scale + bias * scale), rounded to float32 in between or not.
 
     What is lost where the bias is rounded to a whole product, the scale makes up for: it is a trifle different, which
     moves the thresholds between codes, all of them alike if they are far from zero.
@@ -189,15 +191,19 @@ class _Rounding:
         scale, bias: of the layer, float32 [O].
         params: the quantizer of the output.
         low, high: the range of its codes.
+        more: int64 [O], by which the runtime's sums are larger, and its biases smaller.
 
     Attributes:
         above: int64 [O].
         bias: int32 [O].
         scale: float32 [O].
-        exact: bool [O]: every sum gets the code that it has in the program.
+        exact: bool [O]: every sum gets the code that it has in the program, in each of these ways.
     """
 
-    def __init__(self, scale: Tensor, bias: Tensor, params: QuantParams, low: Tensor, high: Tensor) -> None:
+    def __init__(
+        self, scale: Tensor, bias: Tensor, params: QuantParams, low: Tensor, high: Tensor, more: Tensor
+    ) -> None:
+        self._more = more.double()[:, None]
         inverse = (1.0 / params.scale.cpu()).expand_as(scale)[:, None]
         self._low, self._high = (t.expand(len(scale))[:, None].double() for t in (low, high))
         self._step = scale.double()[:, None] * inverse.double()
@@ -226,13 +232,13 @@ class _Rounding:
 
     def _of(self, rows: Tensor, above: Tensor) -> tuple[Tensor, ...]:
         """Return `above`, the best bias and scale for it, and whether they are exact, of some channels."""
-        high, step, first, codes, least = (
-            t[rows] for t in (self._high, self._step, self._first, self._codes, self._least)
+        high, step, first, codes, least, more = (
+            t[rows] for t in (self._high, self._step, self._first, self._codes, self._least, self._more)
         )
         occurs, half = codes <= high, codes - 0.5 + above
         nearest = ((first + above) / step).round()
         bias, scale, most = nearest, step, torch.zeros_like(nearest)
-        for tried in (nearest + more for more in range(-2, 3)):
+        for tried in (nearest + by for by in range(-2, 3)):
             at = least + tried
             lower = torch.where(occurs, torch.where(at > 0, half / at, torch.inf), 0.0).amax(1, True)
             upper = torch.where(occurs & (at > 1), half / (at - 1), torch.inf).amin(1, True)
@@ -240,12 +246,18 @@ class _Rounding:
             bias = torch.where(room > most, tried, bias)
             scale = torch.where(room > most, lower * (1 + room / 2), scale)
             most = most.maximum(room)
-        bias, scale = bias.clamp(-(2.0**31), 2.0**31 - 1), scale.float()
+        bias, scale = (bias - more).clamp(-(2.0**31), 2.0**31 - 1), scale.float()
+        added = bias.float() * scale
 
-        def code(total: Tensor) -> Tensor:
-            return ((total + bias).float() * scale).round() - above
+        def codes_of(total: Tensor) -> Iterator[Tensor]:
+            total = total + more
+            yield (total + bias).float() * scale
+            yield total.float() * scale + added
+            yield (total * scale.double() + added.double()).float()
 
-        right = (code(least) >= codes) & (code(least - 1) < codes)
+        right = torch.ones_like(occurs)
+        for reached, missed in zip(codes_of(least), codes_of(least - 1), strict=True):
+            right &= (reached.round() - above >= codes) & (missed.round() - above < codes)
         exact = (right | ~occurs).all(1)
         return above.flatten().long(), bias.flatten().to(torch.int32), scale.flatten(), exact
 
@@ -350,7 +362,8 @@ def layer(
         assert step.outputs[0].quantizer is not None
         params = step.outputs[0].quantizer.repeated(phases)
         low, high = code_range(params, activation)
-        rounding = _Rounding(scale, bias, params, low, high)
+        more = torch.zeros(len(scale), dtype=torch.int64) if less is None else less
+        rounding = Rounding(scale, bias, params, low, high, more)
         if not bool(rounding.exact.all()):
             reason = "a bias that is a whole number would change codes of its output"
     if step.geometry is None:  # products of matrices need no code behind them to be integers
@@ -358,8 +371,7 @@ def layer(
     else:
         row = LayerExport(step.name, bits, not reason, reason)
     if rounding is not None and not reason:
-        whole = graph.constant(rounding.bias if less is None else (rounding.bias - less).to(torch.int32))
-        added = graph.op("DequantizeLinear", whole, graph.constant(rounding.scale), axis=0)
+        added = graph.op("DequantizeLinear", graph.constant(rounding.bias), graph.constant(rounding.scale), axis=0)
         codes = _saturated(graph, product(rounding.scale, added), rounding.above, low, high, dims)
         if step.geometry is not None and step.geometry.extra is not None:
             codes = codes.moved(graph, lambda y: _arranged(graph, y, step), dims, 1 / phases)

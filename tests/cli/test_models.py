@@ -108,10 +108,10 @@ def test_preprocessing_of_metadata() -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["", "state_dict", "model"])
-@pytest.mark.parametrize("parallel", [False, True])
-def test_weights_as_training_leaves_them(tmp_path: Path, wrapper: str, parallel: bool) -> None:
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "model."])
+def test_weights_as_training_leaves_them(tmp_path: Path, wrapper: str, prefix: str) -> None:
     trained, model = net(), net()
-    state = {f"module.{name}" if parallel else name: value for name, value in trained.state_dict().items()}
+    state = {prefix + name: value for name, value in trained.state_dict().items()}
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "weights.pt")
     load_weights(model, tmp_path / "weights.pt")
     for name, value in trained.state_dict().items():
@@ -138,8 +138,12 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
             load_weights(net(), path)
-    path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"weights\.pt'"):
+    for garbage in (b"", b"nothing", b"\xff\xd8\xff\xe0"):
+        path.write_bytes(garbage)
+        with pytest.raises(ValueError, match=r"weights\.pt' cannot be read as weights: it is no file of torch\.save"):
+            load_weights(net(), path)
+    torch.jit.trace(net().eval(), torch.zeros(1, 3, 3, 3)).save(path)
+    with pytest.raises(ValueError, match=r"weights\.pt' is a TorchScript archive: save model\.state_dict\(\)"):
         load_weights(net(), path)
     with pytest.raises(ValueError, match="there is no file"):
         load_weights(net(), tmp_path / "nowhere.pt")

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 import ptq4cuda
 from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.bench import architectures
+from ptq4cuda.export.onnx_layers import Rounding, code_range
 from ptq4cuda.export.summary import OnnxExport
+from ptq4cuda.quantizer import QuantParams
 from small_networks import Residual, Writes, calibrate_batch_norm
 
 FAST = QuantConfig.fast(execution="simulate")
@@ -322,3 +324,28 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(model: nn.Module, im
     refused(network.half(), images, "the network computes with torch.float16", tmp_path)
     paper = quantized(model, images, QuantConfig.paper())
     refused(paper, images, r"Conv2d \('stem'\) cannot be exported: its input has a scale per channel", tmp_path)
+
+
+@pytest.mark.parametrize("more", [0, 4321])
+def test_sums_get_their_codes_in_whatever_order_a_runtime_rounds(more: int) -> None:
+    """Every channel that is said to be exact, for all sums: with the bias added before the scale, or after it."""
+    torch.manual_seed(0)
+    channels, totals = 400, torch.arange(-6000, 6001)
+    scale, bias = torch.rand(channels) * 2e-3 + 1e-5, torch.randn(channels) * 0.1
+    params = QuantParams.from_range(torch.tensor([0.0]), torch.tensor([6.0]), torch.tensor([4], dtype=torch.uint8))
+    low, high = code_range(params)
+    found = Rounding(scale, bias, params, low, high, torch.full((channels,), more))
+    assert found.exact.float().mean() > 0.9
+    inverse = 1.0 / params.scale
+    expected = ((totals.float() * scale[:, None] + bias[:, None]) * inverse).round().clamp(0, 15)
+    sums, add, by = (totals + more).double(), found.bias.double()[:, None], found.scale.double()[:, None]
+    scaled_add = (add * by).float()
+    ways = [
+        ((sums + add).float() * by.float()),
+        sums.float() * by.float() + scaled_add,
+        (sums * by + scaled_add).float(),
+    ]
+    for way in ways:
+        codes = (way.round().clamp(0, 255) - found.above[:, None]).clamp(0, 15)
+        wrong = (codes != expected).any(1)
+        assert not bool((wrong & found.exact).any())
