@@ -85,6 +85,8 @@ class Preprocessing:
         how = Image.Resampling[self.interpolation.upper()]
         try:
             with Image.open(path) as file:
+                if file.mode[0] in "IF":  # pillow would cut them off at 255
+                    raise ValueError(f"its pixels have more than 8 bits, mode {file.mode}: convert it")
                 image = file.convert("L" if len(self.mean) == 1 else "RGB")
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             raise ValueError(f"{str(path)!r} cannot be read as an image ({error})") from error

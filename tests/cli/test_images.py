@@ -82,6 +82,12 @@ def test_no_image(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"broken\.png' cannot be read as an image"):
         Preprocessing().pixels(tmp_path / "broken.png")
+    for kind in (np.uint16, np.float32):
+        Image.fromarray(np.zeros((4, 4), dtype=kind)).save(tmp_path / "deep.tif")
+        with pytest.raises(
+            ValueError, match=r"deep\.tif' cannot be read as an image \(its pixels have more than 8 bits"
+        ):
+            Preprocessing().pixels(tmp_path / "deep.tif")
 
 
 @pytest.mark.parametrize(("names", "labels"), [(("cat", "dog", "eel"), [0, 1, 2]), (("10", "2", "7"), [10, 2, 7])])
