@@ -24,6 +24,7 @@ from ptq4cuda._version import __version__
 from ptq4cuda.artifact.checkpoint import Checkpoint
 from ptq4cuda.artifact.record import OutputRecord, QuantRecord, attach_record, tensor_bytes
 from ptq4cuda.calibrate.allocator import memory_kept
+from ptq4cuda.calibrate.by_batches import can_walk_batches, walk_batches
 from ptq4cuda.calibrate.by_graph import walk_graph
 from ptq4cuda.calibrate.by_modules import walk_modules
 from ptq4cuda.calibrate.frontier import Memory
@@ -50,7 +51,14 @@ from ptq4cuda.processes import ALONE, Processes
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.solve.budget import FEWEST_SAMPLES, SAMPLES, VALUES, Shares, share_out, trial_config
 from ptq4cuda.solve.clipping import ClipRule
-from ptq4cuda.solve.layer import bits_of, quantizer_of_operand, samples_wanted, solve_layer
+from ptq4cuda.solve.layer import (
+    bits_of,
+    by_statistics_alone,
+    needs_absdev,
+    quantizer_of_operand,
+    samples_wanted,
+    solve_layer,
+)
 from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, note_damage, raise_layers
 
 if TYPE_CHECKING:
@@ -316,7 +324,11 @@ def quantize_once(
     if not record.reason:
         assert isinstance(network, Network)
         record.constants = dict(network.constants)
-        result = walk_graph(network, inputs, solve, operand, kept, progress, keep_before)
+        if by_statistics_alone(config) and can_walk_batches(network, inputs):
+            whole = config.activation_granularity == "per_tensor"
+            result = walk_batches(network, inputs, solve, kept, progress, keep_before, needs_absdev(config), whole)
+        else:
+            result = walk_graph(network, inputs, solve, operand, kept, progress, keep_before)
     else:
         record.walked_by = "modules"
         result = walk_modules(network, inputs, solve, kept, progress, keep_before)

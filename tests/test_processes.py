@@ -124,6 +124,7 @@ def cases():
     yield "default", lambda: Small(), QuantConfig(**w4), {}
     yield "default by modules", lambda: Small(branches=True), QuantConfig(**w4), {}
     yield "fast", lambda: Small(), QuantConfig.fast(clipping="auto"), {}
+    yield "paper", lambda: Small(), QuantConfig.paper(), {}
     yield "fast by modules", lambda: Small(branches=True), QuantConfig.fast(), {}
     yield "measured", lambda: Small(), QuantConfig.fast(first_last_bits=2), dict(
         evaluate=lambda net: 100.0 - float((net(batches()[0]) - Small().eval()(batches()[0])).abs().sum()),
@@ -141,7 +142,7 @@ def work(rank, group, count):
         found[name] = [fingerprint(network), json.dumps(record)]
     return found
 
-some = {3: ("default", "fast by modules"), 4: ("default by modules", "fast")}
+some = {3: ("default", "paper", "fast by modules"), 4: ("default by modules", "fast")}
 alone = work(0, None, 1)
 equal = [alone, *(in_processes(n, lambda rank, group: work(rank, group, n)) for n in (2, 3, 4))]
 """
@@ -150,11 +151,11 @@ equal = [alone, *(in_processes(n, lambda rank, group: work(rank, group, n)) for 
 def test_processes_make_the_network_that_one_makes(found: Any) -> None:
     """Both walks, fitted weights and closed forms, layers that one batch alone calls, held-out batches, a measure."""
     alone, *others = found["equal"]
-    assert len(alone) == 5
+    assert len(alone) == 6
     for count, made in zip((2, 3, 4), others, strict=True):
         for rank, networks in enumerate(made):
             assert isinstance(networks, dict), networks
-            assert len(networks) == (5 if count == 2 else 2)
+            assert len(networks) == {2: 6, 3: 3, 4: 2}[count]
             for name, (network, record) in networks.items():
                 assert network == alone[name][0], (name, count, rank)
                 assert json.loads(record) == json.loads(alone[name][1]), (name, count, rank)

@@ -58,7 +58,7 @@ def walk_graph(
         OSError: nor does the folder that the rest goes to.
     """
     with naming_what_needs_memory("in a forward of the model"):
-        walk = _GraphWalk(network, inputs, solve, operand, kept, keep_before)
+        walk = GraphWalk(network, inputs, solve, operand, kept, keep_before)
     with torch.no_grad(), progress_bar(len(walk.layers), progress) as bar:
         for node in network.graph.nodes:
             name = str(node.target) if node.op == "call_module" else node.name
@@ -69,7 +69,9 @@ def walk_graph(
     return WalkResult(walk.records, walk.noise, walk.clipped, *walk.usage.found)
 
 
-class _GraphWalk:
+class GraphWalk:
+    """What a walk knows of a network, and what it does at each node."""
+
     def __init__(
         self,
         network: fx.GraphModule,

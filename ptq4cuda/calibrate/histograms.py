@@ -24,19 +24,31 @@ def some_samples(spec: LayerSpec, inputs: Sequence[Tensor], processes: Processes
         inputs: chunk by chunk, [N, ...] each.
         processes: whose chunks follow each other.
     """
-    single = spec.is_single  # a chunk is one sample without a dimension for it
-    sizes, chunk = processes.placed([(1 if single(x) else len(x), x.numel()) for x in inputs])
+    sizes, before = processes.placed([extent_of(spec, x) for x in inputs])
+    picked = picked_samples(sizes)[before:]
+    return processes.gather([rows_of(spec, x, rows) for x, rows in zip(inputs, picked, strict=False) if rows])
+
+
+def extent_of(spec: LayerSpec, x: Tensor) -> tuple[int, int]:
+    """Return how many samples and values a chunk has; it may be one sample without a dimension for it."""
+    return (1 if spec.is_single(x) else len(x)), x.numel()
+
+
+def picked_samples(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Return which samples of each chunk are looked at, of how many samples and values in each chunk."""
     total = sum(size for size, _ in sizes)
     count = min(total, max(_SAMPLES, _VALUES * sizes[0][0] // max(1, sizes[0][1])))
     wanted = [i * total // count for i in range(count)]
-    first = sum(size for size, _ in sizes[:chunk])
-    some = []
-    for x, (size, _) in zip(inputs, sizes[chunk:], strict=False):
-        rows = [i - first for i in wanted if first <= i < first + size]
+    picked, first = [], 0
+    for size, _ in sizes:
+        picked.append([i - first for i in wanted if first <= i < first + size])
         first += size
-        if rows:
-            some.append(x if single(x) else x[rows])
-    return processes.gather(some)
+    return picked
+
+
+def rows_of(spec: LayerSpec, x: Tensor, rows: list[int]) -> Tensor:
+    """Return some samples of a chunk."""
+    return x if spec.is_single(x) else x[rows]
 
 
 def histogram(parts: Iterable[Tensor], axis: int, lowest: Tensor, step: Tensor, bits: Tensor) -> Histogram | None:

@@ -78,19 +78,27 @@ class Signal:
             axis: of the channels.
             importance: float64 [C], what a squared error of each channel costs.
         """
+        if self.outliers is None:
+            before = self.before
+            self.clip_by(
+                find_outliers(self.values, axis, importance, self.processes),
+                None
+                if before is None
+                else find_outliers(self.frontier.each(before), axis, importance, self.processes),
+            )
+
+    def clip_by(self, found: Outliers | None, found_before: Outliers | None) -> None:
+        """Clip both streams, and what was before the activation, once."""
         if self.outliers is not None:
             return
         hold = self.frontier.hold
-        found = find_outliers(self.values, axis, importance, self.processes)
         self.outliers, self.clip = found.remark if found is not None else "", found
         if found is not None:
             for i, (value, quantized) in enumerate(self.streams):
                 clipped = hold(found.clip(value))
                 self.streams[i] = (clipped, clipped if quantized is value else hold(found.clip(quantized)))
-        if self.before is not None:
-            found = find_outliers(self.frontier.each(self.before), axis, importance, self.processes)
-            if found is not None:
-                self.before = [hold(found.clip(value)) for value in self.before]
+        if self.before is not None and found_before is not None:
+            self.before = [hold(found_before.clip(value)) for value in self.before]
 
     def statistics(self, axis: int | None, absdev: bool) -> ChannelStatistics:
         """Measure the float tensor along a channel axis, before its activation where that is kept.
@@ -221,17 +229,21 @@ class WalkResult:
     spilled_bytes: int = 0
 
 
-def record_solution(call: LayerCall, solution: Solution, noise: Noise) -> LayerRecord:
+def record_solution(
+    call: LayerCall, solution: Solution, noise: Noise, samples: list[Tensor] | None = None
+) -> LayerRecord:
     """Describe a quantized layer.
 
     Args:
         call: the layer, before the tensors of its streams are let go.
         solution: what became of it.
         noise: of its output.
+        samples: of its input as quantized so far; None: some of the signal's.
     """
     module = solution.module
     layer = call.layer
-    samples = some_samples(call.spec, call.signal.quantized, call.signal.processes)
+    if samples is None:
+        samples = some_samples(call.spec, call.signal.quantized, call.signal.processes)
     some = [x.to(module.weight_scale.device) for x in samples]
     own = Noise()
     for x in some:

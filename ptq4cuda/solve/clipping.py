@@ -271,11 +271,14 @@ class ClipRule(Rule):
         needs_histogram: whether it looks at the histogram of a profile.
         looks_before: whether it looks at how a tensor is distributed before its activation; if not, the statistics
             may be of what came after, and absdev of each batch about its own mean.
+        needs_extremes: whether it looks at the extremes. Where a rule needs neither, and weights are not fitted
+            either, calibration holds no tensors of the network for more than a batch.
         at_eight_bits: name of the rule for tensors of 8 bits, which need no clipping.
     """
 
     needs_histogram: ClassVar[bool] = True
     looks_before: ClassVar[bool] = True
+    needs_extremes: ClassVar[bool] = True
     at_eight_bits: ClassVar[str] = "minmax"
 
     @abstractmethod
@@ -296,7 +299,7 @@ class MinMax(ClipRule):
 
     name = "minmax"
     looks_before = False
-    needs_histogram = False
+    needs_histogram = needs_extremes = False
 
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
         """Return the least and the largest value."""
@@ -321,7 +324,7 @@ class Headroom(ClipRule):
 class _ClosedForm(ClipRule):
     """The optimal clip of a distribution, where the tensor may have it."""
 
-    needs_histogram = False
+    needs_histogram = needs_extremes = False
 
     def candidates(self, profile: TensorProfile) -> Sequence[ClipRule]:
         # It is to be spread symmetrically about the mean.

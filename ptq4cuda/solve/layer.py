@@ -47,6 +47,23 @@ def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
     return Solution(module, clip, outputs)
 
 
+def by_statistics_alone(config: QuantConfig) -> bool:
+    """Tell whether all that solve_layer asks of a layer's input are the statistics of its float values."""
+    rule = ClipRule.named(config.clipping)
+    return (
+        (config.rounding, config.target) == ("nearest", "weights")
+        and config.bias_correction != "output"
+        and not AllocationRule.named(config.activation_allocation).needs_errors
+        and not any(r.needs_histogram or r.needs_extremes for r in (rule, ClipRule.named(rule.at_eight_bits)))
+    )
+
+
+def needs_absdev(config: QuantConfig) -> bool:
+    """Tell whether the fit of a quantizer looks at deviations from the mean."""
+    by_spread = AllocationRule.named(config.activation_allocation).needs_spread
+    return by_spread or ClipRule.named(config.clipping).looks_before
+
+
 def bits_of(call: LayerCall, config: QuantConfig) -> tuple[int, int]:
     """Return the bits of a layer's weights and of its input."""
     bits = {"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}
@@ -85,8 +102,7 @@ def quantizer_of(call: LayerCall, bits: int, config: QuantConfig) -> tuple[Quant
     signal, axis = call.signal, call.spec.axis
     if (bits, axis) not in signal.quantizers:
         channel_axis = axis if config.activation_granularity == "per_channel" else None
-        by_spread = AllocationRule.named(config.activation_allocation).needs_spread
-        statistics = signal.statistics(channel_axis, by_spread or ClipRule.named(config.clipping).looks_before)
+        statistics = signal.statistics(channel_axis, needs_absdev(config))
         if not bool(torch.isfinite(statistics.mean).all()):
             raise ValueError("its input contains NaN or Inf on the calibration data")
         profile = TensorProfile(
