@@ -1,9 +1,9 @@
 """Exports quantized networks as ONNX files, and compares onnxruntime and OpenVINO on them with the networks.
 
 python benchmarks/onnx_files.py [--threads N] prints one line a network: how near the runtimes come (SQNR of all
-outputs, share of equal answers), how many of its convolutions and matrix products they compute in integers, and how
-long a call takes, the median, the runtimes in turns. It needs the extra `peers`; networks of the folder PTQ4CUDA_DATA
-are left out without it.
+outputs, share of equal answers, images whose outputs are equal bit for bit), how many of its convolutions and matrix
+products they compute in integers, and how long a call takes, the median, the runtimes in turns. It needs the extra
+`peers`; networks of the folder PTQ4CUDA_DATA are left out without it.
 """
 
 from __future__ import annotations
@@ -120,8 +120,12 @@ def compare(subject: Subject, file: Path, threads: int) -> str:
     parts = []
     for runtime in runtimes:
         found = torch.cat([runtime.run(part) for part in x.split(8)])
-        equal = (found.argmax(1) == expected.argmax(1)).float().mean()
-        parts.append(f"{decibels(expected, found):.1f} dB, {equal:.2%}, {runtime.integers}/{runtime.layers}")
+        answers = (found.argmax(1) == expected.argmax(1)).float().mean()
+        same = sum(map(torch.equal, found, expected))
+        parts.append(
+            f"{decibels(expected, found):.1f} dB, {answers:.2%}, {same} of {len(x)} equal, "
+            f"{runtime.integers}/{runtime.layers}"
+        )
     one = x[:1].contiguous(memory_format=torch.channels_last)
     plain = x[:1].contiguous()
     ways = [lambda _: subject.net(one), lambda _: subject.qnet(one), *(lambda _, r=r: r.run(plain) for r in runtimes)]

@@ -45,7 +45,9 @@ class Preprocessing:
                 f"mean and std must be one number each for grey images or three for RGB, got {list(self.mean)} and "
                 f"{list(self.std)}"
             )
-        if min(self.size) < 1 or self.resize < 0 or 0 < self.resize < min(self.size):
+        if min(self.size) < 1:
+            raise ValueError(f"an image has a pixel at least, got a size of {self.size[0]} x {self.size[1]}")
+        if self.resize < 0 or 0 < self.resize < min(self.size):
             raise ValueError(
                 f"images whose shorter side has {self.resize} pixels do not cover {self.size[0]} x {self.size[1]}"
             )

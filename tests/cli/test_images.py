@@ -60,6 +60,7 @@ def test_scaled_without_regard_to_the_shape(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"size": (64, 48), "resize": 32}, "whose shorter side has 32 pixels do not cover 64 x 48"),
+        ({"size": (0, 8)}, "an image has a pixel at least, got a size of 0 x 8"),
         ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, "one number each for grey images or three for RGB"),
         ({"std": (1.0, 0.0, 1.0)}, "std must be positive"),
         ({"interpolation": "cubic"}, "must be one of nearest, bilinear"),
