@@ -60,16 +60,16 @@ public:
 
     int64_t tasks() const override { return units_ * parts_; }
 
-    int64_t run(std::atomic<int64_t>& next, Scratch& scratch) const override {
+    void run(Tasks& tasks, Scratch& scratch) const override {
         Unit unit(scratch);
-        int64_t held = -1, done = 0;
-        for (int64_t task; (task = next++) < tasks(); ++done) {
-            const int64_t u = task / parts_, part = task % parts_, blocks = layer_->blocks();
+        int64_t held = -1;
+        for (int64_t task; (task = tasks.take()) >= 0;) {
+            const int64_t u = parts_apart_ ? task % units_ : task / parts_;
+            const int64_t part = parts_apart_ ? task / units_ : task % parts_, blocks = layer_->blocks();
             if (u != held) direct_ ? take_pixels(u * unit_size_, unit_size_, unit) : take_band(u, unit_size_, unit);
             held = u;
             compute(unit, blocks * part / parts_, blocks * (part + 1) / parts_);
         }
-        return done;
     }
 
 private:
@@ -125,6 +125,8 @@ private:
                                    ? static_cast<int64_t>(products) / kTaskProducts + 1
                                    : most;
         parts_ = std::clamp<int64_t>(ceil_div(wanted, units_), 1, layer_->blocks());
+        // A thread reads either all units for some outputs, or some units for all outputs: whatever are less bytes.
+        parts_apart_ = layer_->blocks() * layer_->weights().bytes > shape_.batch * shape_.in.height * row_bytes_;
     }
 
     // --- the input of a unit
@@ -368,6 +370,7 @@ private:
     Taps taps_{}, high_taps_{};        // of all codes; of the low and of the high nibbles, where these are apart
     TapGroups tap_groups_{};
     std::vector<std::pair<int64_t, int64_t>> columns_;  // taps inside of the image, of each column of the output
+    bool parts_apart_;                                  // tasks: part by part, or else unit by unit
     int64_t unit_size_, units_, parts_;                 // pixels or rows of a unit; parts of the output channels
 };
 

@@ -103,9 +103,8 @@ public:
 
     int64_t tasks() const override { return tasks_; }
 
-    int64_t run(std::atomic<int64_t>& next, Scratch& scratch) const override {
-        int64_t done = 0;
-        for (int64_t task; (task = next++) < tasks_; ++done) {
+    void run(Tasks& tasks, Scratch& scratch) const override {
+        for (int64_t task; (task = tasks.take()) >= 0;) {
             if (!plane_) {
                 const int64_t begin = task * pixels_per_task_ * channels_;
                 const int64_t end = std::min(pixels_, (task + 1) * pixels_per_task_) * channels_;
@@ -121,7 +120,6 @@ public:
             simd::run<Interleave>(static_cast<const uint8_t*>(codes), count, channels_,
                                   y_ + (image * plane_ + begin) * channels_);
         }
-        return done;
     }
 
 private:
@@ -149,9 +147,8 @@ public:
 
     int64_t tasks() const override { return ceil_div(pixels_, pixels_per_task_); }
 
-    int64_t run(std::atomic<int64_t>& next, Scratch&) const override {
-        int64_t done = 0;
-        for (int64_t task; (task = next++) < tasks(); ++done) {
+    void run(Tasks& tasks, Scratch&) const override {
+        for (int64_t task; (task = tasks.take()) >= 0;) {
             const int64_t begin = task * pixels_per_task_, end = std::min(pixels_, begin + pixels_per_task_);
             int64_t at = 0;
             for (const Source& source : sources_) {
@@ -160,7 +157,6 @@ public:
                 at += source.channels;
             }
         }
-        return done;
     }
 
 private:
@@ -179,16 +175,14 @@ public:
 
     int64_t tasks() const override { return images_; }
 
-    int64_t run(std::atomic<int64_t>& next, Scratch&) const override {
-        int64_t done = 0;
-        for (int64_t n; (n = next++) < images_; ++done) {
+    void run(Tasks& tasks, Scratch&) const override {
+        for (int64_t n; (n = tasks.take()) >= 0;) {
             const uint8_t* from = x_ + n * channels_ * pixels_;
             uint8_t* to = y_ + n * channels_ * pixels_;
             if (pixels_ == 1) std::memcpy(to, from, channels_);
             for (int64_t c = 0; pixels_ > 1 && c < channels_; ++c)
                 for (int64_t p = 0; p < pixels_; ++p) *to++ = from[p * channels_ + c];
         }
-        return done;
     }
 
 private:

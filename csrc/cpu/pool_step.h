@@ -66,14 +66,12 @@ public:
 
     int64_t tasks() const override { return ceil_div(rows_, rows_per_task_); }
 
-    int64_t run(std::atomic<int64_t>& next, Scratch&) const override {
+    void run(Tasks& tasks, Scratch&) const override {
         PoolBuffers buffers(problem_);
-        int64_t done = 0;
-        for (int64_t task; (task = next++) < tasks(); ++done) {
+        for (int64_t task; (task = tasks.take()) >= 0;) {
             const int64_t end = std::min(rows_, (task + 1) * rows_per_task_);
             for (int64_t row = task * rows_per_task_; row < end; ++row) simd::run<PoolRow>(&problem_, row, &buffers);
         }
-        return done;
     }
 
 private:

@@ -26,47 +26,77 @@ struct Scratch {
     }
 };
 
+// The tasks of a step as one thread takes them. They are shared out: it takes those of its own share one after
+// another, then what others have left of theirs. A share's tasks are neighbours, so that a thread finds in its own
+// caches most of what it reads of the step before.
+class Tasks {
+public:
+    // A line of memory each, so that threads do not slow each other down.
+    struct alignas(simd::kLine) Count {
+        std::atomic<int64_t> value = 0;
+    };
+
+    // `taken` counts the tasks that are taken of each share.
+    Tasks(int64_t count, Count* taken, int64_t shares, int64_t own)
+        : count_(count), shares_(shares), share_(own), left_(shares), taken_(taken) {}
+
+    // One that nobody has taken, or -1 if there is none.
+    int64_t take() {
+        for (; left_ > 0; --left_, share_ = share_ + 1 < shares_ ? share_ + 1 : 0) {
+            const int64_t begin = count_ * share_ / shares_, end = count_ * (share_ + 1) / shares_;
+            std::atomic<int64_t>& taken = taken_[share_].value;
+            if (taken.load(std::memory_order_relaxed) >= end - begin) continue;
+            const int64_t i = taken++;
+            if (i >= end - begin) continue;
+            ++held_;
+            return begin + i;
+        }
+        return -1;
+    }
+    // How many take() gave.
+    int64_t held() const { return held_; }
+
+private:
+    int64_t count_, shares_, share_, left_, held_ = 0;
+    Count* taken_;
+};
+
 class Step {
 public:
     virtual ~Step() = default;
     virtual int64_t tasks() const = 0;
-    // Computes tasks of its choice until `next` gives none below tasks(); returns how many.
-    virtual int64_t run(std::atomic<int64_t>& next, Scratch& scratch) const = 0;
+    // Computes tasks until there is none to take.
+    virtual void run(Tasks& tasks, Scratch& scratch) const = 0;
 };
 
 class Steps {
 public:
-    explicit Steps(std::vector<std::unique_ptr<const Step>> steps)
-        : steps_(std::move(steps)), states_(steps_.size()) {}
+    explicit Steps(std::vector<std::unique_ptr<const Step>> steps) : steps_(std::move(steps)) {}
 
     void run() {
         int64_t most = 0;
         for (const auto& step : steps_) most = std::max(most, step->tasks());
         const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), most);
-        torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { go_through(); });
+        taken_ = std::vector<Tasks::Count>(steps_.size() * threads);
+        done_ = std::vector<Tasks::Count>(steps_.size());
+        torch::stable::parallel_for(0, threads, 1, [&](int64_t own, int64_t) { go_through(own, threads); });
         if (failure_) std::rethrow_exception(failure_);
     }
 
 private:
-    // A line of memory each, so that threads do not slow each other down.
-    struct alignas(simd::kLine) State {
-        std::atomic<int64_t> next = 0;
-        alignas(simd::kLine) std::atomic<int64_t> done = 0;
-    };
-
-    void go_through() {
+    void go_through(int64_t own, int64_t shares) {
         Scratch scratch;
         for (size_t i = 0; i < steps_.size(); ++i) {
-            State& state = states_[i];
-            const int64_t tasks = steps_[i]->tasks();
-            if (state.next.load(std::memory_order_relaxed) < tasks) {
-                try {
-                    state.done.fetch_add(steps_[i]->run(state.next, scratch), std::memory_order_release);
-                } catch (...) {  // nobody may wait for what will not be done
-                    if (!failed_.exchange(true)) failure_ = std::current_exception();
-                }
+            const int64_t count = steps_[i]->tasks();
+            std::atomic<int64_t>& done = done_[i].value;
+            Tasks tasks(count, &taken_[i * shares], shares, own);
+            try {
+                steps_[i]->run(tasks, scratch);
+                done.fetch_add(tasks.held(), std::memory_order_release);
+            } catch (...) {  // nobody may wait for what will not be done
+                if (!failed_.exchange(true)) failure_ = std::current_exception();
             }
-            for (int waited = 0; state.done.load(std::memory_order_acquire) < tasks; ++waited) {
+            for (int waited = 0; done.load(std::memory_order_acquire) < count; ++waited) {
                 if (failed_.load(std::memory_order_acquire)) return;
                 waited < kSpins ? pause() : std::this_thread::yield();
             }
@@ -82,7 +112,7 @@ private:
     }
 
     std::vector<std::unique_ptr<const Step>> steps_;
-    std::vector<State> states_;
+    std::vector<Tasks::Count> taken_, done_;  // of each step: taken of each share, done in all
     std::atomic<bool> failed_ = false;
     std::exception_ptr failure_;
 };
