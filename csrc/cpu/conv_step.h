@@ -21,13 +21,15 @@ constexpr int64_t kPanelBytes = 16 << 10;   // of weights that meet a tile befor
 constexpr int64_t kTaskProducts = 1 << 17;  // worth a task
 constexpr int64_t kTasksPerThread = 4;
 
-// What a call convolves, and where the outputs go.
+// What a call convolves, and where the outputs go. Of x and of the outputs there may be only the rows from one on:
+// rows are counted through all images.
 template <class T>
 struct ConvCall {
     const uint8_t* x;         // [N, H, W, pixel_bytes()]
     const uint8_t* residual;  // [N, out H, out W, O], or nullptr
     T* y;
     uint8_t* also;  // or nullptr
+    int64_t x_from = 0, y_from = 0, also_from = 0;
 };
 
 template <class T>
@@ -61,15 +63,35 @@ public:
     int64_t tasks() const override { return units_ * parts_; }
 
     void run(Tasks& tasks, Scratch& scratch) const override {
-        Unit unit(scratch);
+        Unit unit(call_, scratch);
         int64_t held = -1;
         for (int64_t task; (task = tasks.take()) >= 0;) {
             const int64_t u = parts_apart_ ? task % units_ : task / parts_;
             const int64_t part = parts_apart_ ? task / units_ : task % parts_, blocks = layer_->blocks();
-            if (u != held) direct_ ? take_pixels(u * unit_size_, unit_size_, unit) : take_band(u, unit_size_, unit);
+            if (u != held) take(u, unit);
             held = u;
             compute(unit, blocks * part / parts_, blocks * (part + 1) / parts_);
         }
+    }
+
+    const ConvShape& shape() const { return shape_; }
+    const ConvCall<T>& call() const { return call_; }
+
+    // Computes some rows of the outputs of image n, of and to where a call says.
+    void rows(const ConvCall<T>& call, int64_t n, int64_t top, int64_t bottom, Scratch& scratch) const {
+        Unit unit(call, scratch);
+        const int64_t row = n * shape_.out.height;
+        if (direct_)
+            for (int64_t first = (row + top) * shape_.out.width, end = (row + bottom) * shape_.out.width; first < end;
+                 first += unit_size_) {
+                take_pixels(first, std::min(end, first + unit_size_), unit);
+                compute(unit, 0, layer_->blocks());
+            }
+        else
+            for (; top < bottom; top += unit_size_) {
+                take_band(n, top, std::min(bottom, top + unit_size_), unit);
+                compute(unit, 0, layer_->blocks());
+            }
     }
 
 private:
@@ -136,33 +158,39 @@ private:
         int64_t top, bottom, left, right;
     };
     struct Unit {
+        const ConvCall<T>& call;
         int64_t first = 0;                    // output pixel; the others follow
         std::vector<const uint8_t*>& pixels;  // where each of them reads its first tap
         std::vector<Window> windows;          // of each of them, if zero points have a share that padding changes
         Scratch& scratch;                     // holds the band
         int64_t plane = 0;                    // bytes from the high nibbles to the low ones
 
-        explicit Unit(Scratch& scratch_) : pixels(scratch_.pointers), scratch(scratch_) {}
+        Unit(const ConvCall<T>& call_, Scratch& scratch_)
+            : call(call_), pixels(scratch_.pointers), scratch(scratch_) {}
     };
 
-    void take_pixels(int64_t first, int64_t count, Unit& unit) const {
+    void take(int64_t u, Unit& unit) const {
+        if (direct_) return take_pixels(u * unit_size_, std::min((u + 1) * unit_size_, shape_.pixels()), unit);
+        const int64_t bands = ceil_div(shape_.out.height, unit_size_), top = u % bands * unit_size_;
+        take_band(u / bands, top, std::min(top + unit_size_, shape_.out.height), unit);
+    }
+
+    void take_pixels(int64_t first, int64_t end, Unit& unit) const {
         const Extent in = shape_.in, out = shape_.out, stride = shape_.stride;
         unit.first = first;
-        const int64_t end = std::min(first + count, shape_.pixels());
         unit.pixels.resize(end - first);
         for (int64_t i = first; i < end;) {  // row by row
             const int64_t row = i / out.width, column = i % out.width, n = row / out.height;
             const int64_t last = std::min(end, i + out.width - column), step = stride.width * pixel_bytes_;
-            const uint8_t* x =
-                call_.x + (n * in.height + row % out.height * stride.height) * row_bytes_ + column * step;
+            const uint8_t* x = unit.call.x +
+                               (n * in.height + row % out.height * stride.height - unit.call.x_from) * row_bytes_ +
+                               column * step;
             for (; i < last; ++i, x += step) unit.pixels[i - first] = x;
         }
     }
 
-    void take_band(int64_t u, int64_t rows, Unit& unit) const {
+    void take_band(int64_t n, int64_t top, int64_t bottom, Unit& unit) const {
         const Extent in = shape_.in, out = shape_.out, stride = shape_.stride, pad = shape_.padding;
-        const int64_t bands = ceil_div(out.height, rows), n = u / bands, top = u % bands * rows;
-        const int64_t bottom = std::min(top + rows, out.height);
         const int64_t height =
             (bottom - top - 1) * stride.height + shape_.dilation.height * (shape_.kernel.height - 1) + 1;
         unit.plane = height * row_bytes_ + kWordChannels;  // the last word may reach beyond the last channel
@@ -172,7 +200,7 @@ private:
         for (int64_t i = 0; i < height; ++i) {
             const int64_t row = top * stride.height - pad.height + i;
             if (row < 0 || row >= in.height) continue;
-            copy_row(call_.x + (n * in.height + row) * in.width * shape_.pixel_bytes(),
+            copy_row(unit.call.x + (n * in.height + row - unit.call.x_from) * in.width * shape_.pixel_bytes(),
                      band + i * row_bytes_ + pad.width * pixel_bytes_, unit.plane);
         }
         unit.first = (n * out.height + top) * out.width;
@@ -255,8 +283,9 @@ private:
             for (int64_t t = 0, pixel = 0; t < tiles; ++t) {
                 const int pixels = static_cast<int>((count - pixel) / (tiles - t));
                 const int64_t last = std::min(first + together, end);
-                prefetch_outputs(unit.first + pixel + pixels, std::min(most_pixels, count - pixel - pixels),
-                                 first * layer_->block_panels(), last * layer_->block_panels());
+                prefetch_outputs(unit.call, unit.first + pixel + pixels,
+                                 std::min(most_pixels, count - pixel - pixels), first * layer_->block_panels(),
+                                 last * layer_->block_panels());
                 for (int64_t b = first, n; b < last; b += n) {
                     // Blocks of a tile read the same channels.
                     for (n = 1; n < std::min(most, last - b) &&
@@ -269,19 +298,19 @@ private:
     }
 
     // The outputs of the next tile, and its residual: their lines lie too far apart to be foreseen.
-    void prefetch_outputs(int64_t pixel, int64_t count, int64_t first, int64_t last) const {
+    void prefetch_outputs(const ConvCall<T>& call, int64_t pixel, int64_t count, int64_t first, int64_t last) const {
         const int64_t begin = layer_->panels()[first].output,
                       end = layer_->panels()[last - 1].output + layer_->panels()[last - 1].outputs;
         for (int64_t p = pixel; p < pixel + count; ++p) {
-            const auto ask = [&](const auto* row) {
-                row += p * shape_.out_channels;
+            const auto ask = [&](const auto* row, int64_t from_row) {
+                row += (p - from_row * shape_.out.width) * shape_.out_channels;
                 const char* from = reinterpret_cast<const char*>(row + begin);
                 for (const char* stop = reinterpret_cast<const char*>(row + end); from < stop; from += simd::kLine)
                     __builtin_prefetch(from, 1);
             };
-            ask(call_.y);
-            if (call_.residual) ask(call_.residual);
-            if (call_.also) ask(call_.also);
+            ask(call.y, call.y_from);
+            if (call.residual) ask(call.residual, 0);
+            if (call.also) ask(call.also, call.also_from);
         }
     }
 
@@ -325,11 +354,15 @@ private:
         }
         int64_t outputs = 0;
         for (int64_t i = 0; i < n; ++i) outputs += layer_->panels()[index + i].outputs;
-        const int64_t stride = shape_.out_channels,
-                      to = (unit.first + begin) * stride + layer_->panels()[index].output;
-        finish_(sums, {count, outputs, stride, layer_->block_order(), call_.residual ? call_.residual + to : nullptr,
-                       call_.y + to, layer_->parameters(index), call_.also ? call_.also + to : nullptr,
-                       call_.also ? layer_->also_parameters(index) : nullptr, layer_->activation()});
+        const ConvCall<T>& call = unit.call;
+        const int64_t stride = shape_.out_channels;
+        const auto at = [&](int64_t from) {
+            return (unit.first + begin - from * shape_.out.width) * stride + layer_->panels()[index].output;
+        };
+        finish_(sums, {count, outputs, stride, layer_->block_order(), call.residual ? call.residual + at(0) : nullptr,
+                       call.y + at(call.y_from), layer_->parameters(index),
+                       call.also ? call.also + at(call.also_from) : nullptr,
+                       call.also ? layer_->also_parameters(index) : nullptr, layer_->activation()});
     }
 
     // From the order of place_in_block to that of channels.

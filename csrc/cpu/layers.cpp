@@ -9,7 +9,7 @@
 #include <map>
 #include <span>
 
-#include "conv_step.h"
+#include "chain_step.h"
 #include "pool_step.h"
 #include "rows.h"
 
@@ -31,6 +31,7 @@ struct Value {
     std::array<int64_t, 4> images{};                // N, C, H, W
     const std::vector<int64_t>* leading = nullptr;  // of features: their sizes but for the last
     size_t made = 0, last = 0;                      // the step that makes it, the last that reads it
+    bool between = false;                           // the convolutions of a chain: has no place of its own
     uint8_t* data = nullptr;
 
     bool codes() const { return dtype == ScalarType::Byte; }
@@ -230,14 +231,20 @@ public:
         std::vector<Tensor> outputs;
         for (int64_t r : results) {
             Value& v = value(r);
-            STD_TORCH_CHECK(!v.data, kOp, ": value ", r, " is an input, or returned twice");
+            STD_TORCH_CHECK(r >= static_cast<int64_t>(inputs_.size()) && v.last < steps_.size(), kOp, ": value ", r,
+                            " is an input, or returned twice");
             v.last = steps_.size();
+        }
+        find_chains();
+        for (int64_t r : results) {
+            Value& v = value(r);
             outputs.push_back(empty_strided(v.sizes(), v.strides(), v.dtype, inputs_.at(0)));
             v.data = static_cast<uint8_t*>(outputs.back().data_ptr());
         }
         place_values();
         made_.reserve(steps_.size());
-        for (const Planned& step : steps_) make_step(step);
+        for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1)
+            chains_[i].last > i ? make_chain(chains_[i]) : make_step(steps_[i]);
         Steps(std::move(made_)).run();
         return outputs;
     }
@@ -424,18 +431,106 @@ private:
         }
     }
 
+    // --- chains of convolutions (chain_step.h)
+
+    // Steps that follow each other and are executed as one: in most cases a single one.
+    struct Chained {
+        size_t first, last;
+        int64_t rows = 0;
+        uint8_t* memory = nullptr;
+    };
+
+    // Step i + 1 reads what step i makes, and nobody else does.
+    bool linked(size_t i) const {
+        if (steps_[i].kind != kConvolve || steps_[i + 1].kind != kConvolve) return false;
+        const Convolving &c = convolving(steps_[i]), &next = convolving(steps_[i + 1]);
+        const Value& v = values_[next.source];
+        return (next.source == c.out || next.source == c.also) && next.residual != next.source && v.last == i + 1 &&
+               !c.values && !next.values && v.numel() > 0 && values_[next.out].numel() > 0;
+    }
+
+    bool makes_chain(size_t first, size_t last) const {
+        const ConvShape& outputs = steps_[last].shape;
+        int64_t weights = 0, tall = 0;
+        for (size_t i = first; i <= last; ++i) {
+            const Convolving& c = convolving(steps_[i]);
+            const ConvShape& shape = steps_[i].shape;
+            weights += shape.out_channels * shape.kernel.area() * shape.group_channels();
+            tall += shape.kernel.height > 1;
+            // Rows that others read must be made once each: those that a task of the chain is for.
+            const bool exact = shape.kernel.height == 1 && shape.stride.height == 1 && shape.padding.height == 0;
+            for (size_t j = first; j < i && !exact; ++j)
+                if (convolving(steps_[j]).also >= 0) return false;
+            // The rows of a residual must be there.
+            if (i > first && c.residual >= static_cast<int64_t>(inputs_.size()) && values_[c.residual].made >= first)
+                return false;
+        }
+        // Rows that overlap are computed twice where threads meet; every task reads all weights.
+        return tall <= 1 && weights <= kChainWeights && outputs.batch * outputs.out.height >= Chain::tasks_wanted();
+    }
+
+    // Joins what has most between first.
+    void find_chains() {
+        for (size_t i = 0; i < steps_.size(); ++i) chains_.push_back({i, i});
+        std::vector<std::pair<int64_t, size_t>> links;
+        for (size_t i = 0; i + 1 < steps_.size(); ++i)
+            if (linked(i)) links.emplace_back(-values_[convolving(steps_[i + 1]).source].bytes(), i);
+        std::sort(links.begin(), links.end());
+        for (const auto& [bytes, i] : links) {
+            const size_t first = chains_[i].first, last = chains_[i + 1].last;
+            if (!makes_chain(first, last)) continue;
+            for (size_t j = first; j <= last; ++j) chains_[j] = {first, last};
+        }
+        for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1) {
+            const auto [first, last, rows, memory] = chains_[i];
+            for (size_t j = first; j <= last && first < last; ++j) {
+                const Convolving& c = convolving(steps_[j]);
+                values_[c.source].between = j > first;
+                for (int64_t read : {c.source, c.residual})
+                    if (read >= 0) values_[read].last = std::max(values_[read].last, last);
+                for (int64_t made : {c.out, c.also})
+                    if (made >= 0) values_[made].made = first;
+            }
+            if (first < last) chains_[i].rows = Chain::rows_of(shapes_of(chains_[i]));
+        }
+    }
+
+    std::vector<const ConvShape*> shapes_of(const Chained& chain) const {
+        std::vector<const ConvShape*> shapes;
+        for (size_t i = chain.first; i <= chain.last; ++i) shapes.push_back(&steps_[i].shape);
+        return shapes;
+    }
+
+    void make_chain(const Chained& chain) {
+        std::vector<Chain::Link> links;
+        for (size_t i = chain.first; i <= chain.last; ++i) {
+            const Convolving& c = convolving(steps_[i]);
+            const bool also = i < chain.last && convolving(steps_[i + 1]).source == c.also;
+            links.push_back({convolution(c, steps_[i].shape, value(c.out).data), also});
+        }
+        made_.push_back(std::make_unique<Chain>(std::move(links), chain.rows, chain.memory));
+    }
+
     void place_values() {
         Arena arena;
-        std::vector<std::pair<Value*, int64_t>> places;
+        std::vector<std::pair<uint8_t**, int64_t>> places;
+        size_t next = 0;  // step whose chain has no memory yet
         for (int64_t number : order_) {
             Value& v = values_[number];
-            if (!v.data) places.emplace_back(&v, arena.place(v.bytes(), v.made, v.last));
+            for (; next <= v.made; next = chains_[next].last + 1) {
+                Chained& chain = chains_[next];
+                if (chain.first == chain.last) continue;
+                const int64_t bytes =
+                    torch::stable::get_num_threads() * Chain::bytes_of(shapes_of(chain), chain.rows);
+                places.emplace_back(&chain.memory, arena.place(bytes, chain.first, chain.last));
+            }
+            if (!v.data && !v.between) places.emplace_back(&v.data, arena.place(v.bytes(), v.made, v.last));
         }
         if (arena.size() == 0) return;
         held_.push_back(empty_vector(arena.size() + simd::kLine, ScalarType::Byte, inputs_.at(0)));
         uint8_t* begin = held_.back().mutable_data_ptr<uint8_t>();
         begin += -reinterpret_cast<uintptr_t>(begin) & (simd::kLine - 1);
-        for (const auto& [v, at] : places) v->data = begin + at;
+        for (const auto& [data, at] : places) *data = begin + at;
     }
 
     // --- the steps: their fields in the code, and what executes them
@@ -488,9 +583,9 @@ private:
         });
     }
 
-    void convolve(const Convolving& c, const ConvShape& shape) {
+    template <class T>
+    std::unique_ptr<const Convolution<T>> convolution(const Convolving& c, const ConvShape& shape, T* y) {
         const Tensor &weight = constant(c.weight, ScalarType::Char), &bytes = constant(c.prepared, ScalarType::Byte);
-        const Value &x = value(c.source), &y = value(c.out);
         const std::array<int64_t, 4> panels = {shape.groups * shape.panels_per_group(), shape.panel_words(),
                                                kPanelOutputs, kWordChannels};
         const std::array<int64_t, 2> rows = {shape.kernel.area(), shape.channels};
@@ -498,20 +593,26 @@ private:
         STD_TORCH_CHECK(std::equal(weights.begin(), weights.end(), found.begin(), found.end()), kOp,
                         ": a weight must have the shape ", list_of(weights), ", got ", shape_of(weight));
         STD_TORCH_CHECK(c.span != 0 && -kLimit <= c.span && c.span <= kLimit, kOp, ": a span is ", c.span);
-        if (y.numel() == 0) return;
+        if (value(c.out).numel() == 0) return nullptr;
         auto layer = std::make_unique<ConvLayer>(
             shape, c.span, weight.const_data_ptr<int8_t>(),
             std::span(bytes.const_data_ptr<uint8_t>(), static_cast<size_t>(bytes.numel())));
         STD_TORCH_CHECK(layer->returns_codes() == (c.values == 0) && layer->has_also() == (c.also >= 0) &&
                             layer->has_residual() == (c.residual >= 0),
                         kOp, ": a layer was prepared for other outputs");
-        const auto step = [&]<class T>(T* to) {
-            const ConvCall<T> call = {x.data, c.residual >= 0 ? value(c.residual).data : nullptr, to,
-                                      c.also >= 0 ? value(c.also).data : nullptr};
-            made_.push_back(std::make_unique<Convolution<T>>(std::move(layer), shape, call));
+        return std::make_unique<Convolution<T>>(
+            std::move(layer), shape,
+            ConvCall<T>{value(c.source).data, c.residual >= 0 ? value(c.residual).data : nullptr, y,
+                        c.also >= 0 ? value(c.also).data : nullptr});
+    }
+
+    void convolve(const Convolving& c, const ConvShape& shape) {
+        const Value& y = value(c.out);
+        const auto make = [&](auto* to) {
+            if (auto step = convolution(c, shape, to)) made_.push_back(std::move(step));
         };
-        if (!c.values) return step(y.data);
-        dispatch_floating(y.dtype, [&](auto type) { step(reinterpret_cast<decltype(type)*>(y.data)); });
+        if (!c.values) return make(y.data);
+        dispatch_floating(y.dtype, [&](auto type) { make(reinterpret_cast<decltype(type)*>(y.data)); });
     }
 
     void pool(const Pooling& p, PoolProblem problem) {
@@ -528,8 +629,9 @@ private:
     std::deque<std::vector<int64_t>> leading_;  // sizes that features share
     std::vector<int64_t> order_;                // in which values are made
     std::vector<Planned> steps_;
-    std::vector<bool> beside_;  // whether the channels of an input lie beside each other
-    std::vector<Tensor> held_;  // what values lie in
+    std::vector<Chained> chains_;  // that each step belongs to
+    std::vector<bool> beside_;     // whether the channels of an input lie beside each other
+    std::vector<Tensor> held_;     // what values lie in
     std::vector<std::unique_ptr<const Step>> made_;
 };
 

@@ -38,7 +38,7 @@ public:
 
     // `taken` counts the tasks that are taken of each share.
     Tasks(int64_t count, Count* taken, int64_t shares, int64_t own)
-        : count_(count), shares_(shares), share_(own), left_(shares), taken_(taken) {}
+        : count_(count), shares_(shares), own_(own), share_(own), left_(shares), taken_(taken) {}
 
     // One that nobody has taken, or -1 if there is none.
     int64_t take() {
@@ -53,11 +53,13 @@ public:
         }
         return -1;
     }
+    // The number of the thread.
+    int64_t own() const { return own_; }
     // How many take() gave.
     int64_t held() const { return held_; }
 
 private:
-    int64_t count_, shares_, share_, left_, held_ = 0;
+    int64_t count_, shares_, own_, share_, left_, held_ = 0;
     Count* taken_;
 };
 

@@ -47,6 +47,27 @@ class Everything(nn.Module):
         return self.out(F.relu(self.fc(x.flatten(1)))), y
 
 
+class Bottlenecks(nn.Module):
+    """Convolutions that read what the one before has just made, with kernels far apart and with residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.wide = nn.ModuleList(nn.Conv2d(8, 24, 1) for _ in range(4))
+        self.depthwise = nn.ModuleList(
+            nn.Conv2d(24, 24, kernel, stride, padding, dilation, groups=24)
+            for kernel, stride, padding, dilation in ((5, 2, 3, 2), (3, 1, 1, 1), (1, 2, 2, 1), (3, 1, 0, 1))
+        )
+        self.narrow = nn.ModuleList(nn.Conv2d(24, 8, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for wide, depthwise, narrow in zip(self.wide, self.depthwise, self.narrow, strict=True):
+            y = narrow(F.relu(depthwise(F.relu(wide(x)))))
+            x = x + y if x.shape == y.shape else y
+        return x
+
+
 class Sequence(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -109,6 +130,20 @@ def test_at_a_stretch_as_one_by_one(network: nn.Module, pictures: Tensor, batch:
     torch.set_num_threads(threads)
     try:
         for x in (pictures[:batch], pictures[:batch].contiguous(memory_format=torch.channels_last)):
+            assert same(one_by_one(network, x), network(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_chains_as_one_by_one(threads: int) -> None:
+    torch.manual_seed(0)
+    network = quantize(Bottlenecks().eval(), [architectures.images(4, 40)], FAST, progress=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch, height, width in ((1, 40, 40), (3, 31, 57), (2, 73, 12), (16, 12, 12)):
+            x = torch.randn(batch, 3, height, width)
             assert same(one_by_one(network, x), network(x))
     finally:
         torch.set_num_threads(before)
