@@ -49,7 +49,7 @@ from ptq4cuda.graph.network import Network
 from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.processes import ALONE, Processes
 from ptq4cuda.quantizer import QuantParams
-from ptq4cuda.solve.budget import FEWEST_SAMPLES, SAMPLES, VALUES, Shares, share_out, trial_config
+from ptq4cuda.solve.budget import FEWEST_SAMPLES, SAMPLES, VALUES, Shares, share_out, shares_bits, trial_config
 from ptq4cuda.solve.clipping import ClipRule
 from ptq4cuda.solve.layer import (
     bits_of,
@@ -60,6 +60,8 @@ from ptq4cuda.solve.layer import (
     solve_layer,
 )
 from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, note_damage, raise_layers
+from ptq4cuda.solve.steps import FEWEST_SAMPLES as FEWEST_JUDGES
+from ptq4cuda.solve.steps import steps_left_out, steps_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -177,11 +179,16 @@ def _quantize(
         led_here = (__version__, config.to_dict(), known, fingerprint_of_batches(inputs))
         solved.checkpoint = Checkpoint(checkpoint, *led_here) if processes.rank == 0 else None
     with naming_what_needs_memory("in a forward of the model"):
-        quick = trial_config(config)
-        shares = Shares() if quick is None else solved.shares(lambda: shares_of(model, inputs, config, quick))
+        shares = Shares()
+        if shares_bits(config) or steps_of(config):
+            shares = solved.shares(lambda: shares_of(model, inputs, config))
+    config = replace(config, **shares.left_out)  # type: ignore[arg-type]
 
     def simulated(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
         network, record = quantize_once(model, inputs, config, progress, solved, shares.bits)
+        if shares.left_out:
+            without = " and ".join(f"{field} {way!r}" for field, way in shares.left_out.items())
+            record.left_out = f"quantized with {without}, as samples that were not fitted to say"
         if judged is not inputs:
             note_noise(record, output_noise(model, network, judged))
             record.held_out = judged.samples
@@ -255,10 +262,10 @@ class Solved:
         return found
 
 
-def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, quick: QuantConfig) -> Shares:
-    """Return the bits of each layer that shares out those of the network, where other samples say that it helps.
+def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Shares:
+    """Return which steps are left out, and the bits of each layer where layers share them, as other samples say.
 
-    Where bits are needed is told by a network that is quantized quickly, from a few samples, in each process.
+    Networks are quantized quickly for it, from a few samples, in each process.
     """
     count = inputs.samples
     values = samples_of(*inputs.example)[0].numel()  # the same in all processes
@@ -266,17 +273,30 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, quick: Quan
     starts = 0, min(half, count - half)
     some, others = (ordinary(model, some_samples(model, inputs, first, first + half)) for first in starts)
 
-    def quantized(shares: Overrides) -> nn.Module:
-        return quantize_once(model, some, quick, False, Solved(ALONE), shares)[0].eval()
+    tried: list[tuple[QuantConfig, Overrides, nn.Module, float]] = []
 
-    network = quantized({})
+    def quantized(config: QuantConfig, shares: Overrides) -> tuple[nn.Module, float]:
+        for *way, network, noise in tried:
+            if way == [config, shares]:
+                return network, noise
+        network = quantize_once(model, some, config, False, Solved(ALONE), shares, measured=False)[0].eval()
+        tried.append((config, shares, network, output_noise(model, network, others).relative))
+        return tried[-1][2:]
+
+    quick, left_out = trial_config(config), {}
+    if half >= FEWEST_JUDGES:
+        left_out = steps_left_out(quick, lambda way: quantized(way, {})[1])
+        config, quick = (replace(c, **left_out) for c in (config, quick))  # type: ignore[arg-type]
+    if not shares_bits(config):
+        return Shares(left_out=left_out)
+    network, noise = quantized(quick, {})
     reference, _, _ = prepare(model, some, quick)
     parts = measure_parts(reference, network, some, config.bias_correction != "none")
     bits = share_out(parts, config)
-    if all(number == getattr(config, kind) for own in bits.values() for kind, number in own.items()):
-        return Shares({}, parts)
-    alike, shared = (output_noise(model, n, others).relative for n in (network, quantized(bits)))
-    return Shares(bits if shared < alike else {}, parts)
+    alike = all(number == getattr(config, kind) for own in bits.values() for kind, number in own.items())
+    if alike or noise <= quantized(quick, bits)[1]:
+        bits = {}
+    return Shares(bits, parts, left_out)
 
 
 def quantize_once(
@@ -286,6 +306,7 @@ def quantize_once(
     progress: bool,
     solved: Solved,
     shares: Overrides,
+    measured: bool = True,
 ) -> tuple[nn.Module, QuantRecord]:
     """Walk the network once and quantize every layer on the way.
 
@@ -296,6 +317,7 @@ def quantize_once(
         progress: whether to show it.
         solved: by earlier walks, and by this one: layers before the first of other bits are not solved again.
         shares: the bits of layers that share out those of the network.
+        measured: whether layers are measured, for a report.
     """
     record = QuantRecord(config, images=inputs.samples, float_bytes=tensor_bytes(model))
 
@@ -328,10 +350,10 @@ def quantize_once(
             whole = config.activation_granularity == "per_tensor"
             result = walk_batches(network, inputs, solve, kept, progress, keep_before, needs_absdev(config), whole)
         else:
-            result = walk_graph(network, inputs, solve, operand, kept, progress, keep_before)
+            result = walk_graph(network, inputs, solve, operand, kept, progress, keep_before, measured)
     else:
         record.walked_by = "modules"
-        result = walk_modules(network, inputs, solve, kept, progress, keep_before)
+        result = walk_modules(network, inputs, solve, kept, progress, keep_before, measured)
     record.layers = result.layers
     most = max(wanted, key=wanted.__getitem__, default="")
     if most and wanted[most]:
@@ -344,7 +366,7 @@ def quantize_once(
     used = inputs.processes.gather([(result.frontier_bytes, result.spilled_bytes)])
     record.frontier_bytes, record.spilled_bytes = map(max, zip(*used, strict=True))
     # What was clipped for the fit is in the data all the same.
-    noise = output_noise(model, network, inputs) if result.clipped else result.noise
+    noise = output_noise(model, network, inputs) if result.clipped and measured else result.noise
     note_noise(record, noise)
     record.bytes = tensor_bytes(network)
     return network, record

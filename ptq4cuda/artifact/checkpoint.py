@@ -70,7 +70,8 @@ class Checkpoint:
         try:
             content = json.loads(self._file("shares", "json").read_bytes())
             bits = {name: {kind: int(n) for kind, n in own.items()} for name, own in content["bits"].items()}
-            return Shares(bits, [Part(**{**part, "layers": tuple(part["layers"])}) for part in content["parts"]])
+            parts = [Part(**{**part, "layers": tuple(part["layers"])}) for part in content["parts"]]
+            return Shares(bits, parts, {str(field): str(way) for field, way in content["left_out"].items()})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 

@@ -154,7 +154,9 @@ def _details(record: QuantRecord) -> str:
         if record.walked_by == "graph"
         else f"walked by its modules, BatchNorm not folded: {record.reason}"
     )
-    parts += filter(None, (record.few_samples, record.shortfall and f"not reached: {record.shortfall}"))
+    parts += filter(
+        None, (record.left_out, record.few_samples, record.shortfall and f"not reached: {record.shortfall}")
+    )
     return escape(". ".join(part[:1].upper() + part[1:] for part in parts) + f". By ptq4cuda {__version__}.")
 
 

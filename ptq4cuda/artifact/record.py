@@ -145,6 +145,7 @@ class QuantRecord:
         max_drop: how far that of this network may be below it.
         shortfall: what was asked for and is not reached.
         few_samples: which layers have more inputs than the calibration samples can tell apart.
+        left_out: which steps were left out, as other samples than those that were fitted to say.
     """
 
     config: QuantConfig
@@ -168,6 +169,7 @@ class QuantRecord:
     max_drop: float | None = None
     shortfall: str = ""
     few_samples: str = ""
+    left_out: str = ""
     frontier_bytes: int = 0
     spilled_bytes: int = 0
     structure: list[str] = field(default_factory=list)

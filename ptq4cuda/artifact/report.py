@@ -182,8 +182,7 @@ def _text(layers: tuple[LayerReport, ...], size: int, record: QuantRecord) -> st
         total += f", {record.seconds:.1f} s"
     lines = [table([header[i] for i in shown], [[row[i] for i in shown] for row in rows]), "", total]
     lines += [*_outputs(record), *_trade(record)]
-    if record.few_samples:
-        lines.append(f"{record.few_samples}.")
+    lines += [f"{remark}." for remark in (record.left_out, record.few_samples) if remark]
     spilled = f", {record.spilled_bytes:,} bytes went to files" if record.spilled_bytes else ""
     held = f"Tensors between layers held at a time: {record.frontier_bytes:,} bytes{spilled}."
     if record.walked_by == "graph":

@@ -41,6 +41,7 @@ def walk_graph(
     kept: Kept,
     progress: bool,
     keep_before: bool = True,
+    measured: bool = True,
 ) -> WalkResult:
     """Quantize the layers of a traced network in place.
 
@@ -52,13 +53,14 @@ def walk_graph(
         kept: tells why a layer stays in float.
         progress: show a progress bar.
         keep_before: what values were before their activation, for rules that look at that.
+        measured: whether layers are measured, for a report; if not there are no records of them.
 
     Raises:
         MemoryError: memory does not suffice; the message names the layer.
         OSError: nor does the folder that the rest goes to.
     """
     with naming_what_needs_memory("in a forward of the model"):
-        walk = GraphWalk(network, inputs, solve, operand, kept, keep_before)
+        walk = GraphWalk(network, inputs, solve, operand, kept, keep_before, measured)
     with torch.no_grad(), progress_bar(len(walk.layers), progress) as bar:
         for node in network.graph.nodes:
             name = str(node.target) if node.op == "call_module" else node.name
@@ -80,6 +82,7 @@ class GraphWalk:
         operand: Callable[[Signal], QuantParams],
         kept: Kept,
         keep_before: bool,
+        measured: bool = True,
     ) -> None:
         self.network, self.inputs, self.solve, self.operand, self.kept = network, inputs, solve, operand, kept
         self.interpreter = fx.Interpreter(network, garbage_collect_values=False)
@@ -101,7 +104,7 @@ class GraphWalk:
         # Who asks what a value was before its activation, and hands it on.
         self.last_looks = _last_uses(network, lambda n: n in self.float_layers or graph.is_transparent(n, network))
         self.looked_at = set(itertools.chain.from_iterable(self.last_looks.values()))
-        self.keep_before = keep_before
+        self.keep_before, self.described = keep_before, measured
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.network.get_submodule(str(node.target))
@@ -202,10 +205,12 @@ class GraphWalk:
         solution = self.solve(call)
         streams, noise = [], Noise()
         for y, y_quantized in zip(call.outputs, solution.outputs_for(signal), strict=True):
-            noise.add(y, y_quantized)
+            if self.described:
+                noise.add(y, y_quantized)
             streams.append((y, y_quantized))
         self.network.set_submodule(call.name, solution.module)
-        self.records.append(record_solution(call, solution, noise.merged(self.processes)))
+        if self.described:
+            self.records.append(record_solution(call, solution, noise.merged(self.processes)))
         return self._signal(streams)
 
     def _clip_outliers(self, signal: Signal, axis: int, importance: Tensor) -> None:

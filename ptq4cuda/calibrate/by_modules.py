@@ -41,7 +41,13 @@ from ptq4cuda.metrics import Noise
 
 
 def walk_modules(
-    network: nn.Module, inputs: Inputs, solve: Solver, kept: Kept, progress: bool, keep_before: bool = True
+    network: nn.Module,
+    inputs: Inputs,
+    solve: Solver,
+    kept: Kept,
+    progress: bool,
+    keep_before: bool = True,
+    measured: bool = True,
 ) -> WalkResult:
     """Quantize the layers of any network in place, chunk by chunk.
 
@@ -52,7 +58,7 @@ def walk_modules(
         OSError: nor does the folder that the rest goes to.
     """
     names, flow = _observe(network, kept, inputs.example)
-    walk = _ModuleWalk(network, names, flow.ends, inputs, solve, keep_before)
+    walk = _ModuleWalk(network, names, flow.ends, inputs, solve, keep_before, measured)
     noise = Noise()
     with torch.no_grad(), progress_bar(len(flow.order), progress) as bar, walk.in_place():
         waiting = [module for module in flow.order if module in names]
@@ -136,8 +142,9 @@ class _ModuleWalk:
         inputs: Inputs,
         solve: Solver,
         keep_before: bool,
+        measured: bool,
     ) -> None:
-        self.keep_before = keep_before
+        self.keep_before, self.measured = keep_before, measured
         self.network, self.names, self.ends, self.inputs, self.solve = network, names, ends, inputs, solve
         self.frontier, self.processes = inputs.frontier, inputs.processes
         self.usage = Usage(inputs.frontier)
@@ -304,10 +311,12 @@ class _ModuleWalk:
         solution = self.solve(call)
         noise, self.outputs[module] = Noise(), {}
         for chunk, y, y_quantized in zip(chunks, call.outputs, solution.outputs_for(signal), strict=True):
-            noise.add(y, y_quantized)
+            if self.measured:
+                noise.add(y, y_quantized)
             self._keep(module, (chunk, False, 0), y)
             self._keep(module, (chunk, True, 0), y_quantized)
-        self.records[module] = record_solution(call, solution, noise.merged(self.processes))
+        if self.measured:
+            self.records[module] = record_solution(call, solution, noise.merged(self.processes))
         call.outputs, signal.streams, signal.before = [], [], None  # let the tensors go
         solution.outputs = None
         self.solved[module], self.solved_calls[module] = solution, call

@@ -20,6 +20,9 @@ from ptq4cuda.compat import tree_map_only
 
 _T = TypeVar("_T")
 _LIBC = ctypes.CDLL(None)
+_LEFT = (
+    512 << 20
+)  # bytes that tensors before have left, which the heap may keep in pieces too small for those to come
 FRONTIER_LIMIT = 4 << 30  # bytes of tensors between layers in host memory
 
 
@@ -53,6 +56,7 @@ class Frontier:
         self.limit = FRONTIER_LIMIT if memory.limit is None else memory.limit
         self.folder = os.fspath(memory.folder) if memory.folder is not None else tempfile.gettempdir()
         self.bytes = self.spilled = self.peak = 0
+        self._most = 0  # bytes since memory was given back
         self._holders: Counter[int] = Counter()  # by the address of the storage; spilled ones are there too
         self._in_files: dict[int, int] = {}  # by the same, bytes
 
@@ -91,6 +95,10 @@ class Frontier:
         if key not in self._in_files and not self._holders[key]:
             self.bytes += size
             self.peak = max(self.peak, self.bytes)
+            if self._most - self.bytes > _LEFT:
+                trim()
+                self._most = self.bytes
+            self._most = max(self._most, self.bytes)
         self._holders[key] += 1
         weakref.finalize(held, self._release, key, size)
         return held

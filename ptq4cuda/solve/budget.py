@@ -32,19 +32,24 @@ class Shares:
     Attributes:
         bits: of each layer; none where all have the same.
         parts: of the network, and what each does at the outputs.
+        left_out: by the field of each step of the configuration that was left out what is done without it.
     """
 
     bits: Overrides = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
-def trial_config(config: QuantConfig) -> QuantConfig | None:
-    """Return how to quantize a network, quickly, to measure where bits are needed, None where none are shared out.
+def shares_bits(config: QuantConfig) -> bool:
+    """Tell whether layers share out bits."""
+    return bool(_means(config))
+
+
+def trial_config(config: QuantConfig) -> QuantConfig:
+    """Return how to quantize a network, quickly, to measure where bits are needed.
 
     Layers that have no part in it have eight bits there.
     """
-    if not _means(config):
-        return None
     return replace(
         config,
         first_last_bits=8,
