@@ -391,7 +391,9 @@ def output_noise(model: nn.Module, network: nn.Module, inputs: Inputs) -> Noise:
 
 def fingerprint(model: nn.Module) -> str:
     """Return what differs for two networks that are not the same."""
-    return _digest(str(model), itertools.chain(model.named_parameters(), model.named_buffers()))
+    # Layers that read one tensor may share its quantizer, or have a copy each, as in processes that are told of it.
+    parts = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    return _digest(str(model), itertools.chain(*parts))
 
 
 def fingerprint_of_batches(inputs: Inputs) -> str:
