@@ -37,6 +37,10 @@ class LostError(ConnectionError):
     """Another process has failed, has ended or does not come."""
 
 
+class _ToldToEnd(BaseException):
+    """This process gets SIGTERM; no code of a model may take it for an error of its own."""
+
+
 class Processes:
     """The processes of a group, seen by one of them.
 
@@ -148,7 +152,7 @@ class Processes:
         self._end_together, self.failed = True, None
         try:
             yield
-        except LostError:
+        except (LostError, _ToldToEnd):
             raise
         except BaseException as error:
             told = isinstance(error, (ValueError, TypeError, OSError, MemoryError)) and str(error)
@@ -228,21 +232,25 @@ def launched(device: torch.device) -> Iterator[Processes]:
 
     def told_to_end(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        raise LostError(
-            f"process {os.environ['RANK']} of {count} was told to end, as torchrun does when one has ended"
-        )
+        raise _ToldToEnd
 
     before = signal.signal(signal.SIGTERM, told_to_end)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with ALONE._losing_nobody():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_patience())
     try:
-        yield Processes.of(distributed.group.WORLD)
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        with ALONE._losing_nobody():
+            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_patience())
+        try:
+            yield Processes.of(distributed.group.WORLD)
+        finally:
+            _leave()
+            distributed.destroy_process_group()
+    except _ToldToEnd:
+        raise LostError(
+            f"process {os.environ['RANK']} of {count} was told to end, as torchrun does when one has ended"
+        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-        _leave()
-        distributed.destroy_process_group()
 
 
 def _own_group(group: distributed.ProcessGroup) -> Any:
