@@ -532,7 +532,7 @@ def _mistakes(*others: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         told = error.strerror if isinstance(error, OSError) and error.filename is None else None
-        typer.echo(f"ptq4cuda: {told or error}", err=True)
+        typer.echo(f"ptq4cuda: {told or str(error) or 'out of memory'}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo("ptq4cuda: interrupted", err=True)

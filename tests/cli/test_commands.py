@@ -235,3 +235,12 @@ def test_an_interrupted_quantize_leaves_no_file(folder: Path, monkeypatch: pytes
     )
     assert result.exit_code == 130
     assert not (folder / "x").exists()
+
+
+def test_an_image_that_does_not_fit_into_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise MemoryError  # as pillow does, without a word
+
+    monkeypatch.setattr(Preprocessing, "pixels", full)
+    result = run("quantize", "small_model:build", "--calibration", folder / "images", "-o", folder / "x")
+    assert (result.exit_code, result.stderr) == (2, "ptq4cuda: out of memory\n")
