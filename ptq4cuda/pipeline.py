@@ -105,7 +105,7 @@ def quantize(
         progress: show a progress bar when it takes longer than a moment.
         memory_limit: bytes of host memory that tensors between layers may take, of all samples together, and batches
             that come from something else than a list; beyond it they go to files, which have no names and are gone
-            when quantize() ends, however it ends. Default: 4 GiB. Beside them there are the batches of a list, the
+            when quantize() ends, however it ends. Default: 3 GiB. Beside them there are the batches of a list, the
             model and its copies, and a few times what a layer makes of one batch: smaller batches take less.
         spill_folder: for these files, on a disk. Default: the folder of temporary files, which may be in memory.
         process_group: of torch.distributed, whose processes all call this with the same model and configuration and

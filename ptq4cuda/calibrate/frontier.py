@@ -23,7 +23,7 @@ _LIBC = ctypes.CDLL(None)
 _LEFT = (
     512 << 20
 )  # bytes that tensors before have left, which the heap may keep in pieces too small for those to come
-FRONTIER_LIMIT = 4 << 30  # bytes of tensors between layers in host memory
+FRONTIER_LIMIT = 3 << 30  # bytes of tensors between layers in host memory
 
 
 @dataclass(frozen=True)

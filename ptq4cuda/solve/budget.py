@@ -20,7 +20,7 @@ from ptq4cuda.solve.raising import Kind, Overrides, Part
 MOST_BITS = 7  # of what has a part in it
 _UNITS = 1 << 14
 # Of calibration, that damage is measured on, as many as have so many values; as many others judge what is made of it.
-SAMPLES, FEWEST_SAMPLES, VALUES = 32, 8, 1 << 21
+SAMPLES, FEWEST_SAMPLES, VALUES = 64, 8, 1 << 21
 # Bits below and above the mean. Weights of fewer do more damage than the rule of four says, and more gain little.
 _AROUND: dict[Kind, tuple[int, int]] = {"weight_bits": (1, 2), "activation_bits": (2, 4)}
 
