@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ptq4cuda.config import QuantConfig
 
-FEWEST_SAMPLES = 4  # that can judge
+FEWEST_SAMPLES = 8  # that can judge
 # Samples differ by a decibel or two in what they say.
 _CLEARLY = 0.5  # of the noise of the plainest network
 _LESS = 0.6  # of the noise with a step
