@@ -284,7 +284,7 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Shares:
         return tried[-1][2:]
 
     quick, left_out = trial_config(config), {}
-    if half >= FEWEST_JUDGES:
+    if count >= FEWEST_JUDGES:
         left_out = steps_left_out(quick, lambda way: quantized(way, {})[1])
         config, quick = (replace(c, **left_out) for c in (config, quick))  # type: ignore[arg-type]
     if not shares_bits(config):

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ptq4cuda.config import QuantConfig
 
-FEWEST_SAMPLES = 8  # that can judge
+FEWEST_SAMPLES = 24  # of calibration, that judges can be taken of
 # Samples differ by a decibel or two in what they say.
 _CLEARLY = 0.5  # of the noise of the plainest network
 _LESS = 0.6  # of the noise with a step
@@ -26,8 +26,11 @@ _STEPS = {
 
 
 def steps_of(config: QuantConfig) -> dict[str, str]:
-    """Return by the field of each step what is done without it; 8 bits need none of them."""
-    if config.activation_bits == 8:
+    """Return by the field of each step what is done without it; 8 bits need none of them.
+
+    Of KLD nothing is judged: its search takes as long for few samples as for all.
+    """
+    if config.activation_bits == 8 or config.clipping == "kld":
         return {}
     return {field: without for field, (step, without) in _STEPS.items() if getattr(config, field) == step}
 
