@@ -55,6 +55,10 @@ struct ConvShape {
     PTQ_INLINE int64_t words_per_tap() const { return ceil_div(group_channels(), kWordChannels); }
     PTQ_INLINE int64_t panel_words() const { return kernel.area() * words_per_tap(); }
     PTQ_INLINE int64_t pixels() const { return batch * out.area(); }
+    // Of the padded image, that so many rows of outputs are computed of.
+    PTQ_INLINE int64_t rows_read(int64_t rows) const {
+        return (rows - 1) * stride.height + dilation.height * (kernel.height - 1) + 1;
+    }
     PTQ_INLINE bool packed() const { return low_bytes > 0; }
     PTQ_INLINE int64_t pixel_bytes() const { return packed() ? channels / 2 : channels; }
     PTQ_INLINE int64_t high_bytes() const { return pixel_bytes() - low_bytes; }

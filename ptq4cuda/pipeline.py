@@ -60,8 +60,7 @@ from ptq4cuda.solve.layer import (
     solve_layer,
 )
 from ptq4cuda.solve.raising import Overrides, Trial, measure_parts, note_damage, raise_layers
-from ptq4cuda.solve.steps import FEWEST_SAMPLES as FEWEST_JUDGES
-from ptq4cuda.solve.steps import steps_left_out, steps_of
+from ptq4cuda.solve.steps import FEWEST_JUDGED, steps_left_out, steps_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -268,6 +267,8 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Shares:
     Networks are quantized quickly for it, from a few samples, in each process.
     """
     count = inputs.samples
+    if count < FEWEST_JUDGED and not shares_bits(config):
+        return Shares()
     values = samples_of(*inputs.example)[0].numel()  # the same in all processes
     half = min(SAMPLES, (count + 1) // 2, max(FEWEST_SAMPLES, VALUES // max(1, values)))
     starts = 0, min(half, count - half)
@@ -284,7 +285,7 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Shares:
         return tried[-1][2:]
 
     quick, left_out = trial_config(config), {}
-    if count >= FEWEST_JUDGES:
+    if count >= FEWEST_JUDGED:
         left_out = steps_left_out(quick, lambda way: quantized(way, {})[1])
         config, quick = (replace(c, **left_out) for c in (config, quick))  # type: ignore[arg-type]
     if not shares_bits(config):

@@ -90,8 +90,7 @@ private:
 
     // Of the input of a convolution, for so many rows of its outputs, which become the rows of its input.
     static int64_t bytes_before(const ConvShape& shape, int64_t& rows) {
-        rows = std::min((rows - 1) * shape.stride.height + shape.dilation.height * (shape.kernel.height - 1) + 1,
-                        shape.in.height);
+        rows = std::min(shape.rows_read(rows), shape.in.height);
         return ceil_div(rows * shape.in.width * shape.channels, simd::kLine) * simd::kLine;
     }
 
@@ -99,10 +98,9 @@ private:
     static Rows read_by(const ConvShape& shape, const Rows& outputs) {
         if (outputs.begin == outputs.end) return {};
         const int64_t first = outputs.begin * shape.stride.height - shape.padding.height;
-        const int64_t last = (outputs.end - 1) * shape.stride.height - shape.padding.height +
-                             shape.dilation.height * (shape.kernel.height - 1);
+        const int64_t end = first + shape.rows_read(outputs.end - outputs.begin);
         const int64_t begin = std::clamp<int64_t>(first, 0, shape.in.height);
-        return {begin, std::clamp<int64_t>(last + 1, begin, shape.in.height)};
+        return {begin, std::clamp<int64_t>(end, begin, shape.in.height)};
     }
 
     // Lets the rows that are held begin with the first one that is wanted, moves them to the start of the memory, and

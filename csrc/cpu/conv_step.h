@@ -191,8 +191,7 @@ private:
 
     void take_band(int64_t n, int64_t top, int64_t bottom, Unit& unit) const {
         const Extent in = shape_.in, out = shape_.out, stride = shape_.stride, pad = shape_.padding;
-        const int64_t height =
-            (bottom - top - 1) * stride.height + shape_.dilation.height * (shape_.kernel.height - 1) + 1;
+        const int64_t height = shape_.rows_read(bottom - top);
         unit.plane = height * row_bytes_ + kWordChannels;  // the last word may reach beyond the last channel
         const int64_t size = (split_ ? 2 : 1) * unit.plane;
         uint8_t* band = unit.scratch.at_least(size);

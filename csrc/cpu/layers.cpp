@@ -452,6 +452,7 @@ private:
     bool makes_chain(size_t first, size_t last) const {
         const ConvShape& outputs = steps_[last].shape;
         int64_t weights = 0, tall = 0;
+        bool read_by_others = false;  // what a step before makes
         for (size_t i = first; i <= last; ++i) {
             const Convolving& c = convolving(steps_[i]);
             const ConvShape& shape = steps_[i].shape;
@@ -459,8 +460,8 @@ private:
             tall += shape.kernel.height > 1;
             // Rows that others read must be made once each: those that a task of the chain is for.
             const bool exact = shape.kernel.height == 1 && shape.stride.height == 1 && shape.padding.height == 0;
-            for (size_t j = first; j < i && !exact; ++j)
-                if (convolving(steps_[j]).also >= 0) return false;
+            if (read_by_others && !exact) return false;
+            read_by_others |= c.also >= 0;
             // The rows of a residual must be there.
             if (i > first && c.residual >= static_cast<int64_t>(inputs_.size()) && values_[c.residual].made >= first)
                 return false;
@@ -482,7 +483,7 @@ private:
             for (size_t j = first; j <= last; ++j) chains_[j] = {first, last};
         }
         for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1) {
-            const auto [first, last, rows, memory] = chains_[i];
+            const size_t first = chains_[i].first, last = chains_[i].last;
             for (size_t j = first; j <= last && first < last; ++j) {
                 const Convolving& c = convolving(steps_[j]);
                 values_[c.source].between = j > first;

@@ -20,9 +20,8 @@ from ptq4cuda.compat import tree_map_only
 
 _T = TypeVar("_T")
 _LIBC = ctypes.CDLL(None)
-_LEFT = (
-    512 << 20
-)  # bytes that tensors before have left, which the heap may keep in pieces too small for those to come
+# Bytes that tensors have left, which the heap may keep in pieces too small for those to come.
+_LEFT = 512 << 20
 FRONTIER_LIMIT = 3 << 30  # bytes of tensors between layers in host memory
 
 

@@ -111,7 +111,7 @@ def quantize_command(
         float | None,
         typer.Option(
             min=0.0,
-            help="GiB of memory for samples and tensors between layers, and for images of --evaluate.  [default: 8]",
+            help="GiB of memory for samples and tensors between layers, and for images of --evaluate.  [default: 3]",
         ),
     ] = None,
     spill_folder: Annotated[Path | None, typer.Option(help="For what is beyond that, on a disk.")] = None,

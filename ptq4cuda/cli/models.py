@@ -192,9 +192,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ValueError: the file cannot be read, or has other weights than the model.
     """
     state, own = _state_of(path), model.state_dict()
-    while state.keys().isdisjoint(
-        own
-    ):  # a wrapper's: "module." of DistributedDataParallel, "_orig_mod." of a compiled one
+    # A wrapper's: "module." of DistributedDataParallel, "_orig_mod." of a compiled one.
+    while state.keys().isdisjoint(own):
         prefixes = {name.partition(".")[0] for name in state}
         if len(prefixes) > 1 or not all("." in name for name in state):
             break

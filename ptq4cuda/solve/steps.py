@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ptq4cuda.config import QuantConfig
 
-FEWEST_SAMPLES = 24  # of calibration, that judges can be taken of
+FEWEST_JUDGED = 24  # samples of calibration, of which some can judge
 # Samples differ by a decibel or two in what they say.
 _CLEARLY = 0.5  # of the noise of the plainest network
 _LESS = 0.6  # of the noise with a step
