@@ -1,5 +1,5 @@
 // The arithmetic of one value, for host and device: what every kernel computes. Where one has a shorter form of it
-// (cpu/conv_finish.h, cuda/codes.cuh, cuda/conv_finish.cuh), that gives the same results, bit for bit.
+// (cpu/conv_finish.cpp, cuda/codes.cuh, cuda/conv_finish.cuh), that gives the same results, bit for bit.
 //
 // A quantizer maps x to an unsigned b-bit code and back:
 //     code(x)  = clamp(rint(x * inv_scale) + zero_point, 0, 2^b - 1)

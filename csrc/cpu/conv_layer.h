@@ -10,14 +10,6 @@
 
 namespace ptq4cuda {
 
-inline const Tiles& best_tiles() {
-#if defined(__x86_64__)
-    if (simd::level() >= simd::Level::avx512_vnni) return kTilesVnni;
-    if (simd::level() >= simd::Level::avx2) return kTilesAvx2;
-#endif
-    return kTiles;
-}
-
 // Output channels of which 16 are finished together.
 struct Panel {
     int64_t output;   // the first

@@ -1,6 +1,6 @@
 // The inner loops of conv2d_integer on the CPU: integer sums of a few pixels and a few panels of 16 outputs. What an
-// instruction set computes with is a Tiles; this file has those for any processor, conv_tiles_avx2.h and
-// conv_tiles_vnni.h the others.
+// instruction set computes with is a Tiles: conv_tiles.cpp has those for any processor, conv_tiles_avx2.cpp and
+// conv_tiles_vnni.cpp the others.
 //
 // Two kinds of layers have a tile of their own, as most of a word of channels would be empty: depthwise ones, whose
 // sums are over taps alone, and dense ones, the first of a network, where a pixel has less channels than a word.
@@ -66,36 +66,14 @@ struct Tiles {
     bool block_order;                      // sums of a depthwise block are in the order of place_in_block
 };
 
-inline void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t,
-                     const Panels& panels, int32_t* sums) {
-    for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
-        std::fill_n(sums, kPanelOutputs, 0);
-        const int8_t* w = panels.weights;
-        for (int64_t t = 0; t < taps.count; ++t) {
-            const uint8_t* x = pixels[p] + channel + taps.offsets[t];
-            for (int64_t i = 0; i < taps.words; ++i, x += kWordChannels)
-                for (int o = 0; o < kPanelOutputs; ++o)
-                    for (int c = 0; c < kWordChannels; ++c) sums[o] += x[c] * *w++;
-        }
-    }
-}
+// For any processor, for AVX2 and for AVX-512 with VNNI.
+extern const Tiles kTiles;
+#if defined(__x86_64__)
+extern const Tiles kTilesAvx2, kTilesVnni;
+#endif
 
-inline void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,
-                           const int8_t* weights, int64_t channels, int32_t* sums) {
-    for (int p = 0; p < count; ++p)
-        for (int64_t c = 0; c < channels; ++c) {
-            int32_t& sum = sums[c / kPanelOutputs * kPanelSums + p * kPanelOutputs + c % kPanelOutputs];
-            sum = 0;
-            const int8_t* w = weights + kWordChannels * place_in_block(c, kTilePanels);
-            for (int64_t t = 0; t < taps.count * kWordChannels; ++t) {
-                sum += pixels[p][channel + taps.offsets[t] + c] * w[t % kWordChannels];
-                if (t % kWordChannels == kWordChannels - 1) w += kWordChannels * kTilePanels * kPanelOutputs;
-            }
-        }
-}
-
-constexpr Tiles kTiles = {dot_tile,       false,       dot_tile, 4,     1,    {12, 12, 12, 12},
-                          depthwise_tile, kTilePanels, 4,        false, false};
+// Those of this processor.
+const Tiles& best_tiles();
 
 // Calls f with a number from 1 to `most` as a constant.
 template <int most, class F>

@@ -43,6 +43,12 @@ constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx512, Level:
 #define PTQ_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define PTQ_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
+#define PTQ_AVX2_INLINE PTQ_TARGET_AVX2 inline __attribute__((always_inline))
+#define PTQ_AVX512_INLINE PTQ_TARGET_AVX512 inline __attribute__((always_inline))
+#define PTQ_VNNI_INLINE PTQ_TARGET_VNNI inline __attribute__((always_inline))
+
+PTQ_AVX2_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
 // PTQ4CUDA_SIMD=baseline|avx2|avx512|avx512_vnni lowers the level, for tests and bug reports.
 inline Level detect() {
     Level level = Level::baseline;

@@ -52,7 +52,6 @@ struct Lanes {
 // Values by vectors: of at most 64, n in all, the k-th sixteen as float32, the k-th eight as float64; zeros where
 // there are fewer. Two bfloat16 values make one 32-bit word, so that those with even numbers are a shift away from
 // float32, and those with odd numbers a mask: neighbouring vectors hold the even and the odd ones of what they share.
-#define PTQ_AVX512_INLINE PTQ_TARGET_AVX512 inline __attribute__((always_inline))
 
 // The first n - begin of `size` lanes.
 PTQ_AVX512_INLINE uint32_t first_lanes(int n, int begin, int size) {

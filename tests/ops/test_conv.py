@@ -624,7 +624,7 @@ def test_the_typed_function_and_its_defaults() -> None:
 
 # --- instruction sets ------------------------------------------------------------------------------------------
 
-# Codes of all sums from 0 to 32,640: whether two panels are on lines (csrc/cpu/conv_finish.h), and what they are.
+# Codes of all sums from 0 to 32,640: whether two panels are on lines (csrc/cpu/conv_finish.cpp), and what they are.
 LINES = {
     "relu": ((1, 1), {"negative_slope": 0.0}),
     "relu6": ((1, 1), {"negative_slope": 0.0, "upper": 6.0}),

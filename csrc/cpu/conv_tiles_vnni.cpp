@@ -12,15 +12,12 @@
 // In a depthwise layer the 4 products of a sum are taps: 4 x 64 channels are unpacked into 4 x 16 groups of 4 taps.
 // Where a kernel has 3 rows, a group is a column of it, and what has been unpacked serves all pixels whose window has
 // it.
-#pragma once
-
 #include "conv_tiles.h"
 
 #if defined(__x86_64__)
 
 namespace ptq4cuda {
-
-#define PTQ_VNNI_INLINE PTQ_TARGET_VNNI inline __attribute__((always_inline))
+namespace {
 
 template <int P, int B>
 PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel, const Taps& taps,
@@ -175,17 +172,19 @@ inline void depthwise_tile_vnni(const uint8_t* const* pixels, int count, int64_t
         : depthwise_tile_vnni<false>(pixels, count, channel, groups, weights, (__mmask64{1} << channels) - 1, sums);
 }
 
-constexpr Tiles kTilesVnni = {dot_tile_vnni,
-                              false,
-                              dot_tile_vnni,
-                              4,
-                              kTilePanels,
-                              {kVnniPixels[0], kVnniPixels[1], kVnniPixels[2], kVnniPixels[3]},
-                              depthwise_tile_vnni,
-                              kTilePanels,
-                              4,
-                              false,
-                              true};
+}  // namespace
+
+const Tiles kTilesVnni = {dot_tile_vnni,
+                          false,
+                          dot_tile_vnni,
+                          4,
+                          kTilePanels,
+                          {kVnniPixels[0], kVnniPixels[1], kVnniPixels[2], kVnniPixels[3]},
+                          depthwise_tile_vnni,
+                          kTilePanels,
+                          4,
+                          false,
+                          true};
 
 }  // namespace ptq4cuda
 #endif

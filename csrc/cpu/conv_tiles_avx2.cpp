@@ -16,19 +16,14 @@
 // Codes of 8 bits that could leave 16 bits within a pair or two come as two images, of their high nibbles and of
 // their low ones, which are summed one after the other. Dense and depthwise layers are better served by products of
 // 16 bits, which are half as many in an instruction, but are added up in 32 bits at once: their sums are short.
-#pragma once
-
 #include "conv_tiles.h"
 
 #if defined(__x86_64__)
 
 namespace ptq4cuda {
-
-#define PTQ_AVX2_INLINE PTQ_TARGET_AVX2 inline __attribute__((always_inline))
+namespace {
 
 constexpr int kAvx2Pixels = 6;
-
-PTQ_AVX2_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
 // Adds 16-bit sums to 32-bit ones in memory, or begins these with them, and starts anew.
 template <int P>
@@ -63,8 +58,8 @@ PTQ_TARGET_AVX2 void dot_tile_avx2(const uint8_t* const* pixels, int64_t channel
         for (int64_t word = 0; word < taps.words;) {
             const int64_t n = std::min(left, taps.words - word);
             for (const int8_t* end = panel + n * kPanelOutputs * kWordChannels; panel != end; panel += 64, at += 4) {
-                const __m256i w0 = load_bytes(panel);
-                const __m256i w1 = load_bytes(panel + 32);
+                const __m256i w0 = simd::load_bytes(panel);
+                const __m256i w1 = simd::load_bytes(panel + 32);
 #pragma GCC unroll 6
                 for (int p = 0; p < P; ++p) {
                     int32_t channels;
@@ -108,8 +103,8 @@ PTQ_TARGET_AVX2 void dense_tile_avx2(const uint8_t* const* pixels, const Taps& t
     for (int64_t t = 0; t < taps.count; ++t) {
         const int64_t end = taps.offsets[t] + taps.words * 4;
         for (int64_t at = taps.offsets[t]; at < end; at += 4, panel += 64) {
-            const __m256i w0 = load_bytes(panel);
-            const __m256i w1 = load_bytes(panel + 32);
+            const __m256i w0 = simd::load_bytes(panel);
+            const __m256i w1 = simd::load_bytes(panel + 32);
 #pragma GCC unroll 6
             for (int p = 0; p < P; ++p) {
                 int32_t two;
@@ -144,10 +139,10 @@ inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, in
         __m256i wide[4] = {zero, zero, zero, zero};
         const int8_t* w = weights;
         const auto codes_of = [&](int64_t tap) PTQ_TARGET_AVX2 {
-            if (channels >= 32) return load_bytes(x + pairs.offsets[tap]);
+            if (channels >= 32) return simd::load_bytes(x + pairs.offsets[tap]);
             alignas(32) uint8_t codes[32] = {};
             std::memcpy(codes, x + pairs.offsets[tap], channels);
-            return load_bytes(codes);
+            return simd::load_bytes(codes);
         };
         for (int64_t t = 0; t < pairs.count; ++t, w += 128) {
             const __m256i x0 = codes_of(2 * t), x1 = codes_of(2 * t + 1);
@@ -156,7 +151,7 @@ inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, in
                                       _mm256_unpacklo_epi8(high, zero), _mm256_unpackhi_epi8(high, zero)};
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i)
-                wide[i] = _mm256_add_epi32(wide[i], _mm256_madd_epi16(codes[i], load_bytes(w + 32 * i)));
+                wide[i] = _mm256_add_epi32(wide[i], _mm256_madd_epi16(codes[i], simd::load_bytes(w + 32 * i)));
         }
         __m256i* to = reinterpret_cast<__m256i*>(sums + p * kPanelOutputs);
         _mm256_storeu_si256(to, wide[0]);
@@ -167,17 +162,19 @@ inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, in
     }
 }
 
-constexpr Tiles kTilesAvx2 = {dot_tile_avx2,
-                              true,
-                              dense_tile_avx2,
-                              2,
-                              kTilePanels,
-                              {kAvx2Pixels, kAvx2Pixels, kAvx2Pixels, kAvx2Pixels},
-                              depthwise_tile_avx2,
-                              2,
-                              2,
-                              true,
-                              true};
+}  // namespace
+
+const Tiles kTilesAvx2 = {dot_tile_avx2,
+                          true,
+                          dense_tile_avx2,
+                          2,
+                          kTilePanels,
+                          {kAvx2Pixels, kAvx2Pixels, kAvx2Pixels, kAvx2Pixels},
+                          depthwise_tile_avx2,
+                          2,
+                          2,
+                          true,
+                          true};
 
 }  // namespace ptq4cuda
 #endif
