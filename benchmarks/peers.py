@@ -51,6 +51,7 @@ CASES = (
 # What ours is told by PTQ4CUDA_SIMD, and how the others are: oneDNN, which OpenVINO has too, and PyTorch.
 SIMD = {
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"},
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx512"},
 }
 _CALIBRATION = 16  # images

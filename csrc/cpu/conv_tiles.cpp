@@ -39,8 +39,13 @@ const Tiles kTiles = {dot_tile,       false,       dot_tile, 4,     1,    {12, 1
 
 const Tiles& best_tiles() {
 #if defined(__x86_64__)
-    if (simd::level() >= simd::Level::avx512_vnni) return kTilesVnni;
-    if (simd::level() >= simd::Level::avx2) return kTilesAvx2;
+    switch (simd::level()) {
+        case simd::Level::avx512_vnni: return kTilesVnni;
+        case simd::Level::avx512: return kTilesAvx512;
+        case simd::Level::avx_vnni: return kTilesAvxVnni;
+        case simd::Level::avx2: return kTilesAvx2;
+        default: break;
+    }
 #endif
     return kTiles;
 }

@@ -1,6 +1,6 @@
 // The inner loops of conv2d_integer on the CPU: integer sums of a few pixels and a few panels of 16 outputs. What an
-// instruction set computes with is a Tiles: conv_tiles.cpp has those for any processor, conv_tiles_avx2.cpp and
-// conv_tiles_vnni.cpp the others.
+// instruction set computes with is a Tiles: conv_tiles.cpp has those for any processor, conv_tiles_avx2.cpp,
+// conv_tiles_avx_vnni.cpp, conv_tiles_avx512.cpp and conv_tiles_vnni.cpp the others.
 //
 // Two kinds of layers have a tile of their own, as most of a word of channels would be empty: depthwise ones, whose
 // sums are over taps alone, and dense ones, the first of a network, where a pixel has less channels than a word.
@@ -66,10 +66,14 @@ struct Tiles {
     bool block_order;                      // sums of a depthwise block are in the order of place_in_block
 };
 
-// For any processor, for AVX2 and for AVX-512 with VNNI.
+// For any processor, and for those with each instruction set.
 extern const Tiles kTiles;
 #if defined(__x86_64__)
-extern const Tiles kTilesAvx2, kTilesVnni;
+extern const Tiles kTilesAvx2, kTilesAvxVnni, kTilesAvx512, kTilesVnni;
+
+// Which they have, too, but for AVX-512 with VNNI.
+void depthwise_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,
+                         const int8_t* weights, int64_t channels, int32_t* sums);
 #endif
 
 // Those of this processor.

@@ -121,18 +121,20 @@ PTQ_TARGET_AVX2 void dense_tile_avx2(const uint8_t* const* pixels, const Taps& t
         for (int v = 0; v < 2; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums) + 2 * p + v, wide[p][v]);
 }
 
-inline void dense_tile_avx2(const uint8_t* const* pixels, int count, int64_t, const Taps& taps, int64_t,
-                            const Panels& panels, int32_t* sums) {
+void dense_tile_avx2(const uint8_t* const* pixels, int count, int64_t, const Taps& taps, int64_t,
+                     const Panels& panels, int32_t* sums) {
     for (int b = 0; b < panels.count; ++b)
         with_constant<kAvx2Pixels>(count, [&](auto p) {
             dense_tile_avx2<p>(pixels, taps, panels.weights + b * panels.bytes, sums + b * kPanelSums);
         });
 }
 
+}  // namespace
+
 // A block is 32 channels; that of a tensor of less reads beyond them, into weights that are zero.
-inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel,
-                                                const TapGroups& pairs, const int8_t* weights, int64_t channels,
-                                                int32_t* sums) {
+PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel,
+                                         const TapGroups& pairs, const int8_t* weights, int64_t channels,
+                                         int32_t* sums) {
     const __m256i zero = _mm256_setzero_si256();
     for (int p = 0; p < count; ++p) {
         const uint8_t* x = pixels[p] + channel;
@@ -161,8 +163,6 @@ inline PTQ_TARGET_AVX2 void depthwise_tile_avx2(const uint8_t* const* pixels, in
         _mm256_storeu_si256(to + 1, wide[3]);
     }
 }
-
-}  // namespace
 
 const Tiles kTilesAvx2 = {dot_tile_avx2,
                           true,

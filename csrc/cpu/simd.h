@@ -14,6 +14,7 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -25,21 +26,24 @@ constexpr int64_t kLine = 64;  // bytes of a cache line, which comes from memory
 template <class T>
 constexpr int64_t kLineOf = kLine / sizeof(T);  // values
 
-enum class Level { baseline, avx2, avx512, avx512_vnni };
+// From the slowest to the fastest. Each has all that the one before has, but that AVX-512 has no VNNI of 256 bits.
+enum class Level { baseline, avx2, avx_vnni, avx512, avx512_vnni };
 
 inline const char* name(Level level) {
     switch (level) {
         case Level::avx512_vnni: return "avx512_vnni";
         case Level::avx512: return "avx512";
+        case Level::avx_vnni: return "avx_vnni";
         case Level::avx2: return "avx2";
         default: return "baseline";
     }
 }
 
 #if defined(__x86_64__)
-constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx512, Level::avx512_vnni};
+constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx_vnni, Level::avx512, Level::avx512_vnni};
 
 #define PTQ_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define PTQ_TARGET_AVX_VNNI __attribute__((target("avxvnni,avx2,fma,f16c")))
 #define PTQ_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define PTQ_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
@@ -49,18 +53,30 @@ constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx512, Level:
 
 PTQ_AVX2_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-// PTQ4CUDA_SIMD=baseline|avx2|avx512|avx512_vnni lowers the level, for tests and bug reports.
+inline bool has(Level level) {
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    switch (level) {
+        case Level::avx512_vnni: return avx512 && __builtin_cpu_supports("avx512vnni");
+        case Level::avx512: return avx512;
+        case Level::avx_vnni: {  // which not every compiler knows by name
+            unsigned a = 0, b, c, d;
+            return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+        }
+        case Level::avx2: return avx2;
+        default: return true;
+    }
+}
+
+// PTQ4CUDA_SIMD=baseline|avx2|avx_vnni|avx512|avx512_vnni lowers the level, for tests and bug reports.
 inline Level detect() {
+    const char* most = std::getenv("PTQ4CUDA_SIMD");
     Level level = Level::baseline;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        level = Level::avx2;
-    if (level == Level::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        level = Level::avx512;
-    if (level == Level::avx512 && __builtin_cpu_supports("avx512vnni")) level = Level::avx512_vnni;
-    if (const char* wanted = std::getenv("PTQ4CUDA_SIMD")) {
-        for (Level l : kLevels)
-            if (!std::strcmp(wanted, name(l)) && l < level) level = l;
+    for (Level l : kLevels) {
+        if (has(l)) level = l;
+        if (most && !std::strcmp(most, name(l))) break;
     }
     return level;
 }
@@ -90,6 +106,7 @@ void run(Args... args) {
     switch (level()) {
         case Level::avx512_vnni:
         case Level::avx512: return run_avx512<Kernel>(args...);
+        case Level::avx_vnni:
         case Level::avx2: return run_avx2<Kernel>(args...);
         default: break;
     }
