@@ -9,9 +9,10 @@ has matched the means,
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -25,7 +26,9 @@ from ptq4cuda.solve.blocks import BLOCK, WIDEST
 MAX_SAMPLES = 65536  # positions of output maps that are looked at; neighbours tell much the same
 MIN_SAMPLES = 32768
 SAMPLES_PER_INPUT = 256
-_CHUNK = 8192  # rows of a float32 product before it is added in float64
+_CHUNK = 8192  # samples that are looked at together; float32 sums of their codes are exact
+_EXACT = 1 << 24  # float32 holds all whole numbers up to it
+_COLUMNS = 256  # of a symmetric product that are computed together
 _KEPT = 1 << 26  # values of a wide layer's samples
 
 
@@ -71,21 +74,6 @@ class Moments:
         return Moments(
             self.count + other.count, self.uu + other.uu, self.tu + other.tu, self.u + other.u, self.t + other.t
         )
-
-    def on_grid(self, grid: Moments) -> Moments:
-        """Round each sum to a grid on which sums of all of them are exact, in whatever order; see _grid_of."""
-        return Moments(
-            self.count,
-            *(
-                (own + far).sub_(far)
-                for own, far in ((self.uu, grid.uu), (self.tu, grid.tu), (self.u, grid.u), (self.t, grid.t))
-            ),
-        )
-
-    def total(self, processes: Processes) -> Moments:
-        """Return the moments of the samples of all processes."""
-        count = sum(processes.gather([self.count]))
-        return Moments(count, *processes.total([self.uu, self.tu, self.u, self.t]))
 
     @property
     def mean_u(self) -> Tensor:
@@ -146,25 +134,12 @@ def _sum(u: Tensor, t: Tensor) -> Moments | None:
     return total
 
 
-def _grid_of(u: Tensor, t: Tensor, count: int) -> Moments:
-    """Return numbers that round sums to a grid when they are added and taken away again.
-
-    1.5 · 2⁵² q added to p leaves no room for less than q: p comes back as a multiple of q. Here q is such that sums
-    of `count` products are below 2⁵¹ q: sums of rounded ones are whole numbers of q and fit into the 53 bits of
-    float64. They do not depend on the order in which they are added, nor on who adds what.
-
-    Args:
-        u: float64 [G, d], what no input exceeds.
-        t: float64 [G, R], what no output exceeds.
-        count: how many samples there are in all.
-    """
-    u, t = (torch.exp2(bound.log2().ceil()) for bound in (u, t))
-    far = 1.5 * 2.0 ** (math.ceil(math.log2(max(1, count))) + 2)
-    return Moments(0, far * u[:, :, None] * u[:, None, :], far * t[:, :, None] * u[:, None, :], far * u, far * t)
-
-
 def layer_moments(
-    module: QuantModule, inputs: Iterable[Tensor], targets: Iterable[Tensor], processes: Processes = ALONE
+    module: QuantModule,
+    inputs: Iterable[Tensor],
+    outputs: Sequence[Tensor],
+    added: Sequence[tuple[Tensor, Tensor]] | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Moments, Moments] | Samples:
     """Measure a layer over all chunks, once for the samples of even and once for those of odd number.
 
@@ -174,136 +149,275 @@ def layer_moments(
     Args:
         module: quantizes the input, and has the layer's geometry.
         inputs: the input of each chunk, on any device.
-        targets: the output to reproduce, [N, O, H, W] or [..., O] for each chunk; read twice.
-        processes: whose chunks follow each other.
+        outputs: the output to reproduce, [N, O, H, W] or [..., O] for each chunk; read twice.
+        added: what is added to it next, as it should be and as it is, where the layer is to make up for the
+            difference.
+        processes: whose chunks follow each other, wherever they are cut.
     """
-    outputs, width = module.weight_shape[0], module.weight_shape[1:].numel()
-    groups, device = module.groups, module.weight_scale.device
-    extents = [_extent(module, target) for target in targets]
-    all_extents, chunks_before = processes.placed(extents)
-    positions = sum(extent.positions for extent in all_extents)
+    width = module.weight_shape[1:].numel()
+    sizes, before = processes.placed([_size_of(module, y) for y in outputs])
+    positions = sum(size.positions for size in sizes)
     count = min(positions, MAX_SAMPLES, max(MIN_SAMPLES, SAMPLES_PER_INPUT * width))
-    before = all_extents[:chunks_before]
-    first, first_sample = sum(extent.positions for extent in before), sum(extent.samples for extent in before)
-    if width <= WIDEST:
-        reach = torch.stack([extent.reach for extent in all_extents]).amax(0)
-        grid = _grid_of(_reach_of_input(module), reach.to(device).view(groups, -1), count)
-        a, b = (Moments(0, *map(torch.zeros_like, (grid.uu, grid.tu, grid.u, grid.t))) for _ in range(2))
-        halves = [a, b]
-        for half, u, t in _samples(module, inputs, targets, positions, count, first, first_sample):
-            halves[half] += Moments.of(u, t).on_grid(grid)
-        a, b = (half.total(processes) for half in halves)
-        return a, b if b.count else a  # a single sample cannot be halved
-    count = min(count, max(BLOCK, _KEPT // (width + outputs)))
-    low, high = torch.searchsorted(
-        _picked(positions, count),
-        torch.tensor([first, first + sum(extent.positions for extent in extents)], device="cpu"),
-    ).tolist()
-    u, t = (torch.empty(groups, high - low, size, device=device) for size in (width, outputs // groups))
-    odd = torch.empty(high - low, dtype=torch.bool, device=device)
+    if width > WIDEST:
+        count = min(count, max(BLOCK, _KEPT // (width + module.weight_shape[0])))
+    pieces = _pick(sizes, count)[before : before + len(outputs)]
+    codes, targets = _Codes(module), _Targets(module, outputs, added, pieces)
+    if width > WIDEST:
+        return _samples(codes, inputs, targets, pieces, processes)
+    grid = targets.grid(count, processes)
+    halves = [_Sums(codes, grid) for _ in range(2)]
+    for x, own, of_chunk in zip(inputs, pieces, targets, strict=True):
+        for piece, u, t in zip(own, codes.at(x, own), of_chunk, strict=True):
+            halves[piece.odd].add(u, t)
+    a, b = (half.moments(processes) for half in halves)
+    return a, b if b.count else a  # a single sample cannot be halved
+
+
+def _samples(
+    codes: _Codes, inputs: Iterable[Tensor], targets: _Targets, pieces: list[list[_Piece]], processes: Processes
+) -> Samples:
+    groups, width = codes.shift.shape
+    count = sum(len(piece.rows) for own in pieces for piece in own)
+    rows, device = codes.module.weight_shape[0] // groups, codes.shift.device
+    u, t = (torch.empty(groups, count, size, device=device) for size in (width, rows))
+    odd = torch.empty(count, dtype=torch.bool, device=device)
     filled = 0
-    for half, some_u, some_t in _samples(module, inputs, targets, positions, count, first, first_sample):
-        here = slice(filled, filled + some_u.shape[1])
-        u[:, here], t[:, here], odd[here] = some_u, some_t, half == 1
-        filled = here.stop
+    for x, own, of_chunk in zip(inputs, pieces, targets, strict=True):
+        for piece, some_u, some_t in zip(own, codes.at(x, own), of_chunk, strict=True):
+            here = slice(filled, filled + len(piece.rows))
+            u[:, here], t[:, here], odd[here] = codes.values(some_u), some_t, bool(piece.odd)
+            filled = here.stop
     if processes.count == 1:
         return Samples(u, t, odd)
     us, ts, odds = zip(*processes.gather([(u, t, odd)]), strict=True)
     return Samples(torch.cat(us, 1), torch.cat(ts, 1), torch.cat(odds))
 
 
-class _Extent(NamedTuple):
-    """A chunk of targets.
+# --- which samples are looked at --------------------------------------------------------------------------------
 
-    Attributes:
-        positions: of output maps.
-        samples: how many.
-        reach: float64 [O], the largest magnitude of each channel.
-    """
+
+class _Size(NamedTuple):
+    """A chunk of outputs: its positions, and samples."""
 
     positions: int
     samples: int
-    reach: Tensor
 
 
-def _extent(module: QuantModule, target: Tensor) -> _Extent:
-    rows = _channels_last(module, target)
-    reach = rows.flatten(0, -2).abs().amax(0).double().cpu()
-    return _Extent(rows[..., 0].numel(), len(rows), reach)
+class _Piece(NamedTuple):
+    """Samples of a chunk that are looked at together.
 
-
-def _channels_last(module: QuantModule, target: Tensor) -> Tensor:
-    """Return targets as [N, ..., O]."""
-    target = target.unsqueeze(0) if module.spec.is_single(target) else target
-    return target.movedim(module.spec.axis, -1)
-
-
-def _reach_of_input(module: QuantModule) -> Tensor:
-    """Return what no quantized input exceeds, float64 [G, d]."""
-    kernel, channels = module.weight_shape[2:].numel(), module.weight_shape[1] * module.groups
-    quantizer = module.activation
-    assert quantizer is not None
-    zero = quantizer.zero_point.double()
-    reach = torch.maximum(zero.abs(), torch.exp2(quantizer.bits.double()) - 1.0 - zero)
-    if not module.folded:
-        reach = reach * quantizer.scale.double()
-    reach = reach.expand(channels).view(module.groups, 1, -1)
-    return reach.expand(-1, kernel, -1).reshape(module.groups, -1)
-
-
-def _picked(positions: int, count: int) -> Tensor:
-    """Return which positions are looked at, in order, int64 [count]."""
-    if positions <= count:
-        return torch.arange(positions, device="cpu")
-    # One of each of equal parts, wherever the chunks are cut.
-    generator = torch.Generator().manual_seed(0)
-    jitter = torch.rand(count, dtype=torch.float64, generator=generator, device="cpu")
-    return ((torch.arange(count, device="cpu") + jitter) * (positions / count)).long()
-
-
-def _samples(
-    module: QuantModule,
-    inputs: Iterable[Tensor],
-    targets: Iterable[Tensor],
-    positions: int,
-    count: int,
-    first: int,
-    first_sample: int,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield which half they belong to and samples u float32 [G, n, d] and t float32 [G, n, R], `count` in all.
-
-    Args:
-        module: quantizes the input, and has the layer's geometry.
-        inputs: of this process, chunk by chunk.
-        targets: the same.
-        positions: of the output, in all processes.
-        count: how many of these are looked at.
-        first: how many positions come before those of this process.
-        first_sample: the same of samples.
+    Attributes:
+        odd: 1 if they belong to images of odd number, else 0.
+        rows: which positions of the chunk they are, int64 [n].
     """
-    groups, device = module.groups, module.weight_scale.device
-    picked = _picked(positions, count)
-    for x, target in zip(inputs, targets, strict=True):
-        u = module.quantized_input(x.to(device))
-        u = u.unsqueeze(0) if module.spec.is_single(u) else u
-        t = _channels_last(module, target.to(device))
-        rows = t[..., 0].numel()
-        low, high = torch.searchsorted(picked, torch.tensor([first, first + rows], device="cpu")).tolist()
-        here = picked[low:high] - first
+
+    odd: int
+    rows: Tensor
+
+
+def _size_of(module: QuantModule, output: Tensor) -> _Size:
+    output = _channels_last(module, output)
+    return _Size(output[..., 0].numel(), len(output))
+
+
+def _channels_last(module: QuantModule, output: Tensor) -> Tensor:
+    """View an output as [N, ..., O]."""
+    output = output.unsqueeze(0) if module.spec.is_single(output) else output
+    return output.movedim(module.spec.axis, -1)
+
+
+def _pick(sizes: Sequence[_Size], count: int) -> list[list[_Piece]]:
+    """Return which positions of each chunk are looked at, `count` in all: one of each of equal parts."""
+    positions = sum(size.positions for size in sizes)
+    picked = torch.arange(count, device="cpu")
+    if count < positions:
+        generator = torch.Generator().manual_seed(0)
+        jitter = torch.rand(count, dtype=torch.float64, generator=generator, device="cpu")
+        picked = ((picked + jitter) * (positions / count)).long()
+    ends = torch.tensor([size.positions for size in sizes], dtype=torch.int64, device="cpu").cumsum(0)
+    pieces: list[list[_Piece]] = []
+    first_sample = 0
+    for size, rows in zip(sizes, picked.tensor_split(torch.searchsorted(picked, ends)[:-1]), strict=True):
+        rows = rows - (ends[len(pieces)] - size.positions)
         # By the sample, so that no image is in both halves.
-        odd = (first_sample + here // max(1, rows // len(t))) % 2 == 1
-        first, first_sample = first + rows, first_sample + len(t)
-        for half, part in enumerate((here[~odd], here[odd])):
-            for some in part.split(_CHUNK):
-                if len(some):
-                    yield half, *_samples_at(module, u, t, some.to(u.device), groups)
+        odd = (first_sample + rows // max(1, size.positions // size.samples)) % 2
+        of_halves = [(half, rows[odd == half]) for half in (0, 1)]
+        pieces.append([_Piece(half, some) for half, own in of_halves for some in own.split(_CHUNK) if len(some)])
+        first_sample += size.samples
+    return pieces
 
 
-def _samples_at(module: QuantModule, u: Tensor, t: Tensor, rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Return what the outputs at some positions of t [*, O] read of u, and these outputs."""
-    at = torch.unravel_index(rows, t.shape[:-1])
-    n, channels = len(rows), u.shape[module.spec.axis] // groups
-    inputs = module.spec.windows(module, u)[at]  # [n, *kernel, C]
-    inputs = inputs.reshape(n, -1, groups, channels).permute(2, 0, 1, 3).reshape(groups, n, -1)
-    outputs = t[at].view(n, groups, -1).permute(1, 0, 2)
-    return inputs.float(), outputs.float()
+# --- what is read there -----------------------------------------------------------------------------------------
+
+
+class _Codes:
+    """The codes of a layer's input, as the outputs at some positions read them, less the middle of their range.
+
+    They are whole numbers, so that sums of products are exact, in whatever order, while they are below 2²⁴.
+
+    Attributes:
+        module: quantizes the input.
+        shift: what codes lack of q - z, float32 [G, d].
+        unit: what q - z is worth, float32 [G, d]; None where the scale is folded into the weights.
+        reach: what no code exceeds.
+    """
+
+    def __init__(self, module: QuantModule) -> None:
+        assert module.activation is not None
+        self.module, self._quantizer = module, module.activation
+        channels = module.weight_shape[1] * module.groups
+        last, zero = torch.exp2(self._quantizer.bits.float()) - 1.0, self._quantizer.zero_point.float()
+        self._middle = ((last + 1.0) / 2.0).floor().expand(channels)
+        self._outside = (zero - self._middle).expand(channels)
+        self.shift = self._along_inputs(-self._outside)
+        self.unit = None if module.folded else self._along_inputs(self._quantizer.scale.expand(channels))
+        # A code of the range, or that of what lies outside of an image, which is none where there are no bits.
+        self.reach = max(1.0, float(self._middle.max()), float(self._outside.abs().max()))
+
+    def _along_inputs(self, values: Tensor) -> Tensor:
+        """Return values of channels [C] for all inputs [G, d]."""
+        kernel = self.module.weight_shape[2:].numel()
+        return values.view(self.module.groups, 1, -1).expand(-1, kernel, -1).flatten(1)
+
+    def at(self, x: Tensor, pieces: Sequence[_Piece]) -> Iterator[Tensor]:
+        """Yield codes float32 [G, n, d] for pieces of a chunk, whose input is x."""
+        spec, groups = self.module.spec, self.module.groups
+        x = x.to(self.shift.device)
+        x = x.unsqueeze(0) if spec.is_single(x) else x
+        inside, width = x.shape[2:].numel() if spec.dims else 1, self.shift.shape[1]
+        pixels = x.flatten(2).mT if spec.dims else x.reshape(-1, 1, x.shape[-1])  # [N, *, C]
+        # Which pixel each output reads, and 0 for none, [positions of an image, *kernel].
+        reads = torch.ones(1, 1, dtype=torch.int64, device=x.device)
+        if spec.dims:
+            numbers = torch.arange(1.0, inside + 1, dtype=torch.float64, device=x.device).view(1, 1, *x.shape[2:])
+            reads = spec.windows(self.module, numbers)[0, ..., 0].flatten(0, spec.dims - 1).flatten(1).long()
+        whole = sum(len(piece.rows) for piece in pieces) * reads.shape[1] > pixels.shape[:2].numel()
+        quantizer = replace(self._quantizer, axis=-1)
+        pixels = quantizer.quantize(pixels) if whole else pixels
+        for piece in pieces:
+            rows = piece.rows.to(x.device)
+            at = reads[rows % len(reads)]
+            found = pixels[(rows // len(reads))[:, None], (at - 1).clamp_min(0)]  # [n, kernel, C]
+            found = (found if whole else quantizer.quantize(found)).float().sub_(self._middle)
+            if not bool(at.all()):
+                found[at == 0] = self._outside
+            n = len(rows)
+            found = found.view(n, at.shape[1], groups, -1).permute(2, 0, 1, 3)
+            yield found.reshape(groups, n, width)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Return u float32 [G, n, d], given codes, which are overwritten."""
+        u = codes.add_(self.shift[:, None])
+        return u if self.unit is None else u.mul_(self.unit[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class _Targets:
+    """Outputs to reproduce; for each chunk they are yielded for one piece after the other, float32 [G, n, R]."""
+
+    module: QuantModule
+    outputs: Sequence[Tensor]
+    added: Sequence[tuple[Tensor, Tensor]] | None
+    pieces: list[list[_Piece]]
+
+    def __iter__(self) -> Iterator[Iterator[Tensor]]:
+        added = itertools.repeat(None) if self.added is None else self.added
+        for y, summand, own in zip(self.outputs, added, self.pieces, strict=False):
+            yield (self._at(y, summand, piece.rows) for piece in own)
+
+    def _at(self, y: Tensor, summand: tuple[Tensor, Tensor] | None, rows: Tensor) -> Tensor:
+        def found(values: Tensor) -> Tensor:
+            values = _channels_last(self.module, values)
+            return values[torch.unravel_index(rows, values.shape[:-1])].to(self.module.weight_scale.device).float()
+
+        t = found(y)
+        if summand is not None:
+            t += found(summand[0].expand_as(y)) - found(summand[1].expand_as(y))
+        return t.view(len(rows), self.module.groups, -1).permute(1, 0, 2).contiguous()
+
+    def grid(self, count: int, processes: Processes) -> _Grid:
+        """Return the grid for sums of so many samples of all processes."""
+        own = [torch.stack([t.amin(1), t.amax(1)]) for of_chunk in self for t in of_chunk]
+        low, high = torch.stack(processes.gather(own)).unbind(1)
+        return _Grid(low.amin(0), high.amax(0), count)
+
+
+# --- sums -------------------------------------------------------------------------------------------------------
+
+
+class _Grid:
+    """Rounds sums so that sums of them are exact, and do not depend on their order, nor on who adds what.
+
+    1.5 · 2⁵² q added to p leaves no room for less than q: p comes back as a multiple of q. Here q is such that sums
+    of `count` products are below 2⁵¹ q: sums of rounded ones are whole numbers of q and fit into the 53 bits of
+    float64.
+
+    Attributes:
+        middle: of the range of each output, float32 [G, R], about which sums are taken: of values far from zero
+            little else would be left.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor, count: int) -> None:
+        """Make the grid for outputs between low and high, float32 [G, R]."""
+        self.middle = (low + high) / 2
+        reach = torch.maximum(high - self.middle, self.middle - low).double()
+        reach = torch.exp2(reach.clamp_min(torch.finfo(torch.float32).tiny).log2().ceil())
+        self._far = reach * (1.5 * 2.0 ** (math.ceil(math.log2(count)) + 2))
+
+    def rounded(self, sums: Tensor, reach: float) -> Tensor:
+        """Return sums [G, R, *] of products with what does not exceed `reach`, float64."""
+        far = (self._far * 2.0 ** math.ceil(math.log2(reach)))[:, :, None]
+        return sums.double().add_(far).sub_(far)
+
+
+class _Sums:
+    """Sums up samples of one half."""
+
+    def __init__(self, codes: _Codes, grid: _Grid) -> None:
+        groups, width = codes.shift.shape
+        self._codes, self._grid, self.count = codes, grid, 0
+        self._rows = max(1, int(_EXACT // codes.reach**2))  # of products whose sum is exact in float32
+        self._waiting = 0  # of these are in the float32 sums
+        self._exact = codes.shift.new_zeros(groups, width, width)  # on and above the diagonal
+        self._uu = self._exact.double()
+        self._u = codes.shift.new_zeros(groups, width, dtype=torch.float64)
+        self._t = grid.middle.new_zeros(*grid.middle.shape, 1, dtype=torch.float64)
+        self._tu = self._t.repeat(1, 1, width)
+
+    def add(self, u: Tensor, t: Tensor) -> None:
+        """Add samples: codes u float32 [G, n, d] and outputs t float32 [G, n, R], which is overwritten."""
+        t = t.sub_(self._grid.middle[:, None])
+        self._tu += self._grid.rounded(t.mT @ u, self._codes.reach)
+        self._t += self._grid.rounded(t.sum(1, dtype=torch.float64)[:, :, None], 1.0)
+        self._u += u.sum(1)  # exact, of so few rows
+        self.count += u.shape[1]
+        while u.shape[1]:
+            some, u = u[:, : self._rows - self._waiting], u[:, self._rows - self._waiting :]
+            for first in range(0, u.shape[2], _COLUMNS):
+                columns = slice(first, first + _COLUMNS)
+                self._exact[:, columns, first:].baddbmm_(some[:, :, columns].mT, some[:, :, first:])
+            self._waiting += some.shape[1]
+            if self._waiting == self._rows:
+                self._carry()
+
+    def _carry(self) -> None:
+        self._uu += self._exact
+        self._exact.zero_()
+        self._waiting = 0
+
+    def moments(self, processes: Processes) -> Moments:
+        """Return the moments of the samples of all processes."""
+        self._carry()
+        count = sum(processes.gather([self.count]))
+        uu, tu, u, t = processes.total([self._uu, self._tu, self._u, self._t.squeeze(2)])
+        uu = uu.triu_()
+        uu += uu.triu(1).mT
+        # Codes and outputs are what they lack away from u and t.
+        shift, middle = self._codes.shift.double(), self._grid.middle.double()
+        tu += middle[:, :, None] * u[:, None] + (t + count * middle)[:, :, None] * shift[:, None]
+        t += count * middle
+        uu += u[:, :, None] * shift[:, None] + shift[:, :, None] * (u + count * shift)[:, None]
+        u += count * shift
+        if (unit := self._codes.unit) is not None:
+            uu, tu, u = uu * (unit[:, :, None] * unit[:, None]), tu * unit[:, None], u * unit
+        return Moments(count, uu, tu, u, t)

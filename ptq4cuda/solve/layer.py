@@ -40,8 +40,10 @@ def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
         raise ValueError(f"layer {call.name!r}: {error}") from error
     measured = None
     if config.rounding != "nearest" or config.target != "weights":
-        targets = _TargetOutputs(call, config)
-        measured = layer_moments(module, call.signal.quantized, targets, call.signal.processes)
+        signal, added = call.signal, call.added if config.target == "block" else None
+        measured = layer_moments(
+            module, signal.quantized, signal.frontier.each(call.outputs), added, signal.processes
+        )
     module.set_weight(quantize_weight(weight, weight_bits, config.weights, module.groups, measured), call.layer.bias)
     outputs = match_output(module, call, config) if config.bias_correction == "output" else None
     return Solution(module, clip, outputs)

@@ -169,7 +169,7 @@ def test_out_of_memory_names_the_layer(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(ptq4cuda.calibrate.moments, "_samples_at", fail)
+    monkeypatch.setattr(ptq4cuda.calibrate.moments._Sums, "add", fail)
     with pytest.raises(MemoryError, match=r"out of memory at layer 'stem' \(.*\): give smaller calibration batches"):
         quantize(kind().eval(), [images], progress=False)
 
