@@ -143,6 +143,10 @@ inline ConvShape conv_shape(const char* op, Numbers x, int64_t out_channels, Num
     return s;
 }
 
+// Lists of a schema that are None where they would be empty.
+using TensorsOrNone = std::optional<std::vector<Tensor>>;
+using NumbersOrNone = std::optional<std::vector<int64_t>>;
+
 // The arguments of conv2d_integer, checked, and the outputs, allocated. The problem's first output is outputs[0].
 struct ConvArguments {
     using Pair = std::vector<int64_t>;
@@ -153,11 +157,11 @@ struct ConvArguments {
 
     ConvArguments(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
                   const Tensor& bias, Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups,
-                  int64_t low_bytes, std::optional<int64_t> span, double negative_slope, double upper,
+                  int64_t low_bytes, std::optional<int64_t> span, double negative_slope, std::optional<double> upper,
                   std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
-                  std::optional<Tensor> residual_zero_point, std::vector<Tensor> out_scale,
-                  std::vector<Tensor> out_zero_point, std::vector<Tensor> out_bits, std::vector<Tensor> out_starts,
-                  std::vector<int64_t> out_bytes, std::optional<ScalarType> dtype) {
+                  std::optional<Tensor> residual_zero_point, TensorsOrNone out_scale, TensorsOrNone out_zero_point,
+                  TensorsOrNone out_bits, TensorsOrNone out_starts, NumbersOrNone out_bytes,
+                  std::optional<int64_t> dtype) {
         const char* op = "conv2d_integer";
         ConvShape& shape = problem.shape;
         STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && x.dim() == 4, op,
@@ -177,7 +181,7 @@ struct ConvArguments {
                         ": span must be 1 to ", kLimit, " or, of nibbles, negative, got ", problem.span);
         STD_TORCH_CHECK(std::isfinite(negative_slope), op, ": negative_slope must be finite, got ",
                         text_of(static_cast<float>(negative_slope)));
-        STD_TORCH_CHECK(!std::isnan(upper), op, ": upper must be a number, got nan");
+        STD_TORCH_CHECK(!std::isnan(upper.value_or(INFINITY)), op, ": upper must be a number, got nan");
         source = keep(channels_last(x));
         const Tensor &panels = keep(as_contiguous(weight)), &factors = keep(as_contiguous(scale));
         const Tensor& offsets = keep(as_contiguous(bias));
@@ -191,21 +195,26 @@ struct ConvArguments {
             added_.emplace(op, x, *residual_scale, *residual_zero_point, std::nullopt, shape.out_channels);
             problem.residual_quantizer = added_->table();
         }
-        const size_t codes = out_scale.size();
-        STD_TORCH_CHECK(out_zero_point.size() == codes && out_bits.size() == codes && out_starts.size() == codes &&
-                            out_bytes.size() == codes,
+        const std::vector<Tensor> scales = out_scale.value_or(std::vector<Tensor>{}),
+                                  zero_points = out_zero_point.value_or(std::vector<Tensor>{}),
+                                  widths = out_bits.value_or(std::vector<Tensor>{}),
+                                  all_starts = out_starts.value_or(std::vector<Tensor>{});
+        const std::vector<int64_t> packed_bytes = out_bytes.value_or(std::vector<int64_t>{});
+        const size_t codes = scales.size();
+        STD_TORCH_CHECK(zero_points.size() == codes && widths.size() == codes && all_starts.size() == codes &&
+                            packed_bytes.size() == codes,
                         op,
                         ": out_scale, out_zero_point, out_bits, out_starts and out_bytes must have an item for each ",
-                        "output of codes, got ", codes, ", ", out_zero_point.size(), ", ", out_bits.size(), ", ",
-                        out_starts.size(), " and ", out_bytes.size());
+                        "output of codes, got ", codes, ", ", zero_points.size(), ", ", widths.size(), ", ",
+                        all_starts.size(), " and ", packed_bytes.size());
         STD_TORCH_CHECK(0 < codes + dtype.has_value() && codes + dtype.has_value() <= 2, op,
                         ": there are one or two outputs, got ", codes + dtype.has_value());
-        STD_TORCH_CHECK(!dtype || is_floating(*dtype), op, ": dtype must be float32, float16 or bfloat16, got ",
-                        name_of(dtype.value_or(ScalarType::Float)));
+        std::optional<ScalarType> values;
+        if (dtype) values = floating_type(op, *dtype);
         const auto packing = [&](size_t i) {
-            const Tensor& starts = out_starts[i];
+            const Tensor& starts = all_starts[i];
             if (starts.numel() == 0) return Packing{};
-            const int64_t octets = ceil_div(shape.out_channels, kOctet), bytes = out_bytes[i];
+            const int64_t octets = ceil_div(shape.out_channels, kOctet), bytes = packed_bytes[i];
             const std::string name = "out_starts[" + std::to_string(i) + "]";
             check_vector(op, name.c_str(), starts, ScalarType::Int, octets + 1, x);
             STD_TORCH_CHECK(bytes >= octets * kWordChannels && bytes % kWordChannels == 0 && bytes < kLimit &&
@@ -223,9 +232,9 @@ struct ConvArguments {
             const std::vector<int64_t> strides = {shape.out.height * width * channels, 1, width * channels, channels};
             outputs.push_back(empty_strided(size, strides, type, x));
         };
-        if (dtype) add_output(*dtype, Packing{});
+        if (values) add_output(*values, Packing{});
         for (size_t i = 0; i < codes; ++i) {
-            quantizers_.emplace_back(op, x, out_scale[i], out_zero_point[i], out_bits[i], shape.out_channels);
+            quantizers_.emplace_back(op, x, scales[i], zero_points[i], widths[i], shape.out_channels);
             const Packing packed = packing(i);
             add_output(ScalarType::Byte, packed);
             if (outputs.size() == 1) {
@@ -242,7 +251,7 @@ struct ConvArguments {
         if (zero_sums) problem.zero_sums = keep(as_contiguous(*zero_sums)).const_data_ptr<int32_t>();
         problem.scale = factors.const_data_ptr<float>();
         problem.bias = offsets.const_data_ptr<float>();
-        problem.activation = {static_cast<float>(negative_slope), static_cast<float>(upper)};
+        problem.activation = {static_cast<float>(negative_slope), static_cast<float>(upper.value_or(INFINITY))};
     }
 
 private:
@@ -285,15 +294,13 @@ template <class Backend>
 struct ConvOps {
     using Pair = std::vector<int64_t>;
 
-    static std::vector<Tensor> conv2d_integer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums,
-                                              const Tensor& scale, const Tensor& bias, Pair kernel_size, Pair stride,
-                                              Pair padding, Pair dilation, int64_t groups, int64_t low_bytes,
-                                              std::optional<int64_t> span, double negative_slope, double upper,
-                                              std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
-                                              std::optional<Tensor> residual_zero_point,
-                                              std::vector<Tensor> out_scale, std::vector<Tensor> out_zero_point,
-                                              std::vector<Tensor> out_bits, std::vector<Tensor> out_starts,
-                                              std::vector<int64_t> out_bytes, std::optional<ScalarType> dtype) {
+    static std::vector<Tensor> conv2d_integer(
+        const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
+        const Tensor& bias, Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups,
+        int64_t low_bytes, std::optional<int64_t> span, double negative_slope, std::optional<double> upper,
+        std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
+        std::optional<Tensor> residual_zero_point, TensorsOrNone out_scale, TensorsOrNone out_zero_point,
+        TensorsOrNone out_bits, TensorsOrNone out_starts, NumbersOrNone out_bytes, std::optional<int64_t> dtype) {
         const ConvArguments arguments(x, weight, zero_sums, scale, bias, kernel_size, stride, padding, dilation,
                                       groups, low_bytes, span, negative_slope, upper, residual, residual_scale,
                                       residual_zero_point, out_scale, out_zero_point, out_bits, out_starts, out_bytes,
@@ -303,7 +310,7 @@ struct ConvOps {
         if (!dtype) {
             Backend::conv(arguments.source, arguments.problem, y.mutable_data_ptr<uint8_t>());
         } else {
-            dispatch_floating(*dtype, [&](auto type) {
+            dispatch_floating(y.scalar_type(), [&](auto type) {
                 Backend::conv(arguments.source, arguments.problem, static_cast<decltype(type)*>(y.data_ptr()));
             });
         }

@@ -109,14 +109,14 @@ struct PackOps {
     }
 
     static Tensor unpack_dequantize(const Tensor& packed, const Tensor& scale, const Tensor& zero_point, int64_t axis,
-                                    int64_t channels, ScalarType dtype) {
+                                    int64_t channels, int64_t dtype) {
         const char* op = "unpack_dequantize";
         check_packed(op, packed);
         STD_TORCH_CHECK(channels >= 0 && pairs(channels) == packed.size(packed.dim() - 1), op, ": channels is ",
                         channels, ", which does not fit the packed shape ", shape_of(packed));
-        STD_TORCH_CHECK(is_floating(dtype), op, ": dtype must be float32, float16 or bfloat16, got ", name_of(dtype));
+        const ScalarType type = floating_type(op, dtype);
         const auto arguments = check_packed_quantizer(op, packed, scale, zero_point, channels, axis);
-        Tensor out = empty_unpacked(packed, channels, dtype);
+        Tensor out = empty_unpacked(packed, channels, type);
         fill_unpacked(packed, arguments, axis, out);
         return out;
     }

@@ -77,6 +77,15 @@ inline bool is_floating(ScalarType t) {
     return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
 }
 
+// The type that an operator's argument dtype is the number of: a schema's int, see ptq4cuda/ops/schemas.py.
+inline ScalarType floating_type(const char* op, int64_t number) {
+    const bool known = 0 <= number && number <= static_cast<int64_t>(ScalarType::BFloat16);
+    const auto type = static_cast<ScalarType>(known ? number : 0);
+    STD_TORCH_CHECK(is_floating(type), op, ": dtype must be float32, float16 or bfloat16, got ",
+                    known ? name_of(type) : std::to_string(number));
+    return type;
+}
+
 // Whether a product of sizes, none of which is negative, is less than a limit.
 inline bool product_below(int64_t limit, std::initializer_list<int64_t> sizes) {
     int64_t product = 1;

@@ -637,21 +637,20 @@ private:
 };
 
 std::vector<Tensor> run_layers(std::vector<Tensor> inputs, std::vector<Tensor> constants, std::vector<int64_t> code,
-                               ScalarType dtype) {
+                               int64_t dtype) {
     STD_TORCH_CHECK(!inputs.empty(), kOp, ": there is no input");
-    STD_TORCH_CHECK(is_floating(dtype), kOp, ": dtype must be float32, float16 or bfloat16, got ", name_of(dtype));
-    return Execution(inputs, constants, code, dtype).run();
+    return Execution(inputs, constants, code, floating_type(kOp, dtype)).run();
 }
 
 // What run_layers needs of a call of conv2d_integer but for its weight: as bytes.
 Tensor prepare_layer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
                      const Tensor& bias, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t low_bytes,
-                     std::optional<int64_t> span, double negative_slope, double upper, std::optional<Tensor> residual,
-                     std::optional<Tensor> residual_scale, std::optional<Tensor> residual_zero_point,
-                     std::vector<Tensor> out_scale, std::vector<Tensor> out_zero_point, std::vector<Tensor> out_bits,
-                     std::vector<Tensor> out_starts, std::vector<int64_t> out_bytes,
-                     std::optional<ScalarType> dtype) {
+                     std::optional<int64_t> span, double negative_slope, std::optional<double> upper,
+                     std::optional<Tensor> residual, std::optional<Tensor> residual_scale,
+                     std::optional<Tensor> residual_zero_point, TensorsOrNone out_scale, TensorsOrNone out_zero_point,
+                     TensorsOrNone out_bits, TensorsOrNone out_starts, NumbersOrNone out_bytes,
+                     std::optional<int64_t> dtype) {
     const ConvArguments arguments(x, weight, zero_sums, scale, bias, kernel_size, stride, padding, dilation, groups,
                                   low_bytes, span, negative_slope, upper, residual, residual_scale,
                                   residual_zero_point, out_scale, out_zero_point, out_bits, out_starts, out_bytes,

@@ -281,13 +281,13 @@ class IntegerConv2d(QuantizerState):
             self.low_bytes,
             self.span,
             self.activation.negative_slope,
-            self.activation.upper,
+            None if self.activation.upper == math.inf else self.activation.upper,
             residual,
             self.residual_scale,
             self.residual_zero_point,
-            *([getattr(self, name) for name in names] for names in self._outputs),
-            self.packed_bytes,
-            self.dtype if self.has_values else None,
+            *([getattr(self, name) for name in names] or None for names in self._outputs),
+            self.packed_bytes or None,
+            checks.number_of(self.dtype) if self.has_values else None,
         )
 
     def weight_codes(self, layer: QuantModule) -> Tensor:

@@ -30,6 +30,7 @@ from ptq4cuda.execute.engines import (
     packed_values,
 )
 from ptq4cuda.execute.program import LayerProgram, Step, Value, map_values
+from ptq4cuda.ops.checks import number_of
 from ptq4cuda.ops.layers import Code
 
 
@@ -74,13 +75,15 @@ class Region(nn.Module):
         self._build = _build()
         layers = [e.convolution if isinstance(e, IntegerLayer) else e for e in self.engines]
         convolutions = [layer for layer in layers if isinstance(layer, IntegerConv2d)]
-        self._dtype = next((layer.dtype for layer in convolutions), torch.float32)
+        self._dtype = number_of(next((layer.dtype for layer in convolutions), torch.float32))
         on_cpu = all(b.device.type == "cpu" for layer in layers for b in layer.buffers())
         if not (_native.cpu_loaded and on_cpu) or any(c.low_bytes or any(c.packed_bytes) for c in convolutions):
             return
         code = Code(self.features)
         for call in self.calls:
             assert _write(call, code) == list(call.outputs)
+        if not code.constants:  # codes are but moved, and an empty list is not handed on (ops.schemas)
+            return
         self._numbers, self._constants = code.returning(self.results), code.constants
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Region:

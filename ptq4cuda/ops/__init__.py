@@ -208,7 +208,7 @@ def unpack_dequantize(
         scale, zero_point = _vectors(packed, scale, zero_point)
     checks.unpack_dequantize(packed, scale, zero_point, axis, channels, dtype)
     if out is None:
-        return _ops.unpack_dequantize(packed, scale, zero_point, axis, channels, dtype)  # type: ignore[no-any-return]
+        return _ops.unpack_dequantize(packed, scale, zero_point, axis, channels, checks.number_of(dtype))  # type: ignore[no-any-return]
     checks.unpack_dequantize_out(packed, scale, zero_point, axis, out=out)
     if out.shape[1] != channels:
         raise ValueError(f"out must have {channels} channels, its shape is {list(out.shape)}")
@@ -416,16 +416,16 @@ def conv2d_integer(
         low_bytes,
         span,
         negative_slope,
-        upper,
+        None if upper == math.inf else upper,
         residual,
         residual_scale,
         residual_zero_point,
-        [output.scale for output in coded],
-        [output.zero_point for output in coded],
-        [output.bits for output in coded],
-        [whole if layout is None else layout.starts for layout in packed],
-        [0 if layout is None else layout.bytes for layout in packed],
-        dtype if outputs[0] is None else None,
+        [output.scale for output in coded] or None,
+        [output.zero_point for output in coded] or None,
+        [output.bits for output in coded] or None,
+        [whole if layout is None else layout.starts for layout in packed] or None,
+        [0 if layout is None else layout.bytes for layout in packed] or None,
+        checks.number_of(dtype) if outputs[0] is None else None,
     )
     checks.conv2d_integer(*arguments)
     for name, values in (("scale", scale), ("bias", bias)):

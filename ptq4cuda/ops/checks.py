@@ -23,6 +23,12 @@ from ptq4cuda.compat import expect_true, storage_id
 from ptq4cuda.ops import panels
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+# The number of a dtype is its place here: that of ScalarType in PyTorch.
+DTYPES = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64),
+    *(torch.complex32, torch.complex64, torch.complex128, torch.bool, torch.qint8, torch.quint8, torch.qint32),
+    torch.bfloat16,
+)
 MAX_BINS = 4096
 MAX_ZERO_POINT = 1 << 22  # codes and zero points are held in float32, exactly
 _LIMIT = 1 << 30  # of what the kernels of convolutions count in 32 bits
@@ -65,6 +71,21 @@ def check_input(x: Tensor) -> None:
     """Raise TypeError unless x is a tensor of a dtype that is quantized."""
     if not isinstance(x, Tensor) or x.dtype not in FLOATING:
         raise TypeError(f"x must be a float32, float16 or bfloat16 tensor, got {describe(x)}")
+
+
+def floating_dtype(dtype: int | torch.dtype) -> torch.dtype:
+    """Return a dtype of values in floating point, given itself or its number, or raise TypeError."""
+    if type(dtype) is int and 0 <= dtype < len(DTYPES):
+        dtype = DTYPES[dtype]
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def number_of(dtype: torch.dtype) -> int:
+    """Return the number of a dtype, for an operator."""
+    return DTYPES.index(dtype)
 
 
 def _check_axis(x: Tensor, axis: int) -> int:
@@ -254,7 +275,7 @@ def _check_packed(packed: Tensor) -> None:
 
 
 def unpack_dequantize(
-    packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, channels: int, dtype: torch.dtype
+    packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, channels: int, dtype: int | torch.dtype
 ) -> None:
     """Check the arguments of the operator."""
     _check_packed(packed)
@@ -262,8 +283,7 @@ def unpack_dequantize(
         raise TypeError(f"channels must be an int, got {type(channels).__name__}")
     if not (_holds(channels >= 0) and _holds((channels + 1) // 2 == packed.shape[-1])):
         raise ValueError(f"channels is {channels}, which does not fit the packed shape {list(packed.shape)}")
-    if dtype not in FLOATING:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    floating_dtype(dtype)
     axis = pack_axis(packed.dim(), axis)
     _check_quantizer(packed, packed.shape[0] if axis == 0 else channels, scale, zero_point, None)
 
@@ -430,16 +450,16 @@ def conv2d_integer(
     low_bytes: int,
     span: int | None,
     negative_slope: float,
-    upper: float,
+    upper: float | None,
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero_point: Tensor | None,
-    out_scale: Sequence[Tensor],
-    out_zero_point: Sequence[Tensor],
-    out_bits: Sequence[Tensor],
-    out_starts: Sequence[Tensor],
-    out_bytes: Sequence[int],
-    dtype: torch.dtype | None,
+    out_scale: Sequence[Tensor] | None,
+    out_zero_point: Sequence[Tensor] | None,
+    out_bits: Sequence[Tensor] | None,
+    out_starts: Sequence[Tensor] | None,
+    out_bytes: Sequence[int] | None,
+    dtype: int | torch.dtype | None,
 ) -> None:
     """Check the arguments of the operator."""
     if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
@@ -489,14 +509,14 @@ def conv2d_integer(
         raise ValueError(f"span must be 1 to {_LIMIT} or, of nibbles, negative, got {span}")
     if not math.isfinite(negative_slope):
         raise ValueError(f"negative_slope must be finite, got {negative_slope:g}")
-    if math.isnan(upper):
+    if upper is not None and math.isnan(upper):
         raise ValueError("upper must be a number, got nan")
     if residual is not None:
         _check_tensor("residual", residual, torch.uint8, (x.shape[0], outputs, *size), x)
         if residual_scale is None or residual_zero_point is None:
             raise ValueError("residual needs residual_scale and residual_zero_point")
         _check_quantizer(x, outputs, residual_scale, residual_zero_point, None)
-    lists = (out_scale, out_zero_point, out_bits, out_starts, out_bytes)
+    lists = tuple(given or () for given in (out_scale, out_zero_point, out_bits, out_starts, out_bytes))
     lengths = [len(given) for given in lists]
     if len(set(lengths)) > 1:
         *first, last = lengths
@@ -504,11 +524,11 @@ def conv2d_integer(
             "out_scale, out_zero_point, out_bits, out_starts and out_bytes must have an item for each output of "
             f"codes, got {', '.join(map(str, first))} and {last}"
         )
-    count = len(out_scale) + (dtype is not None)
+    count = lengths[0] + (dtype is not None)
     if not 0 < count <= 2:
         raise ValueError(f"there are one or two outputs, got {count}")
-    if dtype is not None and dtype not in FLOATING:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    if dtype is not None:
+        floating_dtype(dtype)
     whole_octets = panels.whole_octets(outputs, codes // groups, groups)
     for i, (scales, zero_points, bits, starts, packed) in enumerate(zip(*lists, strict=True)):
         _check_quantizer(x, outputs, scales, zero_points, bits)

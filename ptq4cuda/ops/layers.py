@@ -1,6 +1,6 @@
 """The code of run_layers: steps of a network in integers as numbers, for the operator that executes them in a row.
 
-    run_layers(Tensor[] inputs, Tensor[] constants, int[] code, ScalarType dtype) -> Tensor[]
+    run_layers(Tensor[] inputs, Tensor[] constants, int[] code, int dtype) -> Tensor[]
 
 Values have numbers: the inputs first, then what steps give, in order. The code is
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4cuda.ops.checks import output_size
+from ptq4cuda.ops.checks import floating_dtype, output_size
 from ptq4cuda.ops.panels import NIBBLES
 
 Pair = tuple[int, int]
@@ -110,10 +110,10 @@ class Code:
 
 
 def run_layers(
-    inputs: Sequence[Tensor], constants: Sequence[Tensor], code: Sequence[int], dtype: torch.dtype
+    inputs: Sequence[Tensor], constants: Sequence[Tensor], code: Sequence[int], dtype: int
 ) -> list[Tensor]:
     """Return what the operator does in form alone: its fake kernel."""
-    numbers = iter(code)
+    numbers, of_values = iter(code), floating_dtype(dtype)
     count = next(numbers)
     results = [next(numbers) for _ in range(next(numbers))]
     features = [bool(next(numbers)) for _ in inputs]
@@ -123,7 +123,7 @@ def run_layers(
         _form(kind, numbers, sizes, flat, values)
     made = []
     for result in results:
-        shape, kind_of = sizes[result], dtype if values.get(result) else torch.uint8
+        shape, kind_of = sizes[result], of_values if values.get(result) else torch.uint8
         if flat[result]:
             made.append(inputs[0].new_empty(shape, dtype=kind_of))
         else:

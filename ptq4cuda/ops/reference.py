@@ -6,6 +6,7 @@ have been checked by ops.checks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -81,13 +82,13 @@ def quantize_pack(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Te
 
 
 def unpack_dequantize(
-    packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, channels: int, dtype: torch.dtype
+    packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, channels: int, dtype: int | torch.dtype
 ) -> Tensor:
     """Packed 4-bit codes, uint8 [N, *spatial, ceil(C / 2)], to values [N, C, *spatial], channels innermost."""
     codes = torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2)[..., :channels].movedim(-1, 1)
     axis = axis % codes.dim()
     values = (codes.float() - _along(zero_point, codes, axis).float()) * _along(scale, codes, axis)
-    out = packed.new_empty((*packed.shape[:-1], channels), dtype=dtype).movedim(-1, 1)
+    out = packed.new_empty((*packed.shape[:-1], channels), dtype=checks.floating_dtype(dtype)).movedim(-1, 1)
     return out.copy_(values)
 
 
@@ -193,16 +194,16 @@ def conv2d_integer(
     low_bytes: int,
     span: int | None,
     negative_slope: float,
-    upper: float,
+    upper: float | None,
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero_point: Tensor | None,
-    out_scale: Sequence[Tensor],
-    out_zero_point: Sequence[Tensor],
-    out_bits: Sequence[Tensor],
-    out_starts: Sequence[Tensor],
-    out_bytes: Sequence[int],
-    dtype: torch.dtype | None,
+    out_scale: Sequence[Tensor] | None,
+    out_zero_point: Sequence[Tensor] | None,
+    out_bits: Sequence[Tensor] | None,
+    out_starts: Sequence[Tensor] | None,
+    out_bytes: Sequence[int] | None,
+    dtype: int | torch.dtype | None,
 ) -> list[Tensor]:
     """Convolve codes with integer weights; values, or the codes of the next layer, channels innermost in memory."""
     size = checks.output_size(x.shape[2:], kernel_size, stride, padding, dilation)
@@ -227,12 +228,11 @@ def conv2d_integer(
         assert residual_scale is not None and residual_zero_point is not None
         y = y + (residual.float() - _along(residual_zero_point, x, 1).float()) * _along(residual_scale, x, 1)
     low = torch.zeros_like(y) if negative_slope == 0 else negative_slope * y  # zeros of a ReLU are positive
-    y = torch.where(y > 0, y, low).clamp_max(upper)
+    y = torch.where(y > 0, y, low).clamp_max(math.inf if upper is None else upper)
 
-    outputs = [] if dtype is None else [y.to(dtype)]
-    for scale, zero_point, bits, starts, n in zip(
-        out_scale, out_zero_point, out_bits, out_starts, out_bytes, strict=True
-    ):
+    outputs = [] if dtype is None else [y.to(checks.floating_dtype(dtype))]
+    coded = (out_scale, out_zero_point, out_bits, out_starts, out_bytes)
+    for scale, zero_point, bits, starts, n in zip(*(given or () for given in coded), strict=True):
         codes = quantize(y, scale, zero_point, bits, 1)
         outputs.append(nibbles.pack(codes, bits.expand(y.shape[1]), starts, n) if starts.numel() else codes)
     return [out.movedim(1, -1).contiguous().movedim(-1, 1) for out in outputs]

@@ -53,9 +53,9 @@ def _fake_quantize_pack(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _fake_unpack_dequantize(
-    packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, channels: int, dtype: torch.dtype
+    packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, channels: int, dtype: int
 ) -> Tensor:
-    return packed.new_empty((*packed.shape[:-1], channels), dtype=dtype).movedim(-1, 1)
+    return packed.new_empty((*packed.shape[:-1], channels), dtype=checks.floating_dtype(dtype)).movedim(-1, 1)
 
 
 def _fake_pack_codes(codes: Tensor, bits: Tensor, offsets: Tensor, packed_bytes: int) -> Tensor:
@@ -93,8 +93,8 @@ def _fake_conv2d_integer(
     starts, sizes, values = arguments[-3:]
     height, width = checks.output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     channels = [scale.shape[0]] if values is not None else []
-    channels += [size if s.shape[0] else scale.shape[0] for s, size in zip(starts, sizes, strict=True)]
-    dtypes = [torch.uint8 if i or values is None else values for i in range(len(channels))]
+    channels += [size if s.shape[0] else scale.shape[0] for s, size in zip(starts or (), sizes or (), strict=True)]
+    dtypes = [torch.uint8 if i or values is None else checks.floating_dtype(values) for i in range(len(channels))]
     return [
         x.new_empty((x.shape[0], height, width, c), dtype=dtype).movedim(-1, 1)
         for c, dtype in zip(channels, dtypes, strict=True)
@@ -137,7 +137,9 @@ _OUT: dict[str, Callable[..., None]] = {
     "fake_quantize": _out_of(reference.fake_quantize),
     "quantize": _out_of(reference.quantize),
     "quantize_pack": _out_of(reference.quantize_pack),
-    "unpack_dequantize": _out_of(reference.unpack_dequantize, lambda out: (out.shape[1], out.dtype)),
+    "unpack_dequantize": _out_of(
+        reference.unpack_dequantize, lambda out: (out.shape[1], checks.number_of(out.dtype))
+    ),
     "pack_codes": _out_of(reference.pack_codes, lambda out: (out.shape[0],)),
     "unpack_codes": _out_of(reference.unpack_codes, lambda out: (out.shape[1],)),
 }

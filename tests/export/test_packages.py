@@ -32,11 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages")
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 2, 1)
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 2, 1)),
+        nn.ConvTranspose2d(2, 2, 2, 2, output_padding=1),  # an operator of its own, whose values have no upper bound
     )
     network = quantize(net.eval(), [torch.randn(32, 3, 12, 10)], QuantConfig.fast())
     batch = torch.export.Dim("batch", min=1, max=16)
     program = torch.export.export(network, (torch.randn(4, 3, 12, 10),), dynamic_shapes=({0: batch},))
+    called = {str(node.target) for node in program.graph.nodes if "ptq4cuda" in str(node.target)}
+    assert called == {"ptq4cuda.run_layers.default", "ptq4cuda.conv2d_integer.default"}
     torch.export.save(program, folder / "program.pt2")
     quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
     torch._inductor.aoti_compile_and_package(

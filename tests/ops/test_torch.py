@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import ptq4cuda.ops
 from ops import oracle
 from ops.backends import NATIVE, Backend, same_storage_on
-from ptq4cuda.ops import panels, registration
+from ptq4cuda.ops import checks, panels, registration, schemas
 from ptq4cuda.ops.nibbles import Nibbles
 
 POOLING = (2, 3), (1, 2), (1, 1), (2, 1), True
@@ -71,6 +71,15 @@ OPERATORS = list(samples("contiguous", torch.float32))
 def overload(namespace: str, name: str) -> Any:
     packet, _, variant = name.partition(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), variant or "default")
+
+
+def test_exported_programs_hold_no_dtype_as_such() -> None:
+    assert not [schema for schema in (*schemas.SCHEMAS, *schemas.CPU_SCHEMAS) if "ScalarType" in schema]
+    library = torch.library.Library("ptq4cuda_numbers", "DEF")
+    library.define("number_of(Tensor x, int dtype) -> int")
+    library.impl("number_of", lambda x, number: number, "CompositeExplicitAutograd")
+    numbers = [torch.ops.ptq4cuda_numbers.number_of(torch.empty(0), dtype) for dtype in checks.DTYPES]
+    assert numbers == [checks.number_of(dtype) for dtype in checks.DTYPES]  # PyTorch's are ours
 
 
 def test_every_schema_is_sampled() -> None:
