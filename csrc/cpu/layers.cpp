@@ -235,23 +235,37 @@ public:
                             " is an input, or returned twice");
             v.last = steps_.size();
         }
-        find_chains();
         for (int64_t r : results) {
             Value& v = value(r);
             outputs.push_back(empty_strided(v.sizes(), v.strides(), v.dtype, inputs_.at(0)));
             v.data = static_cast<uint8_t*>(outputs.back().data_ptr());
         }
-        place_values();
-        made_.reserve(steps_.size());
-        for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1)
-            chains_[i].last > i ? make_chain(chains_[i]) : make_step(steps_[i]);
-        Steps(std::move(made_)).run();
+        const std::vector<Value> values = values_;
+        const std::vector<Planned> steps = steps_;
+        plan();
+        const int64_t images = images_of_all();
+        if (arena_.size() <= kArenaBytes || images < 2) {
+            execute();
+            return outputs;
+        }
+        const int64_t most = std::max<int64_t>(1, images * kArenaBytes / arena_.size());
+        const int64_t times = ceil_div(images, most);
+        for (int64_t i = 0; i < times; ++i) {
+            values_ = values;
+            steps_ = steps;
+            take_images(images * i / times, images * (i + 1) / times);
+            plan();
+            execute();
+        }
         return outputs;
     }
 
 private:
     static constexpr int64_t kMostValues = 1 << 20;
     static constexpr size_t kLeastNumbers = 3;  // of a step
+    // Images whose values take more are executed some at a time. From 32 MiB on, memory is handed out anew by the
+    // system in each call, page by page, which takes as long as a fifth of a network.
+    static constexpr int64_t kArenaBytes = 28 << 20;
 
     // A step as it was read.
     struct Planned {
@@ -512,9 +526,13 @@ private:
         made_.push_back(std::make_unique<Chain>(std::move(links), chain.rows, chain.memory));
     }
 
-    void place_values() {
-        Arena arena;
-        std::vector<std::pair<uint8_t**, int64_t>> places;
+    // --- places
+
+    void plan() {
+        chains_.clear();
+        find_chains();
+        arena_ = {};
+        places_.clear();
         size_t next = 0;  // step whose chain has no memory yet
         for (int64_t number : order_) {
             Value& v = values_[number];
@@ -523,15 +541,44 @@ private:
                 if (chain.first == chain.last) continue;
                 const int64_t bytes =
                     torch::stable::get_num_threads() * Chain::bytes_of(shapes_of(chain), chain.rows);
-                places.emplace_back(&chain.memory, arena.place(bytes, chain.first, chain.last));
+                places_.emplace_back(&chain.memory, arena_.place(bytes, chain.first, chain.last));
             }
-            if (!v.data && !v.between) places.emplace_back(&v.data, arena.place(v.bytes(), v.made, v.last));
+            if (!v.data && !v.between) places_.emplace_back(&v.data, arena_.place(v.bytes(), v.made, v.last));
         }
-        if (arena.size() == 0) return;
-        held_.push_back(empty_vector(arena.size() + simd::kLine, ScalarType::Byte, inputs_.at(0)));
-        uint8_t* begin = held_.back().mutable_data_ptr<uint8_t>();
+    }
+
+    void execute() {
+        const int64_t bytes = arena_.size() + simd::kLine;
+        if (!memory_ || memory_->numel() < bytes) memory_ = empty_vector(bytes, ScalarType::Byte, inputs_.at(0));
+        uint8_t* begin = memory_->mutable_data_ptr<uint8_t>();
         begin += -reinterpret_cast<uintptr_t>(begin) & (simd::kLine - 1);
-        for (const auto& [data, at] : places) *data = begin + at;
+        for (const auto& [data, at] : places_) *data = begin + at;
+        made_.reserve(steps_.size());
+        for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1)
+            chains_[i].last > i ? make_chain(chains_[i]) : make_step(steps_[i]);
+        Steps(std::exchange(made_, {})).run();
+    }
+
+    // --- images some at a time
+
+    // How many images there are, if all values have as many, else 0.
+    int64_t images_of_all() const {
+        const int64_t images = values_[0].images[0];
+        for (size_t i = 1; i < inputs_.size(); ++i)
+            if (values_[i].images[0] != images) return 0;
+        return images;
+    }
+
+    // Lets values and steps be those of some images.
+    void take_images(int64_t begin, int64_t end) {
+        for (Value& v : values_) {
+            if (v.data) v.data += v.bytes() / v.images[0] * begin;
+            v.images[0] = end - begin;
+        }
+        for (Planned& step : steps_) {
+            if (step.kind == kConvolve) step.shape.batch = end - begin;
+            if (step.kind == kMaxPool) step.pool.batch = end - begin;
+        }
     }
 
     // --- the steps: their fields in the code, and what executes them
@@ -632,7 +679,10 @@ private:
     std::vector<Planned> steps_;
     std::vector<Chained> chains_;  // that each step belongs to
     std::vector<bool> beside_;     // whether the channels of an input lie beside each other
-    std::vector<Tensor> held_;     // what values lie in
+    std::vector<Tensor> held_;     // what inputs lie in
+    Arena arena_;
+    std::vector<std::pair<uint8_t**, int64_t>> places_;  // in it
+    std::optional<Tensor> memory_;                       // that it is
     std::vector<std::unique_ptr<const Step>> made_;
 };
 

@@ -123,6 +123,14 @@ def test_all_in_integers_is_one_region(network: nn.Module, pictures: Tensor) -> 
     }
 
 
+def test_many_images_are_executed_some_at_a_time(network: nn.Module, pictures: Tensor) -> None:
+    """So many that their values would take more than memory that is kept."""
+    (region,) = regions_of(network)
+    few = region(pictures)
+    many = region(pictures.repeat(4001, 1, 1, 1))
+    assert all(torch.equal(y, x.repeat(4001, *[1] * (x.dim() - 1))) for x, y in zip(few, many, strict=True))
+
+
 @pytest.mark.parametrize("batch", [0, 1, 5])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_at_a_stretch_as_one_by_one(network: nn.Module, pictures: Tensor, batch: int, threads: int) -> None:
