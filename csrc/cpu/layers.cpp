@@ -223,41 +223,17 @@ public:
         : inputs_(inputs), constants_(constants), code_(code), dtype_(dtype) {}
 
     std::vector<Tensor> run() {
-        values_.resize(bounded(next(), kMostValues));
-        const Numbers results = list();
-        for (size_t i = 0; i < inputs_.size(); ++i) take_input(i);
-        steps_.reserve((code_.size() - at_) / kLeastNumbers + 1);
-        while (at_ < code_.size()) plan_step();
-        std::vector<Tensor> outputs;
-        for (int64_t r : results) {
-            Value& v = value(r);
-            STD_TORCH_CHECK(r >= static_cast<int64_t>(inputs_.size()) && v.last < steps_.size(), kOp, ": value ", r,
-                            " is an input, or returned twice");
-            v.last = steps_.size();
-        }
-        for (int64_t r : results) {
-            Value& v = value(r);
-            outputs.push_back(empty_strided(v.sizes(), v.strides(), v.dtype, inputs_.at(0)));
-            v.data = static_cast<uint8_t*>(outputs.back().data_ptr());
-        }
-        const std::vector<Value> values = values_;
-        const std::vector<Planned> steps = steps_;
-        plan();
-        const int64_t images = images_of_all();
-        if (arena_.size() <= kArenaBytes || images < 2) {
-            execute();
-            return outputs;
-        }
-        const int64_t most = std::max<int64_t>(1, images * kArenaBytes / arena_.size());
-        const int64_t times = ceil_div(images, most);
-        for (int64_t i = 0; i < times; ++i) {
-            values_ = values;
-            steps_ = steps;
-            take_images(images * i / times, images * (i + 1) / times);
-            plan();
-            execute();
-        }
+        const std::vector<Tensor> outputs = begin();
+        for_images([&] { execute(); });
         return outputs;
+    }
+
+    // Bytes of the memory that values lie in meanwhile.
+    int64_t memory() {
+        const std::vector<Tensor> outputs = begin();
+        int64_t most = 0;
+        for_images([&] { most = std::max(most, arena_.size()); });
+        return most;
     }
 
 private:
@@ -276,6 +252,28 @@ private:
             PoolProblem pool;
         };
     };
+
+    // Reads the code, and returns what there will be results in.
+    std::vector<Tensor> begin() {
+        values_.resize(bounded(next(), kMostValues));
+        const Numbers results = list();
+        for (size_t i = 0; i < inputs_.size(); ++i) take_input(i);
+        steps_.reserve((code_.size() - at_) / kLeastNumbers + 1);
+        while (at_ < code_.size()) plan_step();
+        std::vector<Tensor> outputs;
+        for (int64_t r : results) {
+            Value& v = value(r);
+            STD_TORCH_CHECK(r >= static_cast<int64_t>(inputs_.size()) && v.last < steps_.size(), kOp, ": value ", r,
+                            " is an input, or returned twice");
+            v.last = steps_.size();
+        }
+        for (int64_t r : results) {
+            Value& v = value(r);
+            outputs.push_back(empty_strided(v.sizes(), v.strides(), v.dtype, inputs_.at(0)));
+            v.data = static_cast<uint8_t*>(outputs.back().data_ptr());
+        }
+        return outputs;
+    }
 
     // --- reading numbers
 
@@ -561,6 +559,24 @@ private:
 
     // --- images some at a time
 
+    // Plans all images, or some after the others, and calls f for each plan.
+    template <class F>
+    void for_images(const F& f) {
+        const std::vector<Value> values = values_;
+        const std::vector<Planned> steps = steps_;
+        plan();
+        const int64_t images = images_of_all();
+        if (arena_.size() <= kArenaBytes || images < 2) return f();
+        const int64_t times = ceil_div(images, std::max<int64_t>(1, images * kArenaBytes / arena_.size()));
+        for (int64_t i = 0; i < times; ++i) {
+            values_ = values;
+            steps_ = steps;
+            take_images(images * i / times, images * (i + 1) / times);
+            plan();
+            f();
+        }
+    }
+
     // How many images there are, if all values have as many, else 0.
     int64_t images_of_all() const {
         const int64_t images = values_[0].images[0];
@@ -692,6 +708,13 @@ std::vector<Tensor> run_layers(std::vector<Tensor> inputs, std::vector<Tensor> c
     return Execution(inputs, constants, code, floating_type(kOp, dtype)).run();
 }
 
+// The bytes that run_layers takes with these arguments beside them and its results.
+int64_t memory_of_layers(std::vector<Tensor> inputs, std::vector<Tensor> constants, std::vector<int64_t> code,
+                         int64_t dtype) {
+    STD_TORCH_CHECK(!inputs.empty(), kOp, ": there is no input");
+    return Execution(inputs, constants, code, floating_type(kOp, dtype)).memory();
+}
+
 // What run_layers needs of a call of conv2d_integer but for its weight: as bytes.
 Tensor prepare_layer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
                      const Tensor& bias, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
@@ -719,6 +742,7 @@ Tensor prepare_layer(const Tensor& x, const Tensor& weight, std::optional<Tensor
 STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) {
     m.impl("prepare_layer", TORCH_BOX(&prepare_layer));
     m.impl("run_layers", TORCH_BOX(&run_layers));
+    m.impl("memory_of_layers", TORCH_BOX(&memory_of_layers));
 }
 
 }  // namespace ptq4cuda

@@ -222,7 +222,10 @@ def held_bytes(network: nn.Module) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of what operators return for as long as it lives; their working memory is not seen."""
+    """Counts the bytes of what operators return for as long as it lives, and of values within a region.
+
+    Other working memory of operators is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -231,12 +234,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        within = 0
+        if func is torch.ops.ptq4cuda.run_layers.default:
+            within = torch.ops.ptq4cuda.memory_of_layers(*args)
         given = {id(storage) for storage in storages((args, kwargs))}
         for storage in storages(result):
             if id(storage) not in given:  # neither a view nor written in place
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._release, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+        self.peak = max(self.peak, self.live + within)
         return result
 
     def _release(self, size: int) -> None:

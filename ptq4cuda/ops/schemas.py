@@ -39,4 +39,5 @@ SCHEMAS = (
 CPU_SCHEMAS = (
     f"prepare_layer({_CONVOLUTION}) -> Tensor",
     "run_layers(Tensor[] inputs, Tensor[] constants, int[] code, int dtype) -> Tensor[]",
+    "memory_of_layers(Tensor[] inputs, Tensor[] constants, int[] code, int dtype) -> int",
 )

@@ -126,9 +126,14 @@ def test_all_in_integers_is_one_region(network: nn.Module, pictures: Tensor) -> 
 def test_many_images_are_executed_some_at_a_time(network: nn.Module, pictures: Tensor) -> None:
     """So many that their values would take more than memory that is kept."""
     (region,) = regions_of(network)
-    few = region(pictures)
-    many = region(pictures.repeat(4001, 1, 1, 1))
-    assert all(torch.equal(y, x.repeat(4001, *[1] * (x.dim() - 1))) for x, y in zip(few, many, strict=True))
+    copies = 4001
+    few, many = region(pictures), region(pictures.repeat(copies, 1, 1, 1))
+    assert all(torch.equal(y, x.repeat(copies, *[1] * (x.dim() - 1))) for x, y in zip(few, many, strict=True))
+    of_few, of_many = (
+        torch.ops.ptq4cuda.memory_of_layers([x], region._constants, region._numbers, region._dtype)
+        for x in (pictures, pictures.repeat(copies, 1, 1, 1))
+    )
+    assert of_few < of_many <= 28 << 20 < of_few * copies
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5])
