@@ -12,7 +12,7 @@ given all others, and the best scale and offset for the codes in closed form, un
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -251,8 +251,8 @@ class _Rows:
                 code = self.clamp(block[:, j].round())
                 codes[:, first + j] = code
                 errors[:, j] = (block[:, j] - code).div_(inner[:, j, j, None])
-                block[:, j + 1 :] -= inner[:, j, j + 1 :, None] * errors[:, j, None]
-            left[:, end:] -= u[:, first:end, end:].mT @ errors
+                block[:, j + 1 :].addcmul_(inner[:, j, j + 1 :, None], errors[:, j, None], value=-1.0)
+            left[:, end:].baddbmm_(u[:, first:end, end:].mT, errors, alpha=-1.0)
         self.codes = left.scatter_(1, index, codes)
 
     def descend(self, products: _Products) -> bool:
@@ -271,8 +271,8 @@ class _Rows:
                 new = self.clamp((old - gradient[:, j] / curvature[:, first + j]).round_())
                 torch.sub(new, old, out=moves[:, j])
                 codes[:, j] = new
-                gradient[:, j + 1 :] += inner[:, j, j + 1 :, None] * moves[:, j, None]
-            products.codes += self.h[:, :, here] @ moves
+                gradient[:, j + 1 :].addcmul_(inner[:, j, j + 1 :, None], moves[:, j, None])
+            products.codes.baddbmm_(self.h[:, :, here], moves)
             changed |= (moves != 0).any()
         return bool(changed)
 
@@ -294,8 +294,12 @@ class _Rows:
         along = ct + offset * ot
         square = cc + 2.0 * offset * c1 + offset.square() * oo
         scale = along / square
-        candidate = replace(self, scale=scale, offset=offset)
-        better = (scale > 0) & torch.isfinite(scale) & (candidate.error(products) < self.error(products))
+        # Errors, but for that of weights of zero: the least for the new offset, and as they are.
+        least = -scale * along
+        present = self.scale * (
+            self.scale * (cc + 2.0 * self.offset * c1 + self.offset.square() * oo) - 2.0 * (ct + self.offset * ot)
+        )
+        better = (scale > 0) & torch.isfinite(scale) & (least < present)
         self.scale = torch.where(better, scale, self.scale)
         self.offset = torch.where(better, offset, self.offset)
 
