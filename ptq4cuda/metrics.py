@@ -50,6 +50,10 @@ class Noise:
         merged._chunks = processes.gather(self._chunks)
         return merged
 
+    def sum_up(self) -> None:
+        """Let all chunks so far be one, of which nothing is known of samples: of many small ones little is held."""
+        self._chunks = [(self._totals, {})]
+
     def add(self, expected: Any, found: Any, samples: int = 0) -> None:
         """Add a chunk; what is not a floating tensor is passed over.
 

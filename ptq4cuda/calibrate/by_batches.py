@@ -160,6 +160,7 @@ class _BatchWalk(GraphWalk):
         self.batches, self.whole = inputs, whole
         self.measured: dict[_Key, _Measured] = {}
         self.clips: dict[fx.Node, tuple[Outliers | None, Outliers | None]] = {}  # also of what was before activations
+        self.extents: dict[tuple[int, int], tuple[int, int]] = {}  # that there are, each of them once
         self.known: dict[_Key, _KnownSignal] = {}
         self.calls: dict[fx.Node, LayerCall] = {}
         self.solutions: dict[fx.Node, Solution] = {}
@@ -226,7 +227,8 @@ class _BatchWalk(GraphWalk):
             measured = self.measured.setdefault(key, _Measured(signal.activation, signal.before is not None))
             axis, values = key[1], [x, *(signal.before or [])]
             if centres is None:
-                measured.extents.append(extent_of(self.specs[node], x))
+                extent = extent_of(self.specs[node], x)
+                measured.extents.append(self.extents.setdefault(extent, extent))
                 most = suspected(self.batches.samples * -(-len(x) // batch_size(self.inputs[0])))
                 measured.add_extremes([Extremes.of(v, axis, self._importance(key[0]), most) for v in values])
             centre = None if centres is None else centres[key]
@@ -268,14 +270,14 @@ class _BatchWalk(GraphWalk):
 
     def compare(self) -> None:
         """Run the network in both streams, and note the noise and some samples at each layer."""
-        picked = {}
+        picked: dict[fx.Node, dict[int, list[int]]] = {}  # rows of the few batches that have any
         values: dict[fx.Node, int] = {}
         room: dict[fx.Node, Tensor] = {}
         for node in self.layers:
             extents, before = self.processes.placed(self.measured[self._key(node)].extents)
-            picked[node] = picked_samples(extents)[before:]
-            own = zip(picked[node], extents[before:], strict=False)
+            own = list(zip(picked_samples(extents)[before:], self.measured[self._key(node)].extents, strict=False))
             values[node] = sum(len(rows) * (numel // samples) for rows, (samples, numel) in own)
+            picked[node] = {batch: rows for batch, (rows, _) in enumerate(own) if rows}
             self.noises[node], self.samples[node] = Noise(), []
 
         def keep(node: fx.Node, x: Tensor) -> None:
@@ -287,12 +289,13 @@ class _BatchWalk(GraphWalk):
 
         def compared(node: fx.Node, signal: Signal) -> tuple[Tensor, Tensor]:
             x, quantized = signal.streams[0]
-            rows = picked[node][self.batch]
-            if rows:
-                keep(node, rows_of(self.specs[node], quantized, rows))
+            if self.batch in picked[node]:
+                keep(node, rows_of(self.specs[node], quantized, picked[node][self.batch]))
             y = self._float(node, x)
             y_quantized = self.frontier.hold(self.solutions[node].module(self.frontier.fetch(quantized)))
             self.noises[node].add(y, y_quantized)
+            if self.processes.count == 1:
+                self.noises[node].sum_up()
             return y, y_quantized
 
         self._each_batch(compared)

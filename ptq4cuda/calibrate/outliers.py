@@ -28,7 +28,7 @@ _PER_SHARE = 255.0 * math.sqrt(12.0) / 6.0
 _LEAST_RATIO = 8.0  # networks on clean images: up to 6, up to 11 where fewer than eight samples are compared
 _LEAST_OF_FEW, _FEW = 16.0, 8
 _LEAST_CONFIRMED = 64.0
-_SUSPECTED = 3  # samples at most, or one in 64
+_SUSPECTED, _MOST_SUSPECTED = 3, 64  # samples at most, or one in 64 up to so many: those of each channel are held
 _STRIPES = 16  # a sample that has no other beside it is compared by parts
 
 
@@ -79,7 +79,7 @@ def find_outliers(
 
 def suspected(samples: int) -> int:
     """Return how many of so many samples may be outliers, at most."""
-    return max(1, min(samples // 8, max(_SUSPECTED, samples // 64)))
+    return max(1, min(samples // 8, max(_SUSPECTED, min(samples // 64, _MOST_SUSPECTED))))
 
 
 @dataclass(frozen=True, eq=False)
