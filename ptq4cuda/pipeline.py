@@ -127,7 +127,7 @@ def quantize(
             evaluate does on a network.
         MemoryError: memory does not suffice; the message says where.
         OSError: the spill folder or that of the checkpoint has no room left; or, as ConnectionError, another process
-            of the group has failed, has ended or did not come for 50 seconds.
+            of the group has failed, has ended or did not come for 40 seconds.
     """
     processes = Processes.of(process_group)
     with processes.ending_together():

@@ -25,7 +25,7 @@ from ptq4cuda.errors import first_line, kind_and_line
 
 T = TypeVar("T")
 
-TIMEOUT = 50.0  # seconds that processes wait for each other
+TIMEOUT = 40.0  # seconds that processes wait for each other: with all that is around it, a hang ends within a minute
 _GATHER, _TOTAL, _FROM_FIRST, _FAILED = range(4)
 _PLACES = ("gather", "total", "from_first", "failed")
 

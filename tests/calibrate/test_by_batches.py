@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 import ptq4cuda.pipeline as pipeline
 from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.artifact.record import record_of
+from ptq4cuda.calibrate import histograms
 
 
 class Net(nn.Module):
@@ -66,3 +68,16 @@ def test_the_network_is_that_of_all_batches_together(
 def test_more_batches_take_no_more_memory(images: Tensor) -> None:
     held = [made([images[:4]] * count, QuantConfig.paper())[1]["frontier_bytes"] for count in (3, 12)]
     assert held[0] == held[1] > 0
+
+
+def test_little_is_kept_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Python's objects, of which each layer had 700 bytes for each batch; tensors are held in one block."""
+    monkeypatch.setattr(histograms, "_VALUES", 64)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), *(nn.Conv2d(4, 4, 1) for _ in range(7))).eval()
+    peaks = []
+    for count in (3, 6, 30):
+        tracemalloc.start()
+        quantize(network, [torch.ones(1, 3, 4, 4)] * count, QuantConfig.naive(), progress=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 24 * 8 * 350
