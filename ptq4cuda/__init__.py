@@ -1,6 +1,9 @@
 """4-bit post-training quantization of convolutional networks."""
 
-from ptq4cuda import ops
+from ptq4cuda import (
+    _starting,  # noqa: F401  # first, for Ctrl-C while the rest is imported
+    ops,
+)
 from ptq4cuda._version import __version__
 from ptq4cuda.artifact.file import load, save
 from ptq4cuda.artifact.report import report

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ptq4cuda import _starting
 from ptq4cuda._version import __version__
 from ptq4cuda.artifact.writing import check_writable
 
@@ -529,13 +530,14 @@ def _mistakes(*others: type[Exception]) -> Iterator[None]:
     """Tell a mistake of the caller's in one sentence, and leave with exit status 2."""
     kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, MemoryError, *others)
     try:
+        _starting.started()
         yield
     except kinds as error:
         told = error.strerror if isinstance(error, OSError) and error.filename is None else None
         typer.echo(f"ptq4cuda: {told or str(error) or 'out of memory'}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("ptq4cuda: interrupted", err=True)
+        typer.echo("\nptq4cuda: interrupted", err=True)
         raise typer.Exit(130) from None
 
 

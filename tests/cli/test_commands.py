@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -233,8 +235,27 @@ def test_an_interrupted_quantize_leaves_no_file(folder: Path, monkeypatch: pytes
     result = run(
         "quantize", "small_model:build", "--calibration", folder / "images", "-o", folder / "x", "--size", 16
     )
-    assert result.exit_code == 130
+    assert (result.exit_code, result.stderr) == (130, "\nptq4cuda: interrupted\n")
     assert not (folder / "x").exists()
+
+
+@pytest.mark.parametrize(("module", "returncode"), [("ptq4cuda", 130), ("another", 1)])
+def test_an_interrupt_while_torch_is_imported(tmp_path: Path, module: str, returncode: int) -> None:
+    """A command says so in a line; a program that imports the package gets KeyboardInterrupt, as of any other."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "another.py").write_text(
+        "try:\n    import ptq4cuda\nexcept KeyboardInterrupt:\n    raise SystemExit(1)"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(ptq4cuda.__file__).parents[1])])
+    run = subprocess.run(
+        [sys.executable, "-m", module, "info"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout) == (returncode, "")
+    assert run.stderr == ("\nptq4cuda: interrupted\n" if returncode == 130 else "")
 
 
 def test_an_image_that_does_not_fit_into_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
