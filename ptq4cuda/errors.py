@@ -33,6 +33,21 @@ def kind_and_line(error: BaseException) -> str:
 
 
 @contextmanager
+def naming_failures(what: str) -> Iterator[None]:
+    """Say what failed in somebody else's code, but for want of memory.
+
+    Raises:
+        ValueError: anything was raised.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # a script may read arguments that are not its own
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{what} ({kind_and_line(error)})") from error
+
+
+@contextmanager
 def naming_what_needs_memory(what: str) -> Iterator[None]:
     """Say where memory did not suffice.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4cuda.containers import contents, named_contents
-from ptq4cuda.errors import is_out_of_memory, kind_and_line
+from ptq4cuda.errors import is_out_of_memory, kind_and_line, naming_failures
 from ptq4cuda.processes import ALONE, Processes
 
 _PIECE = 1 << 16  # values
@@ -246,6 +246,28 @@ def _decibels(ratio: float) -> float:
     return 10.0 * math.log10(ratio) if ratio > 0.0 else -math.inf
 
 
+def class_scores(network: nn.Module, what: str, x: Tensor, target: Tensor) -> Tensor:
+    """Return the scores [N, classes] that a classifier gives images.
+
+    Args:
+        network: the classifier.
+        what: it is.
+        x: [N, C, H, W], left as they are.
+        target: classes [N], -1 where they are not known.
+
+    Raises:
+        ValueError: it fails, it gives something else than scores, or has fewer classes.
+    """
+    with naming_failures(f"{what} fails on a batch {list(x.shape)}"):
+        scores = network(x.clone())  # it may write into it
+    if not isinstance(scores, Tensor) or scores.dim() != 2:
+        found = f"a tensor {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"{what} is no classifier, which returns scores [N, classes]: it returns {found}")
+    if scores.shape[1] <= int(target.max()):
+        raise ValueError(f"the images are of {int(target.max()) + 1} classes or more, {what} has {scores.shape[1]}")
+    return scores
+
+
 @torch.no_grad()
 def compare(
     model: nn.Module,
@@ -262,12 +284,15 @@ def compare(
         processes: whose images are counted together.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images; see class_scores.
     """
     images = float_right = right = agree = 0
     noise = Noise()
     for x, target in batches:
-        expected, found = model(x.clone()).double(), quantized(x.clone()).double()  # they may write into it
+        expected, found = (
+            class_scores(network, what, x, target).double()
+            for network, what in ((model, "the float model"), (quantized, "the quantized network"))
+        )
         images += len(x)
         float_right += int((expected.argmax(1) == target).sum())
         right += int((found.argmax(1) == target).sum())

@@ -20,7 +20,7 @@ from ptq4cuda.bench.timing import machine_line, take_turns
 from ptq4cuda.calibrate.inputs import Batch, arguments_of, batch_size, check_model, device_of
 from ptq4cuda.compat import tree_map_only
 from ptq4cuda.config import QuantConfig
-from ptq4cuda.errors import is_out_of_memory, kind_and_line
+from ptq4cuda.errors import naming_failures
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.pipeline import quantize
 
@@ -219,11 +219,7 @@ def _call(way: str, network: nn.Module, batch: Batch) -> Callable[[], object]:
     """
     args, kwargs = batch
     call = partial(network, *args, **kwargs)
-    try:
+    name = "the float network" if way == "float" else "the quantized network"
+    with naming_failures(f"{name} fails on a batch of {batch_size(batch)}"):
         call()
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        name = "the float network" if way == "float" else "the quantized network"
-        raise ValueError(f"{name} fails on a batch of {batch_size(batch)} ({kind_and_line(error)})") from error
     return call

@@ -84,7 +84,9 @@ def check_float_model(model: nn.Module) -> None:
             raise ValueError(f"the model's {name!r} is on the meta device, without values")
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float64, torch.complex64, torch.complex128):
-            raise ValueError(f"the model's {name!r} is {parameter.dtype}, not float32, float16 or bfloat16")
+            raise ValueError(
+                f"the model's {name!r} is {parameter.dtype}, not float32, float16 or bfloat16: model.float()"
+            )
 
 
 def device_of(network: nn.Module) -> torch.device:

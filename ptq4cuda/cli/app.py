@@ -350,7 +350,8 @@ class _Subject:
         self.device: torch.device = torch.device(_device(device))
         self.model: nn.Module
         self.model, preprocessing = find_model(name, weights, pretrained, classes, random)
-        self.model.to(self.device)
+        kept = sorted({str(p.dtype) for p in self.model.parameters() if p.is_floating_point()} - {"torch.float32"})
+        self.model.to(self.device, torch.float32)  # as images are
         self.preprocessing: Preprocessing = preprocessing.changed(
             size=None if size is None else _pair(size),
             resize=resize,
@@ -359,7 +360,8 @@ class _Subject:
             interpolation=interpolation,
         )
         parameters = sum(p.numel() for p in self.model.parameters())
-        _say(f"model: {name}, {parameters:,} parameters, on {self.device}\nimages: {self.preprocessing}")
+        taken = f" ({', '.join(kept)}, taken as float32)".replace("torch.", "") if kept else ""
+        _say(f"model: {name}, {parameters:,} parameters{taken}, on {self.device}\nimages: {self.preprocessing}")
 
     def folder(self, path: Path, most: int | None) -> "Folder":
         """List images, and say what was found."""
@@ -383,6 +385,7 @@ class _Subject:
 
         from ptq4cuda.calibrate.frontier import Frontier
         from ptq4cuda.cli.images import progress
+        from ptq4cuda.metrics import class_scores
 
         folder = self.folder(path, None)
         if folder.labels is None:
@@ -395,9 +398,7 @@ class _Subject:
             right = 0
             with progress(len(folder.files), "evaluate") as bar:
                 for pixels, target in map(frontier.fetch, kept):
-                    scores = network(self.preprocessing.normalized(pixels))
-                    if scores.shape[1] < folder.classes:
-                        raise ValueError(f"{str(path)!r} has {folder.classes} classes, the model {scores.shape[1]}")
+                    scores = class_scores(network, "the network", self.preprocessing.normalized(pixels), target)
                     right += int((scores.argmax(1) == target).sum())
                     bar.update(len(target))
             return 100.0 * right / len(folder.files)

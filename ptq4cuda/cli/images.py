@@ -166,11 +166,6 @@ class Folder:
         labels = None if self.labels is None else self.labels[first:end]
         return replace(self, files=self.files[first:end], labels=labels)
 
-    @property
-    def classes(self) -> int:
-        """Number of classes that the labels speak of."""
-        return 0 if self.labels is None else max(self.labels) + 1
-
     def pixels(self, preprocessing: Preprocessing, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of pixels, uint8 [N, C, H, W], and labels [N], -1 where there are none, and show progress."""
         labels = self.labels if self.labels is not None else [-1] * len(self.files)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ptq4cuda.artifact.file import float_form, load
 from ptq4cuda.artifact.record import record_of
+from ptq4cuda.errors import naming_failures
 from ptq4cuda.metrics import Noise
 from ptq4cuda.nn import QuantModule
 
@@ -65,7 +66,9 @@ def compare_layers(model: nn.Module, file: Path, images: Iterable[Tensor]) -> li
         quantized.get_submodule(name).register_forward_hook(partial(against, name))
     whole, batches = Noise(), 0
     for x in images:
-        whole.add(reference(x.clone()), quantized(x.clone()))
+        with naming_failures(f"the float model fails on a batch {list(x.shape)}"):
+            expected = reference(x.clone())
+        whole.add(expected, quantized(x.clone()))
         outputs.clear()
         batches += 1
     if not batches:

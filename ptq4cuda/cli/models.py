@@ -7,8 +7,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ptq4cuda.cli.images import Preprocessing
-from ptq4cuda.errors import first_line, kind_and_line
+from ptq4cuda.errors import first_line, naming_failures
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # under which training scripts keep a state_dict
 
@@ -50,7 +49,7 @@ def find_model(
         make = _of_library(name, pretrained and weights is None, given)
         if weights is None and not pretrained and not random:
             raise ValueError(f"{name} would have random weights: give --weights FILE, or --pretrained")
-        with _naming(f"{name} cannot be built"):
+        with naming_failures(f"{name} cannot be built"):
             model, preprocessing = make()
     if weights is not None:
         load_weights(model, weights)
@@ -149,7 +148,7 @@ def _own(name: str, given: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
         )
     if os.getcwd() not in sys.path:  # as with `python -m`
         sys.path.insert(0, os.getcwd())
-    with _naming(f"{module_name} cannot be imported"):
+    with naming_failures(f"{module_name} cannot be imported"):
         found: Any = importlib.import_module(module_name)
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -161,25 +160,12 @@ def _own(name: str, given: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise ValueError(f"{name} is no callable that returns a model, but {type(found).__name__}")
-        with _naming(f"{name} cannot be called"):
+        with naming_failures(f"{name} cannot be called"):
             found = found(**given)
         if not isinstance(found, nn.Module):
             raise ValueError(f"{name} returns no torch.nn.Module, but {type(found).__name__}")
     config = getattr(found, "pretrained_cfg", None)
     return found, preprocessing_of_timm(config) if isinstance(config, dict) else Preprocessing()
-
-
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Say what failed in somebody's code.
-
-    Raises:
-        ValueError: anything was raised.
-    """
-    try:
-        yield
-    except (Exception, SystemExit) as error:  # a script may read arguments that are not its own
-        raise ValueError(f"{what} ({kind_and_line(error)})") from error
 
 
 # --- weights --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -203,7 +204,7 @@ def test_completion(folder: Path) -> None:
         ),
         ("quantize_images --max-drop 1", "--max-drop is how much of the top-1 on --evaluate may be lost"),
         ("quantize_images --evaluate images/ape", "has images that are in no folder of a class"),
-        ("quantize_images --evaluate many --size 16", "'many' has 3 classes, the model 2"),
+        ("quantize_images --evaluate many --size 16", "the images are of 3 classes or more, the network has 2"),
         ("quantize_images -o images", "ptq4cuda: 'images' cannot be written: it is a folder"),
         ("quantize_images --size 12,12", "--size must be pixels"),
         ("quantize_images --mean a", "--mean must be numbers"),
@@ -225,6 +226,33 @@ def test_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str,
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (folder / "x").exists()
+
+
+def test_weights_of_16_bits_are_taken_as_32(folder: Path) -> None:
+    sys.modules["small_model"].half = lambda: build().half()  # type: ignore[attr-defined]
+    options = ("--calibration", folder / "images", "--size", 16, "--preset", "fast")
+    result = run("quantize", "small_model:half", *options, "-o", folder / "net.ptq4")
+    assert result.exit_code == 0, result.output
+    assert "model: small_model:half, 842 parameters (float16, taken as float32), on cpu" in result.output
+    result = run("evaluate", "small_model:half", folder / "net.ptq4", folder / "images", "--size", 16)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+def test_images_that_the_model_fails_on(folder: Path, command: str) -> None:
+    grey = ("--mean", 0.5, "--std", 0.5)
+    file = quantized(folder, "--preset", "fast")
+    result = run(command, "small_model:build", file, folder / "images", "--size", 16, *grey)
+    assert result.exit_code == 2
+    assert re.fullmatch(r"ptq4cuda: the float model fails on a batch \[12, 1, 16, 16\] .*\n", result.stderr)
+
+
+def test_what_is_no_classifier_has_no_top1() -> None:
+    net, x = nn.Conv2d(3, 2, 1), torch.zeros(4, 3, 8, 8)
+    with pytest.raises(
+        ValueError, match=r"^the float model is no classifier, .*: it returns a tensor \[4, 2, 8, 8\]$"
+    ):
+        compare(net, net, [(x, torch.zeros(4, dtype=torch.int64))])
 
 
 def test_an_interrupted_quantize_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
