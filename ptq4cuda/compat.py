@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace, graph_module
-from torch.fx.experimental.symbolic_shapes import expect_true
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -27,11 +26,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = [  # what torch imports itself is imported from here
     "TorchDispatchMode",  # sees every operator of a forward and what it returns. Replaced by: nothing
     "WeakIdKeyDictionary",  # by tensor, which weakref.WeakKeyDictionary would compare by value. Replaced by: nothing
-    "expect_true",  # holds sizes that only the data tells to a condition. torch._check would raise torch's sentence
     "tree_leaves",  # values in nested containers, as torch.fx sees them. Replaced by: nothing, all of torch uses them
     "tree_map",
     "tree_map_only",
 ]
+
+
+def expect_true(condition: Any) -> bool:
+    """Hold sizes that only the data tells to a condition. torch._check would raise torch's sentence."""
+    from torch.fx.experimental import symbolic_shapes  # with sympy, a fifth of a second that only tracing takes
+
+    return bool(symbolic_shapes.expect_true(condition))
+
 
 # Methods of nn.Module that modules of the package override. Hooks could replace the last two
 # (register_state_dict_post_hook, register_load_state_dict_pre_hook), but each instance would have to carry them.

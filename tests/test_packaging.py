@@ -27,6 +27,18 @@ def test_the_installed_package_is_tested_and_not_the_source_folder() -> None:
     assert native.cpu_loaded, native.cpu_reason
 
 
+def test_importing_it_imports_nothing_heavy_beside_torch(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import ptq4cuda
+heavy = "sympy", "torch._dynamo", "torch._inductor", "onnx", "typer", "rich", "matplotlib", "PIL", "pandas"
+print([name for name in heavy if name in set(sys.modules) - before])
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
 def libraries() -> list[str]:
     return [path for path in (native.cpu_path, native.cuda_path) if path]
 
