@@ -82,7 +82,7 @@ def paper(images: int) -> list[Method]:
 
 
 def ladder(images: int) -> list[Method]:
-    """Return the default recipe step by step; every row can be executed with integers."""
+    """Return the default recipe step by step; integers can execute every row but the first."""
     fast, full = QuantConfig.fast(), QuantConfig()
     alike = replace(full, layer_allocation="uniform")
     rows = {
