@@ -180,11 +180,11 @@ def _quantize(
     with naming_what_needs_memory("in a forward of the model"):
         shares = Shares()
         if shares_bits(config) or steps_of(config):
-            shares = solved.shares(lambda: shares_of(model, inputs, config))
+            shares = solved.shares(lambda: shares_of(model, inputs, config, progress))
     config = replace(config, **shares.left_out)  # type: ignore[arg-type]
 
     def simulated(config: QuantConfig) -> tuple[nn.Module, QuantRecord]:
-        network, record = quantize_once(model, inputs, config, progress, solved, shares.bits)
+        network, record = quantize_once(model, inputs, config, "quantize" if progress else "", solved, shares.bits)
         if shares.left_out:
             without = " and ".join(f"{field} {way!r}" for field, way in shares.left_out.items())
             record.left_out = f"quantized with {without}, as samples that were not fitted to say"
@@ -205,7 +205,9 @@ def _quantize(
     if raising:
         reference, _, _ = prepare(model, inputs, config)
         matching = config.bias_correction != "none"
-        parts = processes.from_first(measure_parts(reference, network, judged, match_means=matching))
+        parts = processes.from_first(
+            measure_parts(reference, network, judged, matching, "measure" if progress else "")
+        )
         trial = raise_layers(trial, parts, config, measure, lambda raised: executed(*simulated(raised)))
     if trial.record.few_samples:
         warnings.warn(f"ptq4cuda: {trial.record.few_samples}", stacklevel=3)
@@ -261,7 +263,7 @@ class Solved:
         return found
 
 
-def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Shares:
+def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, progress: bool) -> Shares:
     """Return which steps are left out, and the bits of each layer where layers share them, as other samples say.
 
     Networks are quantized quickly for it, from a few samples, in each process.
@@ -280,7 +282,8 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Shares:
         for *way, network, noise in tried:
             if way == [config, shares]:
                 return network, noise
-        network = quantize_once(model, some, config, False, Solved(ALONE), shares, measured=False)[0].eval()
+        what = f"trial {len(tried) + 1}" if progress else ""
+        network = quantize_once(model, some, config, what, Solved(ALONE), shares, measured=False)[0].eval()
         tried.append((config, shares, network, output_noise(model, network, others).relative))
         return tried[-1][2:]
 
@@ -292,7 +295,8 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig) -> Shares:
         return Shares(left_out=left_out)
     network, noise = quantized(quick, {})
     reference, _, _ = prepare(model, some, quick)
-    parts = measure_parts(reference, network, some, config.bias_correction != "none")
+    matching = config.bias_correction != "none"
+    parts = measure_parts(reference, network, some, matching, "measure" if progress else "")
     bits = share_out(parts, config)
     alike = all(number == getattr(config, kind) for own in bits.values() for kind, number in own.items())
     if alike or noise <= quantized(quick, bits)[1]:
@@ -304,7 +308,7 @@ def quantize_once(
     model: nn.Module,
     inputs: Inputs,
     config: QuantConfig,
-    progress: bool,
+    progress: str,
     solved: Solved,
     shares: Overrides,
     measured: bool = True,
@@ -315,7 +319,7 @@ def quantize_once(
         model: the float model.
         inputs: calibration data.
         config: how to quantize.
-        progress: whether to show it.
+        progress: what its bar is called, "" for none.
         solved: by earlier walks, and by this one: layers before the first of other bits are not solved again.
         shares: the bits of layers that share out those of the network.
         measured: whether layers are measured, for a report.

@@ -52,7 +52,7 @@ def walk_batches(
     inputs: Inputs,
     solve: Solver,
     kept: Kept,
-    progress: bool,
+    progress: str,
     keep_before: bool,
     absdev: bool,
     whole: bool,
@@ -67,7 +67,7 @@ def walk_batches(
         inputs: calibration data.
         solve: quantizes a layer, for which it asks for the statistics of its input alone.
         kept: tells why a layer stays in float.
-        progress: show a progress bar.
+        progress: what its bar is called, "" for none.
         keep_before: what values were before their activation, for rules that look at that.
         absdev: whether deviations are taken about the mean of all batches, and not of each.
         whole: statistics are those of a tensor, not of its channels.

@@ -39,7 +39,7 @@ def walk_graph(
     solve: Solver,
     operand: Callable[[Signal], QuantParams],
     kept: Kept,
-    progress: bool,
+    progress: str,
     keep_before: bool = True,
     measured: bool = True,
 ) -> WalkResult:
@@ -51,7 +51,7 @@ def walk_graph(
         solve: quantizes a layer.
         operand: fits the quantizer of a residual operand.
         kept: tells why a layer stays in float.
-        progress: show a progress bar.
+        progress: what its bar is called, "" for none.
         keep_before: what values were before their activation, for rules that look at that.
         measured: whether layers are measured, for a report; if not there are no records of them.
 

@@ -45,7 +45,7 @@ def walk_modules(
     inputs: Inputs,
     solve: Solver,
     kept: Kept,
-    progress: bool,
+    progress: str,
     keep_before: bool = True,
     measured: bool = True,
 ) -> WalkResult:

@@ -272,6 +272,6 @@ def record_float(name: str, module: nn.Module | None, kind: str, reason: str) ->
     return LayerRecord(name=name, kind=kind, float_bytes=size, bytes=size, reason=reason)
 
 
-def progress_bar(total: int, show: bool) -> Any:
-    """Return a progress bar that appears once the work takes longer than a moment."""
-    return tqdm(total=total, desc="quantize", unit="layer", disable=not show, delay=1.0)
+def progress_bar(total: int, what: str) -> Any:
+    """Return a progress bar, called what is done, that appears once that takes longer than a moment; none for ""."""
+    return tqdm(total=total, desc=what, unit="layer", disable=not what, delay=1.0)

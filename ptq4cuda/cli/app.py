@@ -139,6 +139,8 @@ def quantize_command(
         config = _config(preset, field or [])
         subject = _Subject(model, weights, pretrained, classes, device, size, resize, mean, std, interpolation)
         folder = subject.folder(calibration, images).share(batch, processes)
+        if preset == "default":
+            _say("preset: default, the most accurate; --preset fast takes about a third of its time")
         limit = None if memory_limit is None else round(memory_limit * 2**30)
         measure = None if evaluate is None else subject.top1(evaluate, batch, Memory(limit, spill_folder))
         # They wait on the host, as many as memory_limit allows.

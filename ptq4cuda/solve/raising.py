@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ptq4cuda.artifact.record import QuantRecord, Trade
 from ptq4cuda.calibrate.inputs import Inputs, some_samples
+from ptq4cuda.calibrate.signals import progress_bar
 from ptq4cuda.config import QuantConfig
 from ptq4cuda.containers import call_apart
 from ptq4cuda.metrics import Measure, Noise
@@ -88,7 +89,9 @@ class Trial:
 
 
 @torch.no_grad()
-def measure_parts(reference: nn.Module, quantized: nn.Module, inputs: Inputs, match_means: bool) -> list[Part]:
+def measure_parts(
+    reference: nn.Module, quantized: nn.Module, inputs: Inputs, match_means: bool, progress: str = ""
+) -> list[Part]:
     """Measure what the weights and the input of each quantized layer cost at the network's outputs, each alone.
 
     Args:
@@ -97,6 +100,7 @@ def measure_parts(reference: nn.Module, quantized: nn.Module, inputs: Inputs, ma
         inputs: calibration data, of which the first samples are used.
         match_means: whether the mean of what a part makes of a layer's output is that of the float layer, as where
             biases are corrected.
+        progress: what its bar is called, "" for none.
     """
     some = inputs.head(_SAMPLES)
 
@@ -137,8 +141,14 @@ def measure_parts(reference: nn.Module, quantized: nn.Module, inputs: Inputs, ma
         if quantizer is not None:
             values = (quantizer.bits, quantizer.scale, quantizer.zero_point)
             sharing.setdefault(tuple(t.cpu().numpy().tobytes() for t in values), []).append(name)
-    parts = [part("weight_bits", [name]) for name in modules]
-    return parts + [part("activation_bits", names) for names in sharing.values()]
+    each: list[tuple[Kind, list[str]]] = [("weight_bits", [name]) for name in modules]
+    each += [("activation_bits", names) for names in sharing.values()]
+    parts = []
+    with progress_bar(len(each), progress) as bar:
+        for kind, names in each:
+            parts.append(part(kind, names))
+            bar.update()
+    return parts
 
 
 def note_damage(record: QuantRecord, parts: Sequence[Part]) -> None:

@@ -345,7 +345,7 @@ def test_modules_and_graph_agree(images: Tensor) -> None:
     by_graph = quantize(model, [images], config, progress=False)
     by_modules = copy.deepcopy(model)
 
-    walk_modules(by_modules, inputs, lambda call: solve_layer(call, config), lambda name: "", progress=False)
+    walk_modules(by_modules, inputs, lambda call: solve_layer(call, config), lambda name: "", progress="")
     for name, tensor in by_modules.state_dict().items():
         torch.testing.assert_close(by_graph.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
