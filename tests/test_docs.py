@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -19,17 +20,40 @@ def code_of(page: str) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)])
-def test_what_a_page_shows_runs(page: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:ptq4cuda", "-c", code_of(page)],
-        cwd=tmp_path,
-        capture_output=True,
+# Runs the code of each page in a process and a folder of its own, all forked by one that has imported the package.
+RUN_PAGES = """
+import json, os, sys
+import ptq4cuda
+for page, code in json.load(sys.stdin).items():
+    if not (child := os.fork()):
+        os.mkdir(page)
+        os.chdir(page)
+        os.dup2(os.open("stderr", os.O_CREAT | os.O_WRONLY), 2)
+        exec(code, vars(sys.modules["__main__"]))
+        sys.exit()
+    open(f"{page}.status", "w").write(str(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which the pages' code ran."""
+    folder = tmp_path_factory.mktemp("pages")
+    subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:ptq4cuda", "-c", RUN_PAGES],
+        input=json.dumps({page: code_of(page) for page in PAGES}),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
     )
-    assert run.returncode == 0, run.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)])
+def test_what_a_page_shows_runs(ran: Path, page: str) -> None:
+    assert (ran / f"{page}.status").read_text() == "0", (ran / page / "stderr").read_text()[-2000:]
 
 
 def test_what_the_readme_shows_runs(tmp_path: Path) -> None:
