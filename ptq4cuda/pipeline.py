@@ -282,8 +282,8 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, progress: b
         for *way, network, noise in tried:
             if way == [config, shares]:
                 return network, noise
-        what = f"trial {len(tried) + 1}" if progress else ""
-        network = quantize_once(model, some, config, what, Solved(ALONE), shares, measured=False)[0].eval()
+        bar = "trial" if progress else ""
+        network = quantize_once(model, some, config, bar, Solved(ALONE), shares, measured=False)[0].eval()
         tried.append((config, shares, network, output_noise(model, network, others).relative))
         return tried[-1][2:]
 

@@ -60,6 +60,7 @@ def quantized(folder: Path, *arguments: object) -> Path:
     assert "centre 16 x 16" in result.output
     assert f"{folder / 'images'}: 12 images, 2 classes" in result.output
     assert "3 of 3 layers quantized" in result.output
+    assert ("preset: default" in result.output) is ("--preset" not in arguments)
     assert f"Wrote {file}: {file.stat().st_size:,} bytes." in result.output
     return file
 
