@@ -3,7 +3,8 @@
 A file holds every tensor of the network, so it is complete but for the architecture, which load() takes from a float
 model of the same structure. Two runs that make the same network write the same bytes. Zero points and offsets are
 stored as bytes where they fit; where all rows of weights have the same bits or offset, as one value. The header has a
-checksum of everything else in the file (of the tensors alone before format 3).
+checksum of everything else in the file (of the tensors alone before format 3). Before format 4 the structure has no
+settings, as strides and slopes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ptq4cuda import graph
 from ptq4cuda._version import __version__
 from ptq4cuda.artifact.record import QuantRecord, attach_record, record_of
-from ptq4cuda.artifact.structure import replace_module, structure_of
+from ptq4cuda.artifact.structure import difference, replace_module, structure_of
 from ptq4cuda.artifact.writing import write_whole
 from ptq4cuda.calibrate.allocator import memory_kept
 from ptq4cuda.calibrate.inputs import check_float_model, not_finite
@@ -32,7 +33,7 @@ from ptq4cuda.errors import LaterVersionError, first_line, kind_and_line
 from ptq4cuda.execute.choice import lower
 from ptq4cuda.nn import QuantModule, quant_module_for
 
-FORMAT = 3
+FORMAT = 4
 _KEY = "ptq4cuda"  # one key only: safetensors writes several in no fixed order
 
 
@@ -119,6 +120,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, execution: Literal["sim
     except RuntimeError as error:
         detail = " ".join(str(error).split()).partition(": ")[2]
         raise ValueError(f"{misfit}: {detail}") from error
+    _check_structure(header.structure, structure_of(network), path, settings=True)
     broken = not_finite(network)
     if broken is not None:
         raise ValueError(f"{misfit}: {broken} contains NaN or Inf")
@@ -314,8 +316,9 @@ def _widen(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
-def _check_structure(expected: list[str], found: list[str], path: object) -> None:
+def _check_structure(expected: list[str], found: list[str], path: object, settings: bool = False) -> None:
     for index in range(max(len(expected), len(found))):
         e, f = (lines[index] if index < len(lines) else "nothing" for lines in (expected, found))
-        if e != f:
+        if (different := difference(e, f, settings)) is not None:
+            e, f = different
             raise ValueError(f"{path} belongs to another model: where the file has {e!r}, the model has {f!r}")

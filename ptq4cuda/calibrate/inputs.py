@@ -44,6 +44,7 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"the model's {broken!r} contains NaN or Inf")
 
 
+@torch.no_grad()  # parameters that were made in inference mode ask for gradients even of this
 def not_finite(network: nn.Module) -> str | None:
     """Return the name of a weight, bias or statistic of a layer that has NaN or Inf, or None.
 

@@ -288,6 +288,34 @@ def test_other_architecture(model: nn.Module, file: Path) -> None:
         ptq4cuda.load(file, model)
 
 
+def test_other_settings(tmp_path: Path) -> None:
+    """Strides, slopes and numbers in the code are in no tensor of a file: with others a model computes otherwise."""
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sin() * self.factor
+
+    def build(stride: int = 1, slope: float = 0.1, window: int = 2, factor: float = 2.0) -> nn.Module:
+        conv = type("Own", (nn.Conv2d,), {})(3, 8, 3, stride=stride)  # a class that adds nothing
+        net = Net(conv, nn.LeakyReLU(slope), nn.AvgPool2d(window, 1), nn.Conv2d(8, 4, 1))
+        net.factor = factor
+        return net.eval()
+
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for overrides in ({}, {"0": "float"}):
+        quantized = ptq4cuda.quantize(build(), [x], QuantConfig.fast(overrides=overrides), progress=False)
+        ptq4cuda.save(quantized, tmp_path / "net.ptq4")
+        assert torch.equal(ptq4cuda.load(tmp_path / "net.ptq4", build())(x), quantized(x))
+        for other, said in (
+            ({"stride": 2}, r"0 Conv2d stride=\(1,1\)', the model has '0 Conv2d stride=\(2,2\)"),
+            ({"slope": 0.3}, "1 LeakyReLU negative_slope=0.1', the model has '1 LeakyReLU negative_slope=0.3"),
+            ({"window": 3}, "2 AvgPool2d kernel_size=2', the model has '2 AvgPool2d kernel_size=3"),
+            ({"factor": 3.0}, "mul 1=2.0', the model has 'call_function mul 1=3.0"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                ptq4cuda.load(tmp_path / "net.ptq4", build(**other))
+
+
 def test_models_without_weights_of_their_own(model: nn.Module, network: nn.Module, file: Path) -> None:
     with pytest.raises(ValueError, match="quantized already"):
         ptq4cuda.load(file, network)
