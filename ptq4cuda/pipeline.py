@@ -131,17 +131,11 @@ def quantize(
     """
     processes = Processes.of(process_group)
     with processes.ending_together():
-        return _quantize(
-            model,
-            batches,
-            config,
-            evaluate,
-            max_drop,
-            progress,
-            Memory(memory_limit, spill_folder),
-            processes,
-            checkpoint,
-        )
+        model = graph.unwrap(model)
+        check_model(model)
+        memory = Memory(memory_limit, spill_folder)
+        with graph.buffers_kept(model):
+            return _quantize(model, batches, config, evaluate, max_drop, progress, memory, processes, checkpoint)
 
 
 def _quantize(
@@ -156,8 +150,6 @@ def _quantize(
     checkpoint: str | os.PathLike[str] | None,
 ) -> nn.Module:
     start = time.perf_counter()
-    model = graph.unwrap(model)
-    check_model(model)
     if graph.is_compiled(model):  # what runs it here would be compiled for nothing
         model = graph.own_copy(model)
     if not isinstance(config, QuantConfig):

@@ -181,8 +181,8 @@ class Extremes:
 
 def sample_extremes(x: Tensor, axis: int, parts: int = 1) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest value of each channel in each part of each sample, [N * parts, C] both."""
-    if x.dim() == 2:
-        return x, x
+    if x.dim() <= 2:  # a single sample, for a linear layer, may have channels alone
+        return x.view(-1, x.shape[-1]), x.view(-1, x.shape[-1])
     if parts == 1:
         others = [d for d in range(1, x.dim()) if d != axis % x.dim()]
         return x.amin(others), x.amax(others)

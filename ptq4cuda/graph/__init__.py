@@ -1,7 +1,7 @@
 """torch.fx passes: trace into canonical form, fold BatchNorm, find what to quantize and how tensors come about."""
 
 from ptq4cuda.graph.bind import bind
-from ptq4cuda.graph.copying import copy_model, hooks_of
+from ptq4cuda.graph.copying import buffers_kept, copy_model, hooks_of
 from ptq4cuda.graph.ends import ends_of
 from ptq4cuda.graph.fold import fold_batch_norm
 from ptq4cuda.graph.layers import (
@@ -28,6 +28,7 @@ from ptq4cuda.graph.wrappers import is_compiled, unwrap
 __all__ = [
     "activation_of",
     "bind",
+    "buffers_kept",
     "call_name",
     "copy_model",
     "ends_of",

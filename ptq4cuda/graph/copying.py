@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ptq4cuda.compat import CALLED_HOOKS, HOOK_FLAGS, tree_leaves
@@ -38,6 +41,21 @@ def held_modules(value: Any) -> set[nn.Module]:
         elif isinstance(value, MethodType):
             pending.append(value.__self__)
     return found
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give a model's buffers back afterwards, and their values: code may count calls in them, or keep what it saw."""
+    held = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in held:
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)
+            if not torch.equal(buffer, value):
+                with torch.inference_mode():  # in which tensors of both kinds may be written to
+                    buffer.copy_(value)
 
 
 def copy_sharing(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

@@ -84,6 +84,38 @@ def test_the_model_is_left_as_it_was(model: nn.Module, images: Tensor) -> None:
     assert torch.equal(model(images), expected)
 
 
+class Counting(nn.Module):
+    """Counts its calls, keeps a mean, and gates channels by a vector that has no batch dimension."""
+
+    calls: Tensor
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.gate = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.calls += 1
+        self.mean = x.mean((0, 2, 3))
+        return x * self.gate(self.mean.relu()).sigmoid()[:, None, None]
+
+
+def test_what_a_model_counts_is_left_as_it_was(images: Tensor) -> None:
+    model = Counting()
+    with torch.inference_mode():
+        model.conv = nn.Conv2d(3, 8, 3)
+    buffers = dict(model.named_buffers())
+    network = quantize(model.eval(), [images], QuantConfig.fast(), progress=False)
+    assert all(buffer is buffers[name] and not buffer.any() for name, buffer in model.named_buffers())
+    with torch.no_grad():
+        expected = model(images)
+        assert (network(images) - expected).norm() < 0.1 * expected.norm()
+
+
 def test_result_is_deterministic(model: nn.Module, images: Tensor) -> None:
     a, b = (quantize(model, [images], progress=False).state_dict() for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
