@@ -17,11 +17,13 @@ FEWEST_JUDGED = 24  # samples of calibration, of which some can judge
 # Samples differ by a decibel or two in what they say.
 _CLEARLY = 0.5  # of the noise of the plainest network
 _LESS = 0.6  # of the noise with a step
-# What a step is, and what is done without it.
+# What a step is, and what is done without it. Scales of channels are folded into the weights that read them, which
+# makes rows of weights uneven: where ranges differ widely, rounding loses more by that than the input gains.
 _STEPS = {
     "activation_allocation": ("greedy", "uniform"),
     "clipping": ("mse", "minmax"),
     "bias_correction": ("output", "none"),
+    "activation_granularity": ("per_channel", "per_tensor"),
 }
 
 
@@ -32,7 +34,11 @@ def steps_of(config: QuantConfig) -> dict[str, str]:
     """
     if config.activation_bits == 8 or config.clipping == "kld":
         return {}
-    return {field: without for field, (step, without) in _STEPS.items() if getattr(config, field) == step}
+    return {
+        field: without
+        for field, (step, without) in _STEPS.items()
+        if getattr(config, field) == step and (config.fold_activation_scale or field != "activation_granularity")
+    }
 
 
 def steps_left_out(config: QuantConfig, noise: Callable[[QuantConfig], float]) -> dict[str, str]:
@@ -54,11 +60,12 @@ def steps_left_out(config: QuantConfig, noise: Callable[[QuantConfig], float]) -
         overrides=config.overrides,
         activation_granularity=config.activation_granularity,
     )
-    if least < _CLEARLY * noise(plainest):
+    bound = noise(plainest)
+    if least < _CLEARLY * bound:
         return {}
     left_out: dict[str, str] = {}
     for field, without in steps.items():
         found = noise(replace(config, **{**left_out, field: without}))  # type: ignore[arg-type]
-        if found < _LESS * least:
+        if found < (_LESS if least < bound else 1.0) * least:
             least, left_out = found, {**left_out, field: without}
     return left_out

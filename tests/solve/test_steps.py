@@ -10,7 +10,12 @@ from ptq4cuda.artifact.record import record_of
 from ptq4cuda.metrics import Noise
 from ptq4cuda.solve.steps import steps_left_out, steps_of
 
-ALL = {"activation_allocation": "uniform", "clipping": "minmax", "bias_correction": "none"}
+ALL = {
+    "activation_granularity": "per_tensor",
+    "activation_allocation": "uniform",
+    "clipping": "minmax",
+    "bias_correction": "none",
+}
 
 
 def test_steps_are_those_that_a_configuration_takes() -> None:
@@ -18,7 +23,8 @@ def test_steps_are_those_that_a_configuration_takes() -> None:
     assert steps_of(QuantConfig.paper()) == steps_of(QuantConfig.naive()) == {}
     assert steps_of(QuantConfig(weight_bits=8, activation_bits=8)) == {}
     assert steps_of(QuantConfig.fast(clipping="kld")) == {}
-    assert steps_of(QuantConfig(clipping="auto", bias_correction="none")) == {"activation_allocation": "uniform"}
+    some = QuantConfig(clipping="auto", bias_correction="none", activation_granularity="per_tensor")
+    assert steps_of(some) == {"activation_allocation": "uniform"}
 
 
 def left_out(plainest: float, **without: float) -> tuple[dict[str, str], int]:
@@ -40,9 +46,11 @@ def left_out(plainest: float, **without: float) -> tuple[dict[str, str], int]:
 
 def test_steps_are_tried_where_the_plainest_network_is_nearly_as_good() -> None:
     assert left_out(2.1, clipping=0.1) == ({}, 2)
-    assert left_out(1.9, clipping=0.1) == ({"clipping": "minmax"}, 5)
+    assert left_out(1.9, clipping=0.1) == ({"clipping": "minmax"}, 6)
     assert left_out(0.5, clipping=0.5, bias_correction=0.3)[0] == {"clipping": "minmax", "bias_correction": "none"}
-    assert left_out(0.5, clipping=0.7, bias_correction=2.0)[0] == {}
+    assert left_out(1.1, clipping=0.9, bias_correction=2.0)[0] == {}
+    # Worse than the plainest network: whatever helps.
+    assert left_out(0.5, clipping=0.9, bias_correction=2.0)[0] == {"clipping": "minmax"}
 
 
 class Scaled(nn.Module):
