@@ -418,6 +418,7 @@ class _Sums:
         t += count * middle
         uu += u[:, :, None] * shift[:, None] + shift[:, :, None] * (u + count * shift)[:, None]
         u += count * shift
-        if (unit := self._codes.unit) is not None:
+        if self._codes.unit is not None:
+            unit = self._codes.unit.double()  # whose products are exact
             uu, tu, u = uu * (unit[:, :, None] * unit[:, None]), tu * unit[:, None], u * unit
         return Moments(count, uu, tu, u, t)

@@ -274,12 +274,14 @@ class ClipRule(Rule):
         needs_extremes: whether it looks at the extremes. Where a rule needs neither, and weights are not fitted
             either, calibration holds no tensors of the network for more than a batch.
         at_eight_bits: name of the rule for tensors of 8 bits, which need no clipping.
+        foresees: whether the range of a channel goes beyond its values where they are few.
     """
 
     needs_histogram: ClassVar[bool] = True
     looks_before: ClassVar[bool] = True
     needs_extremes: ClassVar[bool] = True
     at_eight_bits: ClassVar[str] = "minmax"
+    foresees: ClassVar[bool] = False
 
     @abstractmethod
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
@@ -312,6 +314,7 @@ class Headroom(ClipRule):
     """More than the whole range: new samples go further than those of calibration did."""
 
     name = "headroom"
+    foresees = True
     looks_before = False
     needs_histogram = False
 
@@ -363,6 +366,7 @@ class Mse(ClipRule):
     name = "mse"
     looks_before = False
     at_eight_bits = "headroom"
+    foresees = True
 
     def limits(self, profile: TensorProfile, bits: int) -> tuple[Tensor, Tensor]:
         """Search both limits together."""
@@ -419,4 +423,5 @@ class Auto(_BestOf):
 
     name = "auto"
     at_eight_bits = "headroom"
+    foresees = True
     rules = ("laplace", "gaussian", "percentile", "mse", "minmax")

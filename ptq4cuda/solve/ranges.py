@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ptq4cuda.calibrate.statistics import ChannelStatistics
 from ptq4cuda.config import Activations
 from ptq4cuda.quantizer import QuantParams
 from ptq4cuda.solve.bits import AllocationRule
 from ptq4cuda.solve.clipping import ClipRule, TensorProfile, clip_error
+
+FEW_VALUES = 128  # of a channel, whose extremes many others exceed
 
 
 def needs_histogram(mean_bits: int, config: Activations) -> bool:
@@ -31,8 +35,32 @@ def fit_activation(profile: TensorProfile, mean_bits: int, axis: int, config: Ac
     several = len(rules) > 1
     fits = [_fit(profile, rule, allocation, spread, mean_bits, config.channel_bits, several) for rule in rules]
     best = min(fits, key=lambda fit: fit.error)
+    low, high = best.low, best.high
+    if wanted.foresees and int(profile.statistics.count.max()) < FEW_VALUES:
+        low, high = beyond_few_values(low, high, best.bits, profile.statistics)
     constant = profile.activation(profile.statistics.mean)
-    return QuantParams.from_range(best.low, best.high, best.bits, axis, constant), best.rule
+    return QuantParams.from_range(low, high, best.bits, axis, constant), best.rule
+
+
+def beyond_few_values(
+    low: Tensor, high: Tensor, bits: Tensor, statistics: ChannelStatistics
+) -> tuple[Tensor, Tensor]:
+    """Return the ranges [C] that channels have of which few values are known, as of features of few images.
+
+    One in n + 1 other values lies beyond the largest of n, by b in the mean where a tail is exponential. A range that
+    goes on by x makes 2 b² exp(-x / b) / (n + 1) of noise beyond its end and (range / levels)² / 12 within, which is
+    least where x = b ln(12 b levels² / ((n + 1) range)). No channel needs more than the range of all.
+    """
+    # The spread of few values leans on that of the other channels. One value has none: then the range of all is left.
+    count, variance = statistics.count, statistics.std.square()
+    spread = ((count * variance + 8.0 * variance.mean()) / (count + 8.0)).sqrt()
+    spread = torch.where(count > 1, spread, high.max() - low.min())
+    noise = 12.0 * spread * (torch.exp2(bits.double()) - 1.0).square() / (count + 1.0)
+    own = (high.clamp_min(0.0) - low.clamp_max(0.0)).clamp_min(torch.finfo(torch.float32).tiny)
+    more = torch.zeros_like(own)
+    for _ in range(3):  # the range is with what is sought
+        more = (spread * torch.log(noise / (own + more))).nan_to_num(0.0).clamp_min(0.0)
+    return torch.maximum(low - more, low.min()), torch.minimum(high + more, high.max())
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,12 @@ DEFAULT = QuantConfig(execution="simulate")
 
 
 @pytest.fixture
+def images() -> Tensor:
+    """More than the linear layer has inputs."""
+    return torch.randn(384, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are wide from 100 inputs on, and blocks have 64."""
     for module in (blocks, moments):
@@ -43,7 +49,7 @@ class Wide(nn.Module):
 def sqnr(images: Tensor, config: QuantConfig) -> float:
     torch.manual_seed(0)
     model = Wide().eval()
-    network = quantize(model, list(images.split(16)), config, progress=False)
+    network = quantize(model, list(images.split(128)), config, progress=False)
     test = torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(5))
     noise = Noise()
     with torch.no_grad():
