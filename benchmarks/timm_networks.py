@@ -6,6 +6,7 @@ what folds and what integers execute, not how accurate they are. Without pattern
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 import tempfile
@@ -137,8 +138,11 @@ def document(outcomes: dict[str, Outcome]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(patterns: list[str]) -> int:
+def main() -> int:
     """Try the networks whose names fit a pattern, all without one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pattern", nargs="*", help="of names: 'resnet*'")
+    patterns = parser.parse_args().pattern
     torch.set_num_threads(1)
     chosen = {
         n: p for n, p in NETWORKS.items() if not patterns or any(fnmatchcase(n, pattern) for pattern in patterns)
@@ -161,4 +165,4 @@ def main(patterns: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

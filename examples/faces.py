@@ -14,14 +14,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import skimage
 import torch
-from facenet_pytorch import MTCNN
-from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ptq4cuda import QuantConfig, quantize, report
+
+try:
+    import skimage
+    from facenet_pytorch import MTCNN
+    from PIL import Image
+    from scipy.optimize import linear_sum_assignment
+except ImportError as error:
+    raise SystemExit(f"{error}: pip install facenet-pytorch scikit-image") from None
 
 DATA = Path(skimage.__file__).parent / "data"
 PHOTOGRAPHS = ("coffee.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png", "grass.png")

@@ -13,10 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchcrepe
 from torch import Tensor, nn
 
 from ptq4cuda import QuantConfig, quantize, report
+
+try:
+    import torchcrepe
+except ImportError as error:
+    raise SystemExit(f"{error}: pip install torchcrepe") from None
 
 RATE, WINDOW, HOP = 16000, 1024, 160
 LOWEST = 1997.3794  # cents above 10 Hz of the first of 360 bins, which are 20 cents wide

@@ -78,6 +78,8 @@ def _of_library(name: str, pretrained: bool, given: dict[str, Any]) -> Make:
             if model_name in names:
                 return make
             known += names
+    if missing and not known:
+        missing.append("pip install timm, or torchvision")
     close = difflib.get_close_matches(model_name, dict.fromkeys(known), n=3)
     reasons = [*missing, *([f"close to it: {', '.join(close)}"] if close else [])]
     raise ValueError(
