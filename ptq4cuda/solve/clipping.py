@@ -274,7 +274,7 @@ class ClipRule(Rule):
         needs_extremes: whether it looks at the extremes. Where a rule needs neither, and weights are not fitted
             either, calibration holds no tensors of the network for more than a batch.
         at_eight_bits: name of the rule for tensors of 8 bits, which need no clipping.
-        foresees: whether the range of a channel goes beyond its values where they are few.
+        foresees: whether ranges of 8 bits go beyond the values of a channel where these are few.
     """
 
     needs_histogram: ClassVar[bool] = True

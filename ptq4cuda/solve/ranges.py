@@ -36,7 +36,7 @@ def fit_activation(profile: TensorProfile, mean_bits: int, axis: int, config: Ac
     fits = [_fit(profile, rule, allocation, spread, mean_bits, config.channel_bits, several) for rule in rules]
     best = min(fits, key=lambda fit: fit.error)
     low, high = best.low, best.high
-    if wanted.foresees and int(profile.statistics.count.max()) < FEW_VALUES:
+    if mean_bits == 8 and wanted.foresees and int(profile.statistics.count.max()) < FEW_VALUES:
         low, high = beyond_few_values(low, high, best.bits, profile.statistics)
     constant = profile.activation(profile.statistics.mean)
     return QuantParams.from_range(low, high, best.bits, axis, constant), best.rule

@@ -145,7 +145,7 @@ def test_export(folder: Path) -> None:
 def test_inspect_and_report(folder: Path) -> None:
     file = quantized(folder, "--set", "overrides={'3': {'weight_bits': 6}}")
     text = run("inspect", file).output
-    parts = ("format 3", "overrides={'3': {'weight_bits': 6}}", "12 samples, walked by graph", "2 Conv2d, 1 Linear")
+    parts = ("format 4", "overrides={'3': {'weight_bits': 6}}", "12 samples, walked by graph", "2 Conv2d, 1 Linear")
     for part in parts:
         assert part in text, text
     result = run("report", file, "-o", folder / "report.json", "-o", folder / "report.html")
