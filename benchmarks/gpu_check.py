@@ -1,16 +1,23 @@
-"""The stages of benchmarks/gpu_check.sh: what a GPU proves, so that no stage takes the others' evidence along.
+"""Proves the CUDA kernels on this machine's GPU, in under ten minutes: benchmarks/gpu_check.sh, from anywhere.
 
-Every stage is a process group of its own with a time limit of its own, and gets only what is left of the whole time.
-It writes its log straight into the results folder. result.json is replaced in one step before and after each stage,
-so that it is whole and says what was running whenever the run ends, by whatever means. Nothing but the standard
-library is needed: a broken environment is a result, too. gpu_report.py makes a page of result.json.
+It builds and installs the package, runs the tests on the device, times networks, their layers and every operator, and
+runs the operators under compute-sanitizer. What is found goes into $OUT, by default benchmarks/results: result.json
+and a log for each stage; python benchmarks/gpu_report.py makes a page of them. nvcc must be on PATH, and the
+environment's Python needs torch with CUDA, setuptools and ninja to build, and pytest and hypothesis for the tests.
+Nothing is downloaded.
 
-Environment variables: OUT, the results folder; PYTHON; GIT_COMMIT, what to call the sources where there is no git;
+Every stage is a process group of its own with a time limit of its own, and gets only what is left of the whole time,
+so that no stage takes the others' evidence along. It writes its log straight into the results folder. result.json is
+replaced in one step before and after each stage: it is whole and says what was running whenever the run ends, by
+whatever means. Only the standard library is imported: a broken environment is a result, too.
+
+Environment variables: OUT; PYTHON, by default python3; GIT_COMMIT, what to call the sources where there is no git;
 GPU_CHECK_SECONDS, the time for everything.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import importlib.util
@@ -437,4 +444,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Two questions of gpu_check.py, whose answers are JSON files: gpu_probe.py device|native FILE.
+"""Two questions of gpu_check.py, whose answers are JSON files: python benchmarks/gpu_probe.py device|native FILE.
 
 device: which GPU does torch see?
 native: does the package's CUDA library run on it, with a kernel for every operator?
@@ -8,8 +8,8 @@ Exits with a sentence where the answer is no.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ def native() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    question, file = sys.argv[1:]
-    answer = {"device": device, "native": native}[question]()
-    Path(file).write_text(json.dumps(answer, indent=1) + "\n")
+    questions = {"device": device, "native": native}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=questions)
+    parser.add_argument("file", type=Path, help="receives the answer")
+    arguments = parser.parse_args()
+    arguments.file.write_text(json.dumps(questions[arguments.question](), indent=1) + "\n")

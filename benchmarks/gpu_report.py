@@ -1,12 +1,12 @@
-"""Makes a page of what benchmarks/gpu_check.sh found: gpu_report.py RESULT.JSON writes RESULT.md beside it.
+"""Makes a page of what benchmarks/gpu_check.sh found: python benchmarks/gpu_report.py RESULT.JSON ...
 
-Whatever stage is missing or broken, the page shows the others.
+A page is written beside its file, as RESULT.md. Whatever stage is missing or broken, the page shows the others.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ def cell(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        result = Path(argument)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.JSON")
+    for result in parser.parse_args().results:
         result.with_suffix(".md").write_text(page(json.loads(result.read_text())))
         print(f"Wrote {result.with_suffix('.md')}")

@@ -18,15 +18,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import networks
-import onnx
-import onnxruntime
-import openvino
 import torch
 from torch import Tensor, nn
 
 import ptq4cuda
 from ptq4cuda import QuantConfig
 from ptq4cuda.bench.architectures import ARCHITECTURES, calibrate_batch_norm, images
+
+try:
+    import onnx
+    import onnxruntime
+    import openvino
+except ImportError as error:
+    raise SystemExit(f"{__doc__}\n{error}: pip install '.[peers]'") from None
 
 LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
@@ -135,8 +139,8 @@ def compare(subject: Subject, file: Path, threads: int) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="of torch and of the runtimes (default: 1)")
     parser.add_argument("--only", default="", help="a part of a network's name: others are left out")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

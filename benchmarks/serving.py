@@ -157,7 +157,7 @@ def _quantize(folder: Path, end: float, result: Result, lock: threading.Lock) ->
 
 def main() -> int:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--json", type=Path)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +23,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import ptq4cuda
 from ptq4cuda.artifact.record import record_of
 from ptq4cuda.bench import architectures
+
+try:
+    import timm
+except ImportError as error:
+    raise SystemExit(f"{__doc__}\n{error}: pip install '.[networks]'") from None
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "networks.md"
 _NAMES = (
@@ -140,7 +144,7 @@ def document(outcomes: dict[str, Outcome]) -> str:
 
 def main() -> int:
     """Try the networks whose names fit a pattern, all without one."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="*", help="of names: 'resnet*'")
     patterns = parser.parse_args().pattern
     torch.set_num_threads(1)

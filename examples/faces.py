@@ -8,6 +8,7 @@ before it quantized already, and the detector as a whole is to stay within one p
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from functools import partial
@@ -25,7 +26,7 @@ try:
     from PIL import Image
     from scipy.optimize import linear_sum_assignment
 except ImportError as error:
-    raise SystemExit(f"{error}: pip install facenet-pytorch scikit-image") from None
+    raise SystemExit(f"{__doc__}\n{error}: pip install facenet-pytorch scikit-image") from None
 
 DATA = Path(skimage.__file__).parent / "data"
 PHOTOGRAPHS = ("coffee.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png", "grass.png")
@@ -137,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -20,7 +20,7 @@ from ptq4cuda import QuantConfig, quantize, report
 try:
     import torchcrepe
 except ImportError as error:
-    raise SystemExit(f"{error}: pip install torchcrepe") from None
+    raise SystemExit(f"{__doc__}\n{error}: pip install torchcrepe") from None
 
 RATE, WINDOW, HOP = 16000, 1024, 160
 LOWEST = 1997.3794  # cents above 10 Hz of the first of 360 bins, which are 20 cents wide
@@ -77,7 +77,7 @@ def milliseconds(network: nn.Module, frames: Tensor) -> float:
 
 def main() -> None:
     """Quantize, and print what it cost and bought."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the network of 22 million weights")
     parser.add_argument("--within", type=float, default=1.0, help="percent of the float network's measure")
     options = parser.parse_args()

@@ -1,11 +1,12 @@
 """Checks that native code needs nothing of torch but the stable C shim, and nothing of Python.
 
 One unstable header is enough to bind a library to a single torch release, silently: it shows in the undefined
-symbols only. Usage: python check_symbols.py LIBRARY_OR_OBJECT...
+symbols only.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -38,4 +39,6 @@ def main(paths: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="LIBRARY_OR_OBJECT")
+    sys.exit(main(parser.parse_args().files))

@@ -129,7 +129,7 @@ def table(batch: int, high: float) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--high", type=float, default=0.3, help="share of channels of more than four bits")
     options = parser.parse_args(arguments)

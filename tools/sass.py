@@ -750,7 +750,7 @@ def compile_kernels(folder: Path) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objects", type=Path, help="folder of compiled sources, NAME.o for NAME.cu")
     parser.add_argument("--check", action="store_true", help="fail where a kernel is worse than the table")
     parser.add_argument("--update", action="store_true", help="write the table")

@@ -4,7 +4,7 @@ python package.py FOLDER writes net.pt2, a batch of images as input.bin, of SHAP
 expected.bin.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -14,7 +14,9 @@ from ptq4cuda.bench.architectures import build_resnet18, images
 
 SHAPE = (5, 3, 64, 64)
 
-folder = Path(sys.argv[1])
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("folder", type=Path, metavar="FOLDER")
+folder = parser.parse_args().folder
 net = build_resnet18(num_classes=10, width=0.25).eval()  # any trained network
 qnet = ptq4cuda.quantize(net, images(32, size=64).split(16), ptq4cuda.QuantConfig.fast())
 batch = torch.export.Dim("batch", min=1, max=64)

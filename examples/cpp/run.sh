@@ -2,6 +2,7 @@
 # Packages a network in Python, builds main.cpp, runs the package without Python, and compares the outputs, bit for bit.
 # It needs cmake and the environment that ptq4cuda is installed in.
 set -euo pipefail
+[ $# -eq 0 ] || { sed -n '2,3s/^# //p' "$0"; [ "$1" = --help ]; exit; }
 example=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -16,8 +16,9 @@ calls is timed with events, so that launches cost what they cost in use.
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,9 @@ LAYER_OPS = ("conv2d_integer", "pack_codes", "unpack_codes")
 
 _BATCH = 8  # of convolutions
 _BINS = 512
+_REPEATS = 15
+_PEER_REPEATS, _PEER_SECONDS = 3, 0.2  # peers are slower by far and need no better median
+_QUICK_CPU = 8  # times fewer images
 _ROTATE_CPU = 64 << 20  # bytes of input to rotate through, above the caches of most machines
 
 
@@ -276,13 +280,28 @@ def _bytes_moved(op: str, x: Tensor) -> float:
     return x.numel() / 2 + size if op == "unpack_dequantize" else size + written.get(op, 0)
 
 
-def _times(calls: Sequence[Call], inputs: Sequence[Any], repeats: int) -> list[float]:
-    """Return the median seconds of each call. They take turns, so that all of them meet the same noise."""
+def _times(calls: Sequence[Call], inputs: Sequence[Any], repeats: int, enough: float = math.inf) -> list[float]:
+    """Return the median seconds of each call. They take turns, so that all of them meet the same noise.
+
+    Args:
+        calls: each is called once before.
+        inputs: are read in turns.
+        repeats: rounds at most.
+        enough: seconds after which no other round begins.
+    """
     for call in calls:
         call(inputs[0])
     timed = [_on_gpu(call, inputs) if inputs[0].x.is_cuda else _on_cpu(call) for call in calls]
-    seconds = [[once(inputs[k % len(inputs)]) for once in timed] for k in range(repeats)]
-    return [median(column) for column in zip(*seconds, strict=True)]
+    rounds: list[list[float]] = []
+    started = time.perf_counter()
+    while not rounds or (len(rounds) < repeats and time.perf_counter() - started < enough):
+        rounds.append([once(inputs[len(rounds) % len(inputs)]) for once in timed])
+    return [median(column) for column in zip(*rounds, strict=True)]
+
+
+def _peer_seconds(peer: Call, inputs: Sequence[Any]) -> float:
+    """Return the median seconds of a peer's call."""
+    return _times([peer], inputs, _PEER_REPEATS, _PEER_SECONDS)[0]
 
 
 def _on_cpu(call: Call) -> Callable[[Any], float]:
@@ -313,18 +332,20 @@ def _on_gpu(call: Call, inputs: Sequence[Any]) -> Callable[[Any], float]:
 
 
 def measure(
-    op: str, layer: str, dtype: str, layout: str, device: str, *, repeats: int = 15, compiled: bool = True
+    op: str, layer: str, dtype: str, layout: str, device: str, *, quick: bool = False, compiled: bool = True
 ) -> Timing:
-    """Time one operator on one input."""
+    """Time one operator on one input, on a CPU of few images if `quick`; for the others see run()."""
     if op in LAYER_OPS:
-        return _measure_on_layer(op, layer, device, repeats)
-    inputs = _inputs(SHAPES[layer], DTYPES[dtype], LAYOUTS[layout], device)
+        return _measure_on_layer(op, layer, device)
+    images, *rest = SHAPES[layer]
+    if quick and device == "cpu":
+        images = max(1, images // _QUICK_CPU)
+    inputs = _inputs((images, *rest), DTYPES[dtype], LAYOUTS[layout], device)
     ours, peer, floor = _calls(op)
-    seconds, least = _times([ours, floor], inputs, repeats)
+    seconds, least = _times([ours, floor], inputs, _REPEATS)
 
-    # Peers are slower by far, and need no better median.
     def speedup(prepare: Callable[[], Call]) -> float | str:
-        return _attempt(lambda: _times([prepare()], inputs, max(3, repeats // 5))[0] / seconds)
+        return _attempt(lambda: _peer_seconds(prepare(), inputs) / seconds)
 
     def compile_peer() -> Call:
         torch.compiler.reset()
@@ -367,21 +388,21 @@ def _sentence(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:60]
 
 
-def _measure_on_layer(op: str, layer: str, device: str, repeats: int) -> Timing:
+def _measure_on_layer(op: str, layer: str, device: str) -> Timing:
     """Time a convolution, or the packing of its weights."""
     convolution = op == "conv2d_integer"
     x, values, ours, peer, moved = _convolution(layer, device) if convolution else _rows(op, layer, device)
     half = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     count = max(1, -(-_cache_bytes(device) // x.numel()))
     inputs = [_LayerInput(x.clone(), values.clone(), half.clone(), half.clone()) for _ in range(count)]
-    seconds, least = _times([ours, lambda i: i.target.copy_(i.source)], inputs, repeats)
+    seconds, least = _times([ours, lambda i: i.target.copy_(i.source)], inputs, _REPEATS)
     layout = "channels_last" if convolution else "contiguous"
     figures = {
         "ms": 1e3 * seconds,
         "gbps": moved / seconds / 1e9,
         "floor": seconds / least,
     }
-    eager = _attempt(lambda: _times([peer], inputs, repeats)[0] / seconds)
+    eager = _attempt(lambda: _peer_seconds(peer, inputs) / seconds)
     return Timing(op, layer, tuple(x.shape), "uint8", layout, **figures, eager=eager, compiled=None, torch=None)
 
 
@@ -413,9 +434,11 @@ def run(
 ) -> list[Timing]:
     """Time every operator; print a table, write the figures and draw them.
 
+    Whatever ends it, the table of the cases until then is printed.
+
     Args:
         device: "cpu" or "cuda".
-        quick: of three layers instead of all.
+        quick: of three layers instead of all, on a CPU with fewer images.
         only: words that a case must have, of operator, layer, dtype and layout.
         compiled: time the reference under torch.compile, too, which takes seconds a case to compile.
         json_file: receives machine and figures, after every case.
@@ -432,16 +455,21 @@ def run(
         raise ValueError(f"there is no case of {only!r}: the operators are {', '.join(OPS + LAYER_OPS)}")
     timings: list[Timing] = []
     failures: list[str] = []
-    for op, layer, dtype, layout in tqdm(chosen, unit="case", disable=not progress):
-        try:
-            timings.append(measure(op, layer, dtype, layout, device, compiled=compiled))
-        except Exception as error:  # of one case: the others are worth no less
-            failures.append(f"{op} {layer} {dtype} {layout}: {_sentence(error)}")
-        if json_file is not None:
-            write_figures(json_file, device, timings=[asdict(t) for t in timings], failures=failures)
-    echo(machine_line(device))
-    echo(timings_table(timings))
-    echo(losses(timings))
+    bar = tqdm(chosen, unit="case", disable=not progress)
+    try:
+        for op, layer, dtype, layout in bar:
+            bar.set_description(layer)
+            try:
+                timings.append(measure(op, layer, dtype, layout, device, quick=quick, compiled=compiled))
+            except Exception as error:  # of one case: the others are worth no less
+                failures.append(f"{op} {layer} {dtype} {layout}: {_sentence(error)}")
+            if json_file is not None:
+                write_figures(json_file, device, timings=[asdict(t) for t in timings], failures=failures)
+    finally:
+        bar.close()
+        if timings:
+            for text in (machine_line(device), timings_table(timings), "", summary(timings), "", losses(timings)):
+                echo(text)
     if json_file is not None:
         echo(f"Wrote {json_file}.")
     if plot is not None:
@@ -476,6 +504,21 @@ def timings_table(timings: Sequence[Timing]) -> str:
         for t in timings
     ]
     return table(header, rows)
+
+
+def summary(timings: Sequence[Timing]) -> str:
+    """Return a line for each operator: medians over its cases."""
+
+    def over(values: Iterable[float | str | None]) -> str:
+        figures = [value for value in values if isinstance(value, float)]
+        return f"{median(figures):.1f}" if figures else DASH
+
+    rows: list[tuple[Any, ...]] = []
+    for op in dict.fromkeys(t.op for t in timings):
+        of_op = [t for t in timings if t.op == op]
+        columns = [[getattr(t, name) for t in of_op] for name in ("gbps", "floor", "eager", "compiled", "torch")]
+        rows.append((op, len(of_op), *map(over, columns)))
+    return table(("medians", "cases", "GB/s", "x floor", "x eager", "x compiled", "x torch"), rows)
 
 
 def losses(timings: Sequence[Timing]) -> str:

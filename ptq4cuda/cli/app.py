@@ -482,9 +482,13 @@ def demo_command(
 @app.command("bench")
 def bench_command(
     device: Device = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Few shapes instead of all.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three layers instead of all, half a minute instead of half an hour.")
+    ] = False,
     only: Annotated[str, typer.Option(help='Only some cases, for example "fake_quantize layer1 float32".')] = "",
-    compiled: Annotated[bool, typer.Option(help="Compare with torch.compile, too.")] = True,
+    compiled: Annotated[
+        bool | None, typer.Option(help="Compare with torch.compile, too. [default: unless --quick]")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures into this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures into this image file.")] = None,
 ) -> None:
@@ -493,6 +497,7 @@ def bench_command(
         from ptq4cuda.bench import kernels
 
         check_writable(json, plot)
+        compiled = not quick if compiled is None else compiled
         kernels.run(_device(device), quick=quick, only=only, compiled=compiled, json_file=json, plot=plot)
 
 

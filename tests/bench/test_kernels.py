@@ -40,7 +40,7 @@ def test_every_case_once(small: None, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "t.json").read_text())
     assert [t["op"] for t in stored["timings"]] == [t.op for t in timings]
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
-    assert sum(line.startswith("fake_quantize") for line in "\n".join(texts).splitlines()) == 6
+    assert sum(line.startswith("fake_quantize") for line in "\n".join(texts).splitlines()) == 6 + 1  # and of medians
 
 
 def test_only_some_cases(small: None) -> None:
@@ -117,6 +117,27 @@ def test_an_operator_that_does_not_run_stops_no_other(
     stored = json.loads((tmp_path / "t.json").read_text())
     assert len(stored["timings"]) == 5
     assert stored["failures"] == ["quantize a float16 contiguous: no such kernel"]
+
+
+def test_what_was_timed_before_an_interrupt_is_printed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **options: object) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels.ops, "channel_statistics", interrupt)
+    texts: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        kernels.run("cpu", only="a float32 contiguous", compiled=False, echo=texts.append, progress=False)
+    words = "\n".join(texts[:-1]).split()  # the last tells where a peer is faster
+    assert [words.count(op) for op in kernels.OPS] == [2, 2, 2, 2, 0, 0]  # in the table and in the medians
+
+
+def test_a_quick_run_reads_fewer_images_on_a_cpu(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SHAPES", {"a": (16, 6, 5, 5)})
+    quick, whole = (
+        kernels.measure("quantize", "a", "float32", "contiguous", "cpu", quick=q, compiled=False)
+        for q in (True, False)
+    )
+    assert (quick.shape, whole.shape) == ((2, 6, 5, 5), (16, 6, 5, 5))
 
 
 def test_zero_points_of_torchs_own_are_not_read_on_the_host(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
