@@ -1,8 +1,8 @@
 """Where the time of quantize() goes: python benchmarks/stages.py [--network resnet50] [--images 512] [--fast] ...
 
 Quantizes a random network of ptq4cuda.bench.architectures, or one of --model module:function, and prints seconds of
-the clock and of the CPU for each stage, in whatever layer, and the most memory that the process took. Threads are
-those of torch (OMP_NUM_THREADS).
+the clock and of the CPU for each stage, in whatever layer, those of trials apart, and the most memory that the
+process took. Threads are those of torch (OMP_NUM_THREADS).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ DIFFERENT = 64  # images, which are then repeated with other brightness
 
 # Functions by stage; what one of them calls of another counts for that one.
 STAGES: list[tuple[str, Any, str]] = [
+    ("trial", pipeline, "shares_of"),
     ("model is traced and folded", pipeline, "prepare"),
     ("model is traced and folded", pipeline, "check_shapes"),
     ("what errors cost at the output", by_graph, "output_importance"),
@@ -79,7 +80,7 @@ class Clock:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             self.switch()
-            self._stack.append(stage)
+            self._stack.append(f"trial: {stage}" if self._stack[-1].startswith("trial") else stage)
             try:
                 return function(*args, **kwargs)
             finally:
