@@ -232,17 +232,20 @@ class _Rows:
     def compensate(self) -> None:
         """Choose codes input by input, each error made up for by the inputs that follow.
 
-        The inputs go in the order of falling variance. With U the upper Cholesky factor of H⁻¹, rounding input j with
-        the error e moves the inputs i > j by -e U_ji / U_jj.
+        The inputs go in the order of falling variance. With U upper triangular and H = U Uᵀ the error of a row is
+        |Uᵀ (c - w)|², whose term i depends on inputs up to i alone: it vanishes where input i is moved by
+        (w - c)_j U_ji / U_ii for each j < i that was rounded. (GPTQ says the same in terms of H⁻¹.)
         """
         diagonal = self.h.diagonal(dim1=1, dim2=2)
         order = diagonal.argsort(dim=1, descending=True, stable=True)
         h = self.h.gather(1, order[:, :, None].expand_as(self.h)).gather(2, order[:, None, :].expand_as(self.h))
         damping = _DAMPING * diagonal.double().mean(1, keepdim=True).expand_as(diagonal)
-        lower = torch.linalg.cholesky(h.double() + torch.diag_embed(damping))
-        u = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+        backwards = (h.double() + torch.diag_embed(damping)).flip(1, 2)
+        u = torch.linalg.cholesky(backwards).flip(1, 2)
+        u = (u / u.diagonal(dim1=1, dim2=2)[:, None]).float()
         index = order[:, :, None].expand_as(self.weight)
-        left = self.in_codes(self.weight).gather(1, index)
+        wanted = self.in_codes(self.weight).gather(1, index)
+        left = wanted.clone()
         codes = torch.empty_like(left)
         for first, end in _blocks(left.shape[1]):
             block, inner = left[:, first:end], u[:, first:end, first:end]
@@ -250,9 +253,9 @@ class _Rows:
             for j in range(end - first):
                 code = self.clamp(block[:, j].round())
                 codes[:, first + j] = code
-                errors[:, j] = (block[:, j] - code).div_(inner[:, j, j, None])
-                block[:, j + 1 :].addcmul_(inner[:, j, j + 1 :, None], errors[:, j, None], value=-1.0)
-            left[:, end:].baddbmm_(u[:, first:end, end:].mT, errors, alpha=-1.0)
+                torch.sub(wanted[:, first + j], code, out=errors[:, j])
+                block[:, j + 1 :].addcmul_(inner[:, j, j + 1 :, None], errors[:, j, None])
+            left[:, end:].baddbmm_(u[:, first:end, end:].mT, errors)
         self.codes = left.scatter_(1, index, codes)
 
     def descend(self, products: _Products) -> bool:
