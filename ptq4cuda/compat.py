@@ -11,6 +11,7 @@ import linecache
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +31,19 @@ __all__ = [  # what torch imports itself is imported from here
     "tree_map",
     "tree_map_only",
 ]
+
+
+@cache
+def multiplies_bytes() -> bool:
+    """Tell whether products of int8 are exact and fast on this CPU: without VNNI they are neither."""
+    # By what it does: an environment variable may hold back instructions that the CPU has.
+    a, b = (torch.full((64, 64), value, dtype=torch.int8, device="cpu") for value in (127, -128))
+    return torch.cpu._is_vnni_supported() and bool((torch._int_mm(a, b) == 64 * 127 * -128).all())
+
+
+def byte_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, int32, of matrices of int8. Replaced by: nothing."""
+    return torch._int_mm(a, b)
 
 
 def expect_true(condition: Any) -> bool:
