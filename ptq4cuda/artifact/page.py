@@ -41,6 +41,14 @@ _STYLE = """
 .ptq4cuda p { margin: 0 0 10px; max-width: 80em; }
 .ptq4cuda .soft { color: var(--soft); }
 .ptq4cuda svg { display: block; width: 100%; }
+.ptq4cuda .course { display: grid; grid-template-columns: auto 1fr; gap: 2px 10px; margin: 14px 4px 0 0;
+  font-size: 0.8rem; color: var(--soft); }
+.ptq4cuda .course svg { overflow: visible; }
+.ptq4cuda .course path { fill: none; vector-effect: non-scaling-stroke; }
+.ptq4cuda .axis { display: flex; flex-direction: column; justify-content: space-between; text-align: right;
+  line-height: 1; margin: -0.5em 0; height: calc(130px + 1em); }
+.ptq4cuda .ends { grid-column: 2; display: flex; justify-content: space-between; gap: 1em; margin-top: 4px; }
+.ptq4cuda .ends span { overflow-wrap: anywhere; }
 .ptq4cuda .layer { display: grid; grid-template-columns: 1fr; gap: 4px 28px; background: var(--card);
   border-radius: 8px; padding: 12px 14px; margin: 0 0 10px; }
 .ptq4cuda .name { font-weight: 600; overflow-wrap: anywhere; }
@@ -131,13 +139,14 @@ def _headline(report: Report) -> str:
     if record.trade and record.float_value is not None and record.trade[-1].value is not None:
         cost += f", your measure {record.trade[-1].value:.6g} instead of {record.float_value:.6g}"
     before, now = record.float_bytes, report.bytes
+    count = len(report.layers)
     quantized = sum(layer.execution != "float" for layer in report.layers)
     integers = sum(layer.execution == "integer" for layer in report.layers)
     smaller = f", {before / now:.1f} times less" if now else ""
-    return (
-        f"{cost}. Bought: {_bytes(before)} became {_bytes(now)}{smaller}; {quantized} of {len(report.layers)} layers "
-        f"are quantized, {integers} compute in integers."
-    )
+    layers = f"all {count} layers compute in integers"
+    if integers < count:
+        layers = f"{quantized} of {count} layers are quantized, {integers} compute in integers"
+    return f"{cost}. Bought: {_bytes(before)} became {_bytes(now)}{smaller}; {layers}."
 
 
 def _details(record: QuantRecord) -> str:
@@ -171,18 +180,21 @@ def _course(layers: list[LayerReport]) -> str:
     last = max(1, len(layers) - 1)
     points = [(100.0 * i / last, 100.0 * (most - sqnr) / (most - least)) for i, sqnr in found]
     line = "L".join(f"{x:.2f} {y:.2f}" for x, y in points)
-    dots = "".join(f"M{x:.2f} {y:.2f}h0" for x, y in points)
+    dots = "".join(
+        f'<path d="M{x:.2f} {y:.2f}h0"><title>{escape(layers[i].name)}: {_decibels(sqnr)}</title></path>'
+        for (x, y), (i, sqnr) in zip(points, found, strict=True)
+    )
     grid = "".join(f"M0 {100.0 * (most - v) / (most - least):.2f}H100" for v in range(int(least), int(most) + 1, 10))
-    solid = 'fill="none" vector-effect="non-scaling-stroke"'
     return (
         "<h2>SQNR from layer to layer</h2>"
-        f'<p class="soft">In order of execution, {escape(layers[0].name)} to {escape(layers[-1].name)}; lines are '
-        f"10 dB apart, from {least:.0f} to {most:.0f} dB. A sudden fall names a layer that hurts.</p>"
-        '<svg viewBox="0 0 100 100" height="130" preserveAspectRatio="none" style="overflow:visible" role="img" '
+        '<p class="soft">In order of execution; lines are 10 dB apart. Point at a fall for the name of the layer.</p>'
+        f'<div class="course"><div class="axis"><span>{most:.0f} dB</span><span>{least:.0f} dB</span></div>'
+        '<svg viewBox="0 0 100 100" height="130" preserveAspectRatio="none" role="img" '
         f'aria-label="SQNR from {_decibels(found[0][1])} to {_decibels(found[-1][1])}">'
-        f'<path d="{grid}" stroke="var(--line)" {solid}/>'
-        f'<path d="M{line}" stroke="var(--input)" stroke-width="1.5" {solid}/>'
-        f'<path d="{dots}" stroke="var(--input)" stroke-width="6" stroke-linecap="round" {solid}/></svg>'
+        f'<path d="{grid}" stroke="var(--line)"/>'
+        f'<path d="M{line}" stroke="var(--input)" stroke-width="1.5"/>'
+        f'<g stroke="var(--input)" stroke-width="6" stroke-linecap="round">{dots}</g></svg>'
+        f'<div class="ends"><span>{escape(layers[0].name)}</span><span>{escape(layers[-1].name)}</span></div></div>'
     )
 
 
@@ -190,8 +202,8 @@ def _layer(layer: LayerReport) -> str:
     share = noise = ""
     if layer.noise_share is not None:
         percent = 100.0 * layer.noise_share
-        noise = f"{percent:.1f} % of all layers'"
-        if layer.weight_damage and layer.input_damage:
+        noise = f"{percent:.1f} % of all layers'" if percent >= 0.05 else "less than 0.1 % of all layers'"
+        if layer.weight_damage and layer.input_damage and percent >= 0.05:
             of_weights = 100.0 * layer.weight_damage / (layer.weight_damage + layer.input_damage)
             noise += f", {of_weights:.0f} % of it by the weights"
         share = f'<div class="share"><i style="width:{percent:.1f}%"></i></div>'
