@@ -2,7 +2,7 @@
 
     python tools/sass.py                    compile, disassemble, print the table
     python tools/sass.py --check            fail where a kernel is worse than benchmarks/sass.json says
-    python tools/sass.py --update           write benchmarks/sass.json and the table of docs/performance.md
+    python tools/sass.py --update           write benchmarks/sass.json and the table of docs/kernel_figures.md
     python tools/sass.py --listing REGEX    print the main loops of some kernels, instruction by instruction
 
 `--objects FOLDER` takes the folder's NAME.o for NAME.cu instead of compiling. Needs nvcc, cuobjdump and nvdisasm (of
@@ -39,7 +39,7 @@ import build_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "sass.json"
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENT = ROOT / "docs" / "kernel_figures.md"
 FINISH = ROOT / "tools" / "conv_finish.cu"  # kernels that are only counted
 ARCHITECTURE = "sm_90"
 
