@@ -102,10 +102,11 @@ def quantize(
             network that was found is returned with a warning, and the report says so.
         max_drop: in units of what evaluate returns.
         progress: show a progress bar when it takes longer than a moment.
-        memory_limit: bytes of host memory that tensors between layers may take, of all samples together, and batches
-            that come from something else than a list; beyond it they go to files, which have no names and are gone
-            when quantize() ends, however it ends. Default: 3 GiB. Beside them there are the batches of a list, the
-            model and its copies, and a few times what a layer makes of one batch: smaller batches take less.
+        memory_limit: bytes of host memory that the process may take. Near it, tensors between layers, of all samples
+            together, go to files, and batches that come from something else than a list; the files have no names and
+            are gone when quantize() ends, however it ends. What Python, torch, the model, the batches of a list and
+            the work on one batch take cannot go there: smaller batches take less. Default: no limit for the process,
+            3 GiB for these tensors.
         spill_folder: for these files, on a disk. Default: the folder of temporary files, which may be in memory.
         process_group: of torch.distributed, whose processes all call this with the same model and configuration and
             batches of their own. All return the same network: that of one process with the batches of all, those of

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cuda_on_cpu import build
 from ops.backends import BACKENDS, Backend
 from ptq4cuda import _native
+from ptq4cuda.calibrate import frontier
 from ptq4cuda.ops import registration
 from small_networks import Residual, calibrate_batch_norm
 
@@ -133,3 +134,10 @@ def mobilenet_128(real_data: None) -> networks.Subject:
 @pytest.fixture(scope="session")
 def mobilenet(real_data: None) -> networks.Subject:
     return networks.mobilenet(calibration_images=64, test_images=100)
+
+
+@pytest.fixture
+def only_tensors_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a memory limit be that of the tensors held, as if the process took nothing beside them."""
+    monkeypatch.setattr(frontier, "_WORK", 0)
+    monkeypatch.setattr(frontier.Frontier, "_beside", lambda self: 0)

@@ -140,7 +140,9 @@ def work(rank, group, count):
         mine = share(batches(), rank, count)
         network = quantize(model().eval(), mine, config, progress=False, process_group=group, **more)
         record = {**record_of(network).to_dict(), "seconds": 0.0, "frontier_bytes": 0}
-        found[name] = [fingerprint(network), json.dumps(record)]
+        ptq4cuda.save(network, file := f"{count}-{rank}.ptq4")
+        with open(file, "rb") as written:
+            found[name] = [fingerprint(network), json.dumps(record), written.read().hex()]
     return found
 
 some = {3: ("default", "paper", "fast by modules"), 4: ("default by modules", "fast")}
@@ -157,10 +159,11 @@ def test_processes_make_the_network_that_one_makes(found: Any) -> None:
         for rank, networks in enumerate(made):
             assert isinstance(networks, dict), networks
             assert len(networks) == {2: 6, 3: 3, 4: 2}[count]
-            for name, (network, record) in networks.items():
+            for name, (network, record, file) in networks.items():
                 assert network == alone[name][0], (name, count, rank)
                 assert json.loads(record) == json.loads(alone[name][1]), (name, count, rank)
-    records = {name: json.loads(record) for name, (_, record) in alone.items()}
+                assert file == alone[name][2], (name, count, rank)
+    records = {name: json.loads(record) for name, (_, record, _) in alone.items()}
     assert records["default"]["walked_by"] == "graph" and records["default by modules"]["walked_by"] == "modules"
     assert "rare" in [layer["name"] for layer in records["fast by modules"]["layers"] if layer["weight_bits"]]
     assert any("clipped there" in layer["reason"] for layer in records["default"]["layers"])

@@ -1,7 +1,7 @@
 """Files of quantized networks: safetensors, with a header that says what is inside.
 
 A file holds every tensor of the network, so it is complete but for the architecture, which load() takes from a float
-model of the same structure. Two runs that make the same network write the same bytes. Zero points and offsets are
+model of the same structure. Two runs that make the same network write the same bytes, on however many processes and whatever memory they had. Zero points and offsets are
 stored as bytes where they fit; where all rows of weights have the same bits or offset, as one value. The header has a
 checksum of everything else in the file (of the tensors alone before format 3). Before format 4 the structure has no
 settings, as strides and slopes.
@@ -34,6 +34,7 @@ from ptq4cuda.execute.choice import lower
 from ptq4cuda.nn import QuantModule, quant_module_for
 
 FORMAT = 4
+_OF_THE_RUN = ("seconds", "frontier_bytes", "spilled_bytes")  # and not of the network that it made
 _KEY = "ptq4cuda"  # one key only: safetensors writes several in no fixed order
 
 
@@ -64,7 +65,7 @@ def save(network: nn.Module, path: str | os.PathLike[str]) -> None:
     header = {
         "format": FORMAT,
         "version": __version__,
-        "record": {k: v for k, v in record.to_dict().items() if k not in ("seconds", "structure")},
+        "record": {k: v for k, v in record.to_dict().items() if k not in _OF_THE_RUN and k != "structure"},
         "modules": modules,
         "structure": record.structure,
     }

@@ -184,11 +184,12 @@ def _text(layers: tuple[LayerReport, ...], size: int, record: QuantRecord) -> st
     lines += [*_outputs(record), *_trade(record)]
     lines += [f"{remark}." for remark in (record.left_out, record.few_samples) if remark]
     spilled = f", {record.spilled_bytes:,} bytes went to files" if record.spilled_bytes else ""
-    held = f"Tensors between layers held at a time: {record.frontier_bytes:,} bytes{spilled}."
+    held = f" Tensors between layers held at a time: {record.frontier_bytes:,} bytes{spilled}."
+    held = held if record.seconds else ""  # a file does not know
     if record.walked_by == "graph":
-        lines.append(f"BatchNorm: {record.folded} folded. {held}")
+        lines.append(f"BatchNorm: {record.folded} folded.{held}")
     else:
-        lines.append(f"Walked by its modules, BatchNorm not folded: {record.reason}. {held}")
+        lines.append(f"Walked by its modules, BatchNorm not folded: {record.reason}.{held}")
     return "\n".join(lines)
 
 

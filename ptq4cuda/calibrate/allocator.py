@@ -18,8 +18,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 _LARGEST = 32 << 20  # bytes: what the thresholds grow to in a process that frees large tensors
 
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
 _lock = threading.Lock()
 _users = 0
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory, its libraries and what it maps of files among them."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE
 
 
 def trim() -> None:

@@ -146,8 +146,8 @@ class GraphWalk:
     def _placeholder(self, node: fx.Node) -> Signal:
         streams = []
         for args, kwargs in self.inputs:
-            held = self.frontier.hold(graph.bind(self.network, args, kwargs)[str(node.target)])
-            streams.append((held, held))
+            value = graph.bind(self.network, args, kwargs)[str(node.target)]  # which stays where it is
+            streams.append((value, value))
         return self._signal(streams)
 
     def _signal(self, streams: list[tuple[Any, Any]]) -> Signal:

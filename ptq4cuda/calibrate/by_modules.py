@@ -233,14 +233,15 @@ class _ModuleWalk:
         It takes the room of layers that were solved before, and no other: all chunks come by in turn, and where the
         oldest outputs made room none would be there when its turn comes.
         """
-        size, room = y.numel() * y.element_size(), self.frontier.limit // 2
+        size, all_room = y.numel() * y.element_size(), self.frontier.room
+        room = all_room // 2
         for before, kept in self.outputs.items():
             while before is not module and kept and self.output_bytes + size > room:
                 _, dropped = kept.popitem()
                 self.output_bytes -= dropped.numel() * dropped.element_size()
             if before is module or self.output_bytes + size <= room:
                 break
-        if self.output_bytes + size <= room and self.frontier.bytes + size <= self.frontier.limit:
+        if self.output_bytes + size <= room and self.frontier.bytes + size <= all_room:
             self.outputs[module][key] = self.frontier.hold(y.clone())
             self.output_bytes += size
 

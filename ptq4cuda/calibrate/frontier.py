@@ -10,27 +10,32 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ptq4cuda.calibrate.allocator import trim
+from ptq4cuda.calibrate.allocator import resident, trim
 from ptq4cuda.compat import tree_map_only
 
 _T = TypeVar("_T")
 _LIBC = ctypes.CDLL(None)
-# Bytes that tensors have left, which the heap may keep in pieces too small for those to come.
+# Bytes that tensors have left, which the heap may keep in pieces too small for those to come, where there is no limit.
 _LEFT = 512 << 20
+# What the work on a batch takes, and what it leaves in the heap before that is given back, in tensors as large as the
+# largest one held.
+_WORK, _KEPT = 8, 2
 FRONTIER_LIMIT = 3 << 30  # bytes of tensors between layers in host memory
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How much host memory tensors between layers may take, and where the rest goes.
+    """How much host memory the process may take, and where tensors between layers go for which there is no room.
 
     Attributes:
-        limit: bytes; beyond it tensors go to memory-mapped files. None: FRONTIER_LIMIT.
+        limit: bytes of the process; near it tensors go to memory-mapped files. None: no such limit, and FRONTIER_LIMIT
+            for the tensors alone.
         folder: for these files, None: that of temporary files. They have no names and are gone with the process.
 
     Raises:
@@ -55,35 +60,46 @@ class Frontier:
         self.limit = FRONTIER_LIMIT if memory.limit is None else memory.limit
         self.folder = os.fspath(memory.folder) if memory.folder is not None else tempfile.gettempdir()
         self.bytes = self.spilled = self.peak = 0
-        self._most = 0  # bytes since memory was given back
+        self._largest = 0  # bytes of a tensor
+        self._others = resident()  # bytes of the process beside what is held, when memory was given back last
         self._holders: Counter[int] = Counter()  # by the address of the storage; spilled ones are there too
         self._in_files: dict[int, int] = {}  # by the same, bytes
 
-    def hold(self, value: Any) -> Any:
+    @property
+    def room(self) -> int:
+        """Bytes that may be held in memory in all."""
+        beside = self._beside()
+        return self.limit if self.memory.limit is None else self.limit - _WORK * self._largest - beside
+
+    def hold(self, value: Any, to_stay: bool = False) -> Any:
         """Return a value whose tensors live on the host.
+
+        Args:
+            value: a tensor, or anything with tensors in it.
+            to_stay: it is held to the end, and leaves half of a limited room to what is made of it.
 
         Raises:
             OSError: there is no room in the folder for what goes beyond the limit.
         """
-        return tree_map_only(Tensor, self._hold, value)
+        return tree_map_only(Tensor, partial(self._hold, to_stay=to_stay), value)
 
     def fetch(self, value: Any) -> Any:
         """Return a held value on the device."""
-        self._unmap()
+        self._breathe()
         return tree_map_only(Tensor, lambda t: t.to(self.device), value)
 
     def each(self, held: Sequence[_T]) -> Sequence[_T]:
         """Return held values to be read on the host; of those in files one at a time takes memory."""
-        return _OneByOne(held, self._unmap)
+        return _OneByOne(held, self._breathe)
 
-    def _hold(self, tensor: Tensor) -> Tensor:
-        self._unmap()
+    def _hold(self, tensor: Tensor, to_stay: bool) -> Tensor:
+        self._breathe()
         tensor = tensor.detach()
         on_host = tensor.device.type == "cpu"
         known = on_host and self._holders[tensor.untyped_storage().data_ptr()] > 0
         size = tensor.untyped_storage().nbytes() if on_host else tensor.numel() * tensor.element_size()
-        spills = not known and self.bytes + size > self.limit and tensor.numel() > 0
-        if spills:
+        self._largest = max(self._largest, size)
+        if not known and tensor.numel() > 0 and not self._has_room(size, to_stay):
             held = self._spill(tensor)
             self.spilled += held.untyped_storage().nbytes()
             self._in_files[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
@@ -94,13 +110,15 @@ class Frontier:
         if key not in self._in_files and not self._holders[key]:
             self.bytes += size
             self.peak = max(self.peak, self.bytes)
-            if self._most - self.bytes > _LEFT:
-                trim()
-                self._most = self.bytes
-            self._most = max(self._most, self.bytes)
         self._holders[key] += 1
         weakref.finalize(held, self._release, key, size)
         return held
+
+    def _has_room(self, size: int, to_stay: bool) -> bool:
+        room = self.room
+        if to_stay and self.memory.limit is not None:
+            room //= 2
+        return self.bytes + size <= room
 
     def _release(self, key: int, size: int) -> None:
         self._holders[key] -= 1
@@ -112,14 +130,26 @@ class Frontier:
         else:
             self.bytes -= size
 
-    def _unmap(self) -> None:
-        """Let go of the memory into which files were read; what was written stays with the files."""
+    def _breathe(self) -> None:
+        """Let go of the memory into which files were read, what was written stays with the files, and of free memory."""
         for address, size in self._in_files.items():
             _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        self._beside()
+
+    def _beside(self) -> int:
+        """Return the bytes of the process beside what is held, once free memory is given back where that is due."""
+        others = resident() - self.bytes
+        kept, work = others - self._others, _WORK * self._largest
+        if self.memory.limit is None:
+            due = kept > _LEFT
+        else:
+            due = kept > _KEPT * self._largest and self.bytes + others + work > self.limit
+        if due:
+            trim()
+            self._others = others = resident() - self.bytes
+        return others
 
     def _spill(self, tensor: Tensor) -> Tensor:
-        # The heap keeps what the tensors before this one have left, in pieces too small for the next.
-        trim()
         size = tensor.numel() * tensor.element_size()
         try:
             # It has no name, so that nothing is left however the process ends, and all its room from the start: where

@@ -207,7 +207,7 @@ def collect_inputs(
         arguments = arguments_of(model, batch, f"calibration batch {index}")
         if inputs:
             _check_arguments(arguments, index, inputs[0])
-        inputs.append(arguments if isinstance(batches, (list, tuple)) else frontier.hold(arguments))
+        inputs.append(arguments if isinstance(batches, (list, tuple)) else frontier.hold(arguments, to_stay=True))
     if not inputs:
         raise ValueError("batches is empty: quantization needs at least one batch of calibration data")
     if frontier.spilled:

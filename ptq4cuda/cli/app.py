@@ -112,7 +112,8 @@ def quantize_command(
         float | None,
         typer.Option(
             min=0.0,
-            help="GiB of memory for samples and tensors between layers, and for images of --evaluate.  [default: 3]",
+            help="GiB that the process may take: tensors between layers and images go to files near it.  "
+            "[default: 3 for these alone]",
         ),
     ] = None,
     spill_folder: Annotated[Path | None, typer.Option(help="For what is beyond that, on a disk.")] = None,

@@ -199,7 +199,8 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> l
         What the module gives then, for each chunk, held by the frontier; None where the bias is not all that is added
         to its products in the end.
     """
-    axis, device, processes = call.spec.axis, module.weight_scale.device, call.signal.processes
+    axis, device = call.spec.axis, module.weight_scale.device
+    frontier, processes = call.signal.frontier, call.signal.processes
     extents, chunk = _extents(call)
     judged: list[int] = []  # samples of each chunk that judge
     room = _JUDGED
@@ -214,13 +215,13 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> l
     if apart:
         module.register_buffer("bias", None)
     sums: list[Tensor] = []  # of what is missing, of each sample [N, O]
-    seen: list[tuple[int, Tensor, Tensor]] = []
+    seen: list[tuple[int, Tensor, Tensor]] = []  # held
     for target, quantized, some in zip(
         _TargetOutputs(call, config), call.signal.quantized, judged[chunk:], strict=False
     ):
         target, found = target.to(device), module(quantized.to(device))
         if apart:
-            outputs.append(call.signal.frontier.hold(found))
+            outputs.append(frontier.hold(found))
             found = found if bias is None else found + _along(bias, axis, found)
         if found.dim() == 1:
             target, found = target[None], found[None]
@@ -230,14 +231,15 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> l
             missing = missing.sum(others_than_channels, dtype=torch.float32)
         sums.append(missing.double())
         if some:  # copied, so that the rest need not stay in memory
-            seen.append((first, target[:some].clone(), found[:some].clone()))
+            seen.append((first, *frontier.hold((target[:some].clone(), found[:some].clone()))))
         first += len(target)
     total = torch.cat(processes.gather(sums))
     each = sum(numel for _, numel in extents) / total.numel()  # values of a channel of a sample
     rest = max(1, len(total) - 1)
     others = (total.sum(0) - total if len(total) > 1 else total) / rest / each
     errors = []
-    for first, target, found in seen:
+    for first, *held in seen:
+        target, found = frontier.fetch(tuple(held))
         shape = [1] * found.dim()
         shape[0], shape[axis] = len(found), found.shape[axis]
         shift = others[first : first + len(found)].to(found.dtype).view(shape)
@@ -258,7 +260,7 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> l
     if not apart:
         return None
     if bias is not None:
-        for y in call.signal.frontier.each(outputs):
+        for y in frontier.each(outputs):
             y += _along(bias.to(y.device), axis, y)
     return outputs
 

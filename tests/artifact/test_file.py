@@ -45,8 +45,8 @@ def test_round_trip_is_exact(model: nn.Module, images: Tensor, tmp_path: Path, c
     assert other.training
     state, other_state = loaded.state_dict(), network.state_dict()
     assert all(torch.equal(state[name], t) and state[name].dtype == t.dtype for name, t in other_state.items())
-    # the report survives, but for the seconds
-    report = str(ptq4cuda.report(network)).replace(f", {record_of(network).seconds:.1f} s\n", "\n")
+    # the report survives, but for what it says of the run
+    report = re.sub(r", [\d.]+ s(?=\n)|(?<=folded\.) Tensors between .*", "", str(ptq4cuda.report(network)))
     assert str(ptq4cuda.report(loaded)) == re.sub(r"\d+ samples take .*\n", "", report)
 
 

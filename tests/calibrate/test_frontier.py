@@ -24,6 +24,7 @@ class Untraceable(Residual):
         return x if bool(x.isnan().any()) else super().forward(x)
 
 
+@pytest.mark.usefixtures("only_tensors_count")
 def test_spilling_to_disk_changes_nothing(
     model: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,6 +45,7 @@ def test_spilling_to_disk_changes_nothing(
     assert not names  # that an interrupted process could leave
 
 
+@pytest.mark.usefixtures("only_tensors_count")
 def test_only_what_is_alive_counts() -> None:
     frontier = Frontier(CPU, Memory(10_000))
     for _ in range(5):
@@ -54,6 +56,7 @@ def test_only_what_is_alive_counts() -> None:
     assert frontier.peak == 4000 and frontier.spilled == 0
 
 
+@pytest.mark.usefixtures("only_tensors_count")
 def test_storages_count_and_not_views() -> None:
     frontier = Frontier(CPU, Memory(10_000))
     x = torch.arange(2000.0)
@@ -88,6 +91,22 @@ def test_what_is_in_files_takes_no_memory() -> None:
     assert frontier.spilled == 128 << 20
 
 
+def test_the_process_stays_within_its_limit() -> None:
+    """Whatever else it holds, and whatever pieces the heap keeps."""
+    tensor, limit = 4 << 20, resident() + (96 << 20)
+    frontier, most, held, other = Frontier(CPU, Memory(limit)), 0, [], []
+    for i in range(48):
+        work = [torch.full((tensor // 4 + 64 * i,), float(i)) for _ in range(4)]
+        held.append(frontier.hold(work[1]))
+        if i % 8 == 0:
+            other.append(torch.ones(tensor // 4))
+        most = max(most, resident())
+        del work
+    assert most <= limit
+    assert frontier.bytes > 4 * tensor and frontier.spilled > 4 * tensor
+    assert all(float(frontier.fetch(t)[-1]) == i for i, t in enumerate(held))
+
+
 @pytest.mark.parametrize("kind", [Residual, Untraceable])
 def test_all_chunks_of_a_layer_are_never_in_memory_at_once(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
@@ -96,18 +115,19 @@ def test_all_chunks_of_a_layer_are_never_in_memory_at_once(
     model, chunk = kind().eval(), torch.randn(4, 3, 96, 96)  # 1 MiB and more for each of the first layers
     config = QuantConfig(rounding="nearest")
     quantize(model, [chunk], config, progress=False)  # loads code, which is in files, too
-    unmap, in_memory = Frontier._unmap, [resident(_OF_FILES)]
+    breathe, in_memory = Frontier._breathe, [resident(_OF_FILES)]
 
     def watched(self: Frontier) -> None:
         in_memory.append(resident(_OF_FILES))
-        unmap(self)
+        breathe(self)
 
-    monkeypatch.setattr(Frontier, "_unmap", watched)
+    monkeypatch.setattr(Frontier, "_breathe", watched)
     network = quantize(model, [chunk + i for i in range(10)], config, progress=False, memory_limit=0)
     assert record_of(network).spilled_bytes > 40 << 20
     assert max(in_memory) - in_memory[0] < 6 << 20
 
 
+@pytest.mark.usefixtures("only_tensors_count")
 def test_batches_of_an_iterator_go_to_files(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
     """They are read once, and are as good as a list."""
     batches = list(images.split(16))

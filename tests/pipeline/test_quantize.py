@@ -286,6 +286,7 @@ def test_samples_that_depend_on_each_other(images: Tensor, step: Callable[[Tenso
         assert sqnr(model(images[:16]), network(images[:16])) > 25.0
 
 
+@pytest.mark.usefixtures("only_tensors_count")
 def test_a_pass_for_each_layer_is_what_memory_makes_of_it(images: Tensor) -> None:
     torch.manual_seed(0)
     model, batches = Untraceable().eval(), list(images.split(20))
@@ -297,6 +298,7 @@ def test_a_pass_for_each_layer_is_what_memory_makes_of_it(images: Tensor) -> Non
     assert record_of(found).sqnr == record_of(expected).sqnr
 
 
+@pytest.mark.usefixtures("only_tensors_count")
 def test_what_memory_holds_of_the_layers_is_not_computed_again(
     images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
