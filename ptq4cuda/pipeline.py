@@ -34,6 +34,7 @@ from ptq4cuda.calibrate.inputs import (
     check_model,
     check_shapes,
     collect_inputs,
+    device_of,
     ordinary,
     samples_of,
     some_samples,
@@ -89,7 +90,8 @@ def quantize(
     time beside a few copies of its weights, and in time that grows with the number of inputs.
 
     Args:
-        model: a network in evaluation mode; it is not changed. It runs where its parameters are.
+        model: a network in evaluation mode; it is not changed. It runs where its parameters are, in their dtype: an
+            autocast around the call is off meanwhile.
         batches: calibration data, an iterable of tensors [N, ...], of tuples or lists whose first item is one
             (targets are ignored), or of dicts whose keys are arguments of the model's forward: tensors, numbers,
             strings, None, and containers of these. Of tensors the first with the most dimensions has the samples.
@@ -135,7 +137,8 @@ def quantize(
         model = graph.unwrap(model)
         check_model(model)
         memory = Memory(memory_limit, spill_folder)
-        with graph.buffers_kept(model):
+        # In half precision, samples would tell what the model does there.
+        with graph.buffers_kept(model), torch.autocast(device_of(model).type, enabled=False):
             return _quantize(model, batches, config, evaluate, max_drop, progress, memory, processes, checkpoint)
 
 

@@ -1,10 +1,10 @@
 """Files of quantized networks: safetensors, with a header that says what is inside.
 
 A file holds every tensor of the network, so it is complete but for the architecture, which load() takes from a float
-model of the same structure. Two runs that make the same network write the same bytes, on however many processes and whatever memory they had. Zero points and offsets are
-stored as bytes where they fit; where all rows of weights have the same bits or offset, as one value. The header has a
-checksum of everything else in the file (of the tensors alone before format 3). Before format 4 the structure has no
-settings, as strides and slopes.
+model of the same structure. Two runs that make the same network write the same bytes, on however many processes and
+in whatever memory. Zero points and offsets are stored as bytes where they fit; where all rows of weights have the
+same bits or offset, as one value. The header has a checksum of everything else in the file (of the tensors alone
+before format 3). Before format 4 the structure has no settings, as strides and slopes.
 """
 
 from __future__ import annotations

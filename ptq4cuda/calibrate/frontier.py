@@ -21,7 +21,7 @@ from ptq4cuda.compat import tree_map_only
 
 _T = TypeVar("_T")
 _LIBC = ctypes.CDLL(None)
-# Bytes that tensors have left, which the heap may keep in pieces too small for those to come, where there is no limit.
+# Bytes that the heap may keep, in pieces too small for tensors to come, where there is no limit.
 _LEFT = 512 << 20
 # What the work on a batch takes, and what it leaves in the heap before that is given back, in tensors as large as the
 # largest one held.
@@ -34,8 +34,8 @@ class Memory:
     """How much host memory the process may take, and where tensors between layers go for which there is no room.
 
     Attributes:
-        limit: bytes of the process; near it tensors go to memory-mapped files. None: no such limit, and FRONTIER_LIMIT
-            for the tensors alone.
+        limit: bytes of the process; near it tensors go to memory-mapped files. None: FRONTIER_LIMIT for the tensors
+            alone.
         folder: for these files, None: that of temporary files. They have no names and are gone with the process.
 
     Raises:
@@ -131,7 +131,7 @@ class Frontier:
             self.bytes -= size
 
     def _breathe(self) -> None:
-        """Let go of the memory into which files were read, what was written stays with the files, and of free memory."""
+        """Let go of the memory into which files were read, where what was written stays, and of what is free."""
         for address, size in self._in_files.items():
             _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
         self._beside()

@@ -8,6 +8,7 @@ from ptq4cuda import graph
 from ptq4cuda.calibrate.inputs import Inputs, constant_arguments
 from ptq4cuda.compat import tree_map_only
 from ptq4cuda.config import QuantConfig
+from ptq4cuda.nn import spec_of
 
 
 def prepare(model: nn.Module, inputs: Inputs, config: QuantConfig) -> tuple[nn.Module, int, str]:
@@ -41,7 +42,10 @@ def check_has_convolution(network: nn.Module, model_name: str) -> None:
     """Raise ValueError where no convolution is left to quantize, and say why the first one is not."""
     if any((spec := graph.quantized_spec(module)) is not None and spec.dims for module in network.modules()):
         return
-    left = [f": {name!r} stays, {why}" for name, m in network.named_modules() if (why := graph.why_left(m))]
+    convolutions = [
+        (name, m) for name, m in network.named_modules() if (spec := spec_of(m)) is not None and spec.dims
+    ]
+    left = [f": {name!r} stays, {why}" for name, m in convolutions if (why := graph.why_float(m))]
     raise ValueError(f"the model has no convolution to quantize ({model_name}){''.join(left[:1])}")
 
 

@@ -169,6 +169,17 @@ def test_convolutions_of_volumes_stay_in_float() -> None:
         quantize(nn.Sequential(nn.Conv3d(2, 2, 1)).eval(), [torch.ones(1, 2, 3, 3, 3)], progress=False)
 
 
+def test_nothing_but_convolutions_with_a_forward_of_their_own() -> None:
+    class Standardized(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight if x.sum() > 1e9 else self.weight - self.weight.mean()
+            return self._conv_forward(x, weight, self.bias)
+
+    model = nn.Sequential(Standardized(3, 4, 3), nn.ReLU(), Standardized(4, 4, 3)).eval()
+    with pytest.raises(ValueError, match=r"no convolution .*: '0' stays, Standardized has a forward of its own"):
+        quantize(model, [architectures.images(2, 8)], progress=False)
+
+
 @torch.no_grad()
 def test_functions_with_constant_weights_become_layers() -> None:
     class Functions(nn.Module):

@@ -19,6 +19,7 @@ from ptq4cuda import QuantConfig, QuantConv2d, QuantConvTranspose2d, QuantLinear
 from ptq4cuda.artifact.record import LayerRecord, record_of
 from ptq4cuda.calibrate.by_modules import _ModuleWalk, walk_modules
 from ptq4cuda.calibrate.inputs import Inputs
+from ptq4cuda.pipeline import fingerprint
 from ptq4cuda.solve.layer import solve_layer
 
 PRESETS = {
@@ -326,6 +327,13 @@ def test_what_memory_holds_of_the_layers_is_not_computed_again(
         quantize(model, batches, W8A8, progress=False, memory_limit=int(2 * share * all_outputs))
     saved = {share: calls[0.0] - n for share, n in calls.items()}
     assert saved[0.3] > 0.3 * saved[3.0] > 0
+
+
+def test_autocast_around_it_changes_nothing(model: nn.Module, images: Tensor) -> None:
+    expected = quantize(model, [images], progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantize(model, [images], progress=False)
+    assert fingerprint(found) == fingerprint(expected)
 
 
 def test_random_numbers_are_the_same_in_both_streams(images: Tensor) -> None:
