@@ -2,7 +2,7 @@
 
 Ridge regression towards weights V: with the moments H = cov(u, u) and B = cov(t, u),
 
-    W* = (B + λ V D) (H + λ D)⁻¹     minimises     E|t - W* u|² + λ tr((W* - V) D (W* - V)ᵀ)
+    W* = V + (B - V H) (H + λ D)⁻¹     minimises     E|t - W* u|² + λ tr((W* - V) D (W* - V)ᵀ)
 
 with D = diag(H): the result does not depend on the units of the inputs, which folded scales make very different.
 
@@ -12,13 +12,14 @@ gain is known from few samples, as all outputs have a say in it. It minimises
     E|t - W diag(g) u|² + Σ_j (g_j - 1)² D_j |W_j|²:     (WᵀW ∘ (H + D)) (g - 1) = diag(Wᵀ (B - W H)).
 
 A few hundred images tell less about a wide layer than about a narrow one. λ is therefore not a constant: two halves
-of the samples choose it, each judging what was fitted on the other, and whether there are gains at all.
+of the samples choose it, each judging what was fitted on the other, and whether there are gains at all. A choice
+among nine is made in float32, what was chosen is then solved in float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -46,6 +47,61 @@ class Target:
     covariance: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """How to change weights, given moments of samples; all that is small is computed with numbers that are small.
+
+    Attributes:
+        covariance: H [G, d, d].
+        missing: B - V H of the weights V as they are [G, R, d].
+        least: damping [G, 1]. Where all inputs are constant any weights do; a ridge above the rounding of the sums
+            returns those given.
+        towards: the change that a ridge holds on to [G, R, d], None for no change.
+    """
+
+    covariance: Tensor
+    missing: Tensor
+    least: Tensor
+    towards: Tensor | None = None
+
+    @classmethod
+    def of(cls, moments: Moments, weight: Tensor) -> _Problem:
+        """Return that of some samples."""
+        least = 1e-9 * (moments.uu.diagonal(dim1=1, dim2=2) / moments.count).mean(1, keepdim=True)
+        return cls(moments.covariance, moments.cross - weight @ moments.covariance, least)
+
+    def single(self) -> _Problem:
+        """Return it in float32."""
+        return _Problem(self.covariance.float(), self.missing.float(), self.least.float())
+
+    def gains(self, weight: Tensor) -> Tensor:
+        """Return the change of the weights by the gain of each input."""
+        products = weight.mT @ weight
+        energy = products.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
+        damping = self._damping(_GAIN_RIDGE) * energy
+        lower = torch.linalg.cholesky(_with_diagonal(products.mul_(self.covariance), damping))
+        missing = (self.missing * weight).sum(1)
+        return weight * torch.cholesky_solve(missing[:, :, None], lower).mT
+
+    def ridge(self, ridge: float) -> Tensor:
+        """Return the change by ridge regression."""
+        lower = torch.linalg.cholesky(_with_diagonal(self.covariance, self._damping(ridge)))
+        change = torch.cholesky_solve(self._left.mT, lower).mT
+        return change if self.towards is None else change.add_(self.towards)
+
+    @cached_property
+    def _left(self) -> Tensor:
+        return self.missing if self.towards is None else self.missing - self.towards @ self.covariance
+
+    def _damping(self, ridge: float) -> Tensor:
+        found = torch.maximum(ridge * _variances(self.covariance), self.least)
+        return found.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def error(self, change: Tensor) -> float:
+        """Return by how much E|t - W u|² of centred t and u rises with a change of the weights."""
+        return float(((change @ self.covariance).sub_(2.0 * self.missing).mul_(change)).sum(dtype=torch.float64))
+
+
 def fit_weights(weight: Tensor, halves: tuple[Moments, Moments]) -> Target:
     """Return the weights that best reproduce the target from the quantized input.
 
@@ -53,19 +109,19 @@ def fit_weights(weight: Tensor, halves: tuple[Moments, Moments]) -> Target:
         weight: the float weights, [G, R, d].
         halves: moments of two disjoint sets of samples.
     """
-    near_a = near_b = near = weight.double()
-    a, b = halves
-    total = a + b
+    near = weight.double()
+    total = _Problem.of(halves[0] + halves[1], near)
     ridge = RIDGES[-1]
-    if a is not b:
-        with_a, with_b = _with_gains(a, near), _with_gains(b, near)
-        if _error(b, with_a) + _error(a, with_b) < _error(b, near) + _error(a, near):
-            near_a, near_b, near = with_a, with_b, _with_gains(total, near)
+    if halves[0] is not halves[1]:
+        a, b = (_Problem.of(half, near).single() for half in halves)
+        with_a, with_b = a.gains(near.float()), b.gains(near.float())
+        if b.error(with_a) + a.error(with_b) < 0.0:
+            a, b = replace(a, towards=with_a), replace(b, towards=with_b)
+            total = replace(total, towards=total.gains(near))
 
         @cache
         def error(index: int) -> float:
-            ridge = RIDGES[index]
-            return _error(b, _solve(a, near_a, ridge)) + _error(a, _solve(b, near_b, ridge))
+            return b.error(a.ridge(RIDGES[index])) + a.error(b.ridge(RIDGES[index]))
 
         # It falls to the best ridge and rises from there: halve what is left.
         first, last = 0, len(RIDGES) - 1
@@ -73,9 +129,8 @@ def fit_weights(weight: Tensor, halves: tuple[Moments, Moments]) -> Target:
             middle = (first + last) // 2
             first, last = (middle + 1, last) if error(middle + 1) < error(middle) else (first, middle)
         ridge = RIDGES[first]
-    covariance = total.covariance
-    metric = _with_diagonal(covariance, _ROUNDING_RIDGE * ridge * _variances(covariance))
-    return Target(_solve(total, near, ridge), metric)
+    metric = _with_diagonal(total.covariance, _ROUNDING_RIDGE * ridge * _variances(total.covariance))
+    return Target(near + total.ridge(ridge), metric)
 
 
 def fit_blocks(weight: Tensor, samples: Samples, *, fit: bool) -> Target:
@@ -115,38 +170,8 @@ def _variances(covariance: Tensor) -> Tensor:
     return variances + 1e-3 * variances.mean(1, keepdim=True)
 
 
-def _damping(moments: Moments, covariance: Tensor, ridge: float) -> Tensor:
-    # Where all inputs are constant any weights do; a ridge above the rounding of the sums returns those given.
-    floor = 1e-9 * (moments.uu.diagonal(dim1=1, dim2=2) / moments.count).mean(1, keepdim=True)
-    return torch.maximum(ridge * _variances(covariance), floor).clamp_min(torch.finfo(torch.float32).tiny)
-
-
 def _with_diagonal(matrix: Tensor, added: Tensor) -> Tensor:
     """Return matrices [G, d, d] with [G, d] added to their diagonals."""
     result = matrix.clone()
     result.diagonal(dim1=1, dim2=2).add_(added)
     return result
-
-
-def _with_gains(moments: Moments, weight: Tensor) -> Tensor:
-    """Return the float weights times the gain of each input."""
-    covariance = moments.covariance
-    products = weight.mT @ weight
-    energy = products.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
-    damping = _damping(moments, covariance, _GAIN_RIDGE) * energy
-    lower = torch.linalg.cholesky(_with_diagonal(products * covariance, damping))
-    missing = ((moments.cross - weight @ covariance) * weight).sum(1)
-    return weight * (1.0 + torch.cholesky_solve(missing[:, :, None], lower).mT)
-
-
-def _solve(moments: Moments, near: Tensor, ridge: float) -> Tensor:
-    """Return the weights of ridge regression towards those that are given."""
-    covariance = moments.covariance
-    damping = _damping(moments, covariance, ridge)
-    right = moments.cross + damping[:, None, :] * near
-    return torch.cholesky_solve(right.mT, torch.linalg.cholesky(_with_diagonal(covariance, damping))).mT
-
-
-def _error(moments: Moments, weight: Tensor) -> float:
-    """E|t - W u|² of centred t and u, but for the part that does not depend on W."""
-    return float((((weight @ moments.covariance) - 2.0 * moments.cross) * weight).sum())
