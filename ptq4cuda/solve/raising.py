@@ -27,7 +27,7 @@ from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.nn import QuantModule
 
 _SAMPLES = 32  # calibration samples on which damage is measured
-_FEWEST_SAMPLES, _PRODUCTS = 4, 1 << 40  # or fewer, for no more products of weights and inputs in all
+_FEWEST_SAMPLES, _PRODUCTS = 4, 1 << 38  # or fewer, for no more products of weights and inputs in all
 _WIDTHS = (6, 8)
 
 Kind = Literal["weight_bits", "activation_bits"]
