@@ -202,7 +202,7 @@ def _quantize(
         reference, _, _ = prepare(model, inputs, config)
         matching = config.bias_correction != "none"
         parts = processes.from_first(
-            measure_parts(reference, network, judged, matching, "measure" if progress else "")
+            measure_parts(reference, network, judged, matching, "measure" if progress else "", processes)
         )
         trial = raise_layers(trial, parts, config, measure, lambda raised: executed(*simulated(raised)))
     if trial.record.few_samples:
@@ -292,7 +292,7 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, progress: b
     network, noise = quantized(quick, {})
     reference, _, _ = prepare(model, some, quick)
     matching = config.bias_correction != "none"
-    parts = measure_parts(reference, network, some, matching, "measure" if progress else "")
+    parts = measure_parts(reference, network, some, matching, "measure" if progress else "", inputs.processes)
     bits = share_out(parts, config)
     alike = all(number == getattr(config, kind) for own in bits.values() for kind, number in own.items())
     if alike or noise <= quantized(quick, bits)[1]:

@@ -25,6 +25,7 @@ from ptq4cuda.config import QuantConfig
 from ptq4cuda.containers import call_apart
 from ptq4cuda.metrics import Measure, Noise
 from ptq4cuda.nn import QuantModule
+from ptq4cuda.processes import ALONE, Processes
 
 _SAMPLES = 32  # calibration samples on which damage is measured
 _FEWEST_SAMPLES, _PRODUCTS = 4, 1 << 38  # or fewer, for no more products of weights and inputs in all
@@ -90,7 +91,12 @@ class Trial:
 
 @torch.no_grad()
 def measure_parts(
-    reference: nn.Module, quantized: nn.Module, inputs: Inputs, match_means: bool, progress: str = ""
+    reference: nn.Module,
+    quantized: nn.Module,
+    inputs: Inputs,
+    match_means: bool,
+    progress: str = "",
+    processes: Processes = ALONE,
 ) -> list[Part]:
     """Measure what the weights and the input of each quantized layer cost at the network's outputs, each alone.
 
@@ -101,6 +107,7 @@ def measure_parts(
         match_means: whether the mean of what a part makes of a layer's output is that of the float layer, as where
             biases are corrected.
         progress: what its bar is called, "" for none.
+        processes: that each measure some of them, all with the same networks.
     """
     some = inputs.head(_SAMPLES)
 
@@ -117,18 +124,21 @@ def measure_parts(
         some = some_samples(reference, some, 0, few)
         expected = list(outputs())
 
-    def part(kind: Kind, names: Sequence[str]) -> Part:
-        module = modules[names[0]]
-        bits = module.weight_bits if kind == "weight_bits" else cast(Tensor, module.activation_bits)
+    def damage_of(kind: Kind, names: Sequence[str]) -> float:
         noise = Noise()
         with _quantized_alone(kind, {layers[name]: modules[name] for name in names}, match_means):
             for unquantized, found in zip(expected, outputs(), strict=True):
                 noise.add(unquantized, found)
+        return noise.relative
+
+    def part(kind: Kind, names: Sequence[str], damage: float) -> Part:
+        module = modules[names[0]]
+        bits = module.weight_bits if kind == "weight_bits" else cast(Tensor, module.activation_bits)
         return Part(
             kind,
             tuple(names),
             math.ceil(float(bits.float().mean())),  # an allocation leaves a remainder
-            noise.relative,
+            damage,
             module.weight_shape.numel() if kind == "weight_bits" else 0,
             sum(products[name] for name in names) // samples,
             0 if kind == "weight_bits" else max(read[name] for name in names) // samples,
@@ -143,12 +153,14 @@ def measure_parts(
             sharing.setdefault(tuple(t.cpu().numpy().tobytes() for t in values), []).append(name)
     each: list[tuple[Kind, list[str]]] = [("weight_bits", [name]) for name in modules]
     each += [("activation_bits", names) for names in sharing.values()]
-    parts = []
-    with progress_bar(len(each), progress) as bar:
-        for kind, names in each:
-            parts.append(part(kind, names))
+    first, end = (len(each) * rank // processes.count for rank in (processes.rank, processes.rank + 1))
+    own = []
+    with progress_bar(end - first, progress) as bar:
+        for kind, names in each[first:end]:
+            own.append(damage_of(kind, names))
             bar.update()
-    return parts
+    damages = processes.gather(own)
+    return [part(kind, names, damage) for (kind, names), damage in zip(each, damages, strict=True)]
 
 
 def note_damage(record: QuantRecord, parts: Sequence[Part]) -> None:
