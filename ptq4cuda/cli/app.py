@@ -322,6 +322,10 @@ def export_command(
 
         import ptq4cuda
 
+        if output.suffix != ".onnx":
+            raise ValueError(
+                f"a network is exported as .onnx, got {str(output)!r}; docs/deployment.md has other ways"
+            )
         check_writable(output)
         subject = _Subject(model, weights, pretrained, classes, "cpu", size)
         network = ptq4cuda.load(file, subject.model, execution="simulate")
@@ -410,6 +414,7 @@ class _Subject:
 
 
 def _config(preset: str, fields: list[str]) -> "QuantConfig":
+    from ptq4cuda.cli.models import close_to
     from ptq4cuda.config import QuantConfig
 
     if preset not in PRESETS:
@@ -419,7 +424,8 @@ def _config(preset: str, fields: list[str]) -> "QuantConfig":
     for text in fields:
         name, equals, value = text.partition("=")
         if not equals or name not in known:
-            raise ValueError(f"--set takes FIELD=VALUE, a field of {', '.join(sorted(known))}; got {text!r}")
+            fields_of = close_to(name, known) or f"those of QuantConfig are {', '.join(sorted(known))}"
+            raise ValueError(f"--set takes FIELD=VALUE, got {text!r}; {fields_of}")
         try:
             given[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,16 @@ def _of_library(name: str, pretrained: bool, given: dict[str, Any]) -> Make:
             known += names
     if missing and not known:
         missing.append("pip install timm, or torchvision")
-    close = difflib.get_close_matches(model_name, dict.fromkeys(known), n=3)
-    reasons = [*missing, *([f"close to it: {', '.join(close)}"] if close else [])]
+    reasons = filter(None, [*missing, close_to(model_name, known)])
     raise ValueError(
-        f"there is no model {name!r}" + (f": {'; '.join(reasons)}" if reasons else " in timm or torchvision")
+        f"there is no model {name!r}" + (f": {told}" if (told := "; ".join(reasons)) else " in timm or torchvision")
     )
+
+
+def close_to(name: str, known: Iterable[str]) -> str:
+    """Return which of the known names somebody may have meant, or nothing."""
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3)
+    return f"close to it: {', '.join(close)}" if close else ""
 
 
 def _of_timm(name: str, pretrained: bool, given: dict[str, Any]) -> tuple[list[str], Make]:
@@ -154,10 +159,8 @@ def _own(name: str, given: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
         found: Any = importlib.import_module(module_name)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), n=3)
-            raise ValueError(
-                f"{module_name} has no {attribute!r}" + (f"; close to it: {', '.join(close)}" if close else "")
-            )
+            close = close_to(part, dir(found))
+            raise ValueError(f"{module_name} has no {attribute!r}" + (f"; {close}" if close else ""))
         found = getattr(found, part)
     if not isinstance(found, nn.Module):
         if not callable(found):
@@ -210,6 +213,8 @@ def _some(names: list[str]) -> str:
 def _state_of(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
+    if path.suffix == ".ptq4":
+        raise ValueError(f"{str(path)!r} is a quantized network: --weights takes those of the float model")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

@@ -198,7 +198,8 @@ def test_completion(folder: Path) -> None:
             "quantize_images --preset best",
             "--preset must be one of default, fast",
         ),
-        ("quantize_images --set bits=4", "--set takes FIELD=VALUE, a field of"),
+        ("quantize_images --set weight_bit=4", "got 'weight_bit=4'; close to it: weight_bits"),
+        ("quantize_images --set 4", "--set takes FIELD=VALUE, got '4'; those of QuantConfig are activation_allocation"),
         (
             "quantize_images --set weight_bits=9",
             "weight_bits must be an int from 1",
@@ -210,6 +211,7 @@ def test_completion(folder: Path) -> None:
         ("quantize_images --size 12,12", "--size must be pixels"),
         ("quantize_images --mean a", "--mean must be numbers"),
         ("quantize_images --weights w.pt", "there is no file 'w.pt'"),
+        ("export small_model:build net.ptq4 -o x", "a network is exported as .onnx, got 'x'"),
         ("quantize_images --device tpu", "--device must be cpu or cuda"),
         ("evaluate small_model:build none.ptq4 images", "there is no file 'none.ptq4'"),
         ("inspect none.ptq4", "there is no file 'none.ptq4'"),

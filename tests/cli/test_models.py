@@ -147,3 +147,6 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         load_weights(net(), path)
     with pytest.raises(ValueError, match="there is no file"):
         load_weights(net(), tmp_path / "nowhere.pt")
+    quantized = path.rename(tmp_path / "net.ptq4")
+    with pytest.raises(ValueError, match=r"net\.ptq4' is a quantized network: --weights takes those of the float"):
+        load_weights(net(), quantized)
