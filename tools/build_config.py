@@ -41,6 +41,8 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
     "-Wall",
+    "-Wno-uninitialized",  # GCC 12 finds hundreds in its own headers of AVX-512
+    "-Wno-maybe-uninitialized",
     STABLE_ABI,
 ]
 NVCC_FLAGS = [

@@ -199,7 +199,7 @@ def test_completion(folder: Path) -> None:
             "--preset must be one of default, fast",
         ),
         ("quantize_images --set weight_bit=4", "got 'weight_bit=4'; close to it: weight_bits"),
-        ("quantize_images --set 4", "--set takes FIELD=VALUE, got '4'; those of QuantConfig are activation_allocation"),
+        ("quantize_images --set 4", "--set takes FIELD=VALUE, got '4'; those of QuantConfig are act"),
         (
             "quantize_images --set weight_bits=9",
             "weight_bits must be an int from 1",
