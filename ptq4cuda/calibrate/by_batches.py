@@ -27,6 +27,7 @@ from ptq4cuda.calibrate.signals import (
     Solution,
     Solver,
     WalkResult,
+    importance_for,
     progress_bar,
     record_solution,
 )
@@ -230,7 +231,8 @@ class _BatchWalk(GraphWalk):
                 extent = extent_of(self.specs[node], x)
                 measured.extents.append(self.extents.setdefault(extent, extent))
                 most = suspected(self.batches.samples * -(-len(x) // batch_size(self.inputs[0])))
-                measured.add_extremes([Extremes.of(v, axis, self._importance(key[0]), most) for v in values])
+                importance = importance_for(self._layers_reading(key[0]))
+                measured.add_extremes([Extremes.of(v, axis, importance, most) for v in values])
             centre = None if centres is None else centres[key]
             measured.add(ChannelStatistics.of(values[-1], None if self.whole else axis, centre), self.processes)
         y = self._float(node, x)
@@ -262,10 +264,10 @@ class _BatchWalk(GraphWalk):
                 outliers="" if clip is None else clip.remark,
                 known=measured.statistics(self.processes),
             )
-        signal, importance = self.known[key], self._importance(key[0])
+        signal = self.known[key]
         self.clipped |= bool(signal.outliers)
-        first_or_last = node in self.ends
-        call = LayerCall(str(node.target), layer, self.specs[node], signal, layer, first_or_last, [], importance)
+        first_or_last, readers = node in self.ends, self._layers_reading(key[0])
+        call = LayerCall(str(node.target), layer, self.specs[node], signal, layer, first_or_last, [], readers)
         self.calls[node], self.solutions[node] = call, self.solve(call)
 
     def compare(self) -> None:

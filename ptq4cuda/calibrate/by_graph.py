@@ -19,6 +19,7 @@ from ptq4cuda.calibrate.inputs import Inputs, batch_size
 from ptq4cuda.calibrate.signals import (
     Kept,
     LayerCall,
+    Reader,
     Signal,
     Solver,
     WalkResult,
@@ -189,13 +190,13 @@ class GraphWalk:
     def _solve(self, node: fx.Node) -> Signal:
         layer, source = self._module(node), node.args[0] if node.args else node.kwargs["input"]
         assert isinstance(source, fx.Node)
-        signal, importance = self.signals[source], self._importance(source)
+        signal = self.signals[source]
         call = LayerCall.of(
             str(node.target),
             layer,
             self.specs[node],
             signal,
-            importance,
+            self._layers_reading(source),
             run=layer,
             first_or_last=node in self.ends,
         )
@@ -259,10 +260,9 @@ class GraphWalk:
 
         return read
 
-    def _importance(self, source: fx.Node) -> Tensor:
-        readers = [node for node in source.users if node in self.layers]
-        costs = [self.specs[node].input_cost(self.float_layers[node], self.costs.get(node)) for node in readers]
-        return torch.stack(costs).sum(0)
+    def _layers_reading(self, source: fx.Node) -> list[Reader]:
+        nodes = [node for node in source.users if node in self.layers]
+        return [Reader(self.specs[node], self.float_layers[node], self.costs.get(node)) for node in nodes]
 
     def _added(self, node: fx.Node, outputs: list[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
         """Return both streams of what is added to a node's value next, where it is known by then."""

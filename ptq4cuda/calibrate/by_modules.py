@@ -26,6 +26,7 @@ from ptq4cuda.calibrate.inputs import Inputs, batch_size
 from ptq4cuda.calibrate.signals import (
     Kept,
     LayerCall,
+    Reader,
     Signal,
     Solution,
     Solver,
@@ -305,7 +306,7 @@ class _ModuleWalk:
             module,
             spec,
             signal,
-            spec.input_cost(module),
+            [Reader(spec, module)],
             run=partial(self._float, module),
             first_or_last=module in self.ends,
         )

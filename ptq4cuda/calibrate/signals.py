@@ -130,6 +130,30 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A layer to quantize that reads a signal.
+
+    Attributes:
+        spec: what kind of layer it is.
+        layer: in float.
+        costs: float64 [O], what a squared error of each output channel costs; None for 1 each.
+    """
+
+    spec: LayerSpec
+    layer: Any
+    costs: Tensor | None = None
+
+    def input_cost(self) -> Tensor:
+        """Return what a squared error of each input channel costs, float64 [C]."""
+        return self.spec.input_cost(self.layer, self.costs)
+
+
+def importance_for(readers: Sequence[Reader]) -> Tensor:
+    """Return what a squared error of each channel of a signal costs, in all layers that read it, float64 [C]."""
+    return torch.stack([reader.input_cost() for reader in readers]).sum(0)
+
+
 @dataclass(eq=False)
 class LayerCall:
     """What a solver sees of a layer.
@@ -144,8 +168,7 @@ class LayerCall:
         outputs: its float output, for each chunk.
         added: what is added to the output next (the shortcut of a residual block), both streams for each chunk, where
             it is known by then: of what the output is broadcast over, the mean.
-        importance: float64 [C], what a squared error of each channel of the signal costs, in the layers to quantize
-            that read it.
+        readers: all layers to quantize that read the signal.
         share: its bits, "weight_bits" and "activation_bits", where layers share out those of the network.
         read: makes of the output what other layers or the caller read: the activation, for one.
     """
@@ -157,7 +180,7 @@ class LayerCall:
     run: Callable[[Tensor], Tensor]
     first_or_last: bool
     outputs: list[Tensor]
-    importance: Tensor
+    readers: Sequence[Reader]
     added: list[tuple[Tensor, Tensor]] | None = None
     share: Mapping[str, int] = field(default_factory=dict)
     read: Callable[[Tensor], Tensor] = _as_it_is
@@ -169,16 +192,16 @@ class LayerCall:
         layer: nn.Module,
         spec: LayerSpec,
         signal: Signal,
-        importance: Tensor,
+        readers: Sequence[Reader],
         *,
         run: Callable[[Tensor], Tensor],
         first_or_last: bool,
     ) -> LayerCall:
         """Clip what stands out of the input of a layer, and run the layer, in float, on every chunk."""
-        signal.clip_outliers(spec.axis, importance)
+        signal.clip_outliers(spec.axis, importance_for(readers))
         hold, fetch = signal.frontier.hold, signal.frontier.fetch
         outputs = [hold(run(fetch(x))) for x, _ in signal.streams]
-        return cls(name, layer, spec, signal, run, first_or_last, outputs, importance)
+        return cls(name, layer, spec, signal, run, first_or_last, outputs, readers)
 
 
 @dataclass(eq=False)

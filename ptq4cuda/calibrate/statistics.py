@@ -193,3 +193,8 @@ class ChannelHistogram:
     def mean(self) -> Tensor:
         """Mean value, to the width of a bin, float64 [C]."""
         return (self.density * self.values).sum(1)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean of the squared values, to the width of a bin, float64 [C]."""
+        return (self.density * self.values.square()).sum(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq4cuda.calibrate.moments import Moments, Samples, layer_moments
-from ptq4cuda.calibrate.signals import LayerCall, Signal, Solution
+from ptq4cuda.calibrate.signals import LayerCall, Signal, Solution, importance_for
 from ptq4cuda.calibrate.statistics import ChannelStatistics
 from ptq4cuda.config import QuantConfig, Weights
 from ptq4cuda.nn import QuantModule
@@ -19,10 +19,12 @@ from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.solve.bits import AllocationRule
 from ptq4cuda.solve.clipping import ClipRule, TensorProfile, with_headroom
 from ptq4cuda.solve.correction import correct_bias
+from ptq4cuda.solve.folding import scales_for_weights
 from ptq4cuda.solve.least_squares import Target, fit_blocks, fit_weights
 from ptq4cuda.solve.ranges import fit_activation, needs_histogram
 from ptq4cuda.solve.rounding import round_for_output, round_to_nearest
 
+_COMPENSATED = 0.5  # of the noise of rounding to nearest, that is left where inputs make up for each other's
 _BY_CHANCE = 2.0  # times what taking away the mean of noise adds to it
 _JUDGED = 1 << 24  # values of a layer's output that judge its bias, at most, or one sample
 
@@ -112,13 +114,25 @@ def quantizer_of(call: LayerCall, bits: int, config: QuantConfig) -> tuple[Quant
             activation=signal.activation if signal.before is not None else signal.activation.applied,
             known=signal.before is not None or not bool((statistics.min >= 0).all()),
             histogram=signal.histogram(channel_axis) if needs_histogram(bits, config.activations) else None,
-            importance=call.importance.to(statistics.mean.device)
+            importance=importance_for(call.readers).to(statistics.mean.device)
             if channel_axis is not None
             else torch.ones_like(statistics.mean),
             exponent=config.clip_exponent,
             extremes=partial(signal.extremes, axis, whole=channel_axis is None),
         )
-        signal.quantizers[bits, axis] = fit_activation(profile, bits, axis, config.activations)
+        quantizer, clip = fit_activation(profile, bits, axis, config.activations)
+        weight_bits, _ = bits_of(call, config)
+        if (
+            config.fold_activation_scale
+            and channel_axis is not None
+            and weight_bits < 8
+            and profile.histogram is not None
+        ):
+            mean = 0.0 if config.bias_correction == "none" else profile.histogram.mean
+            power = profile.histogram.mean_square - mean**2
+            left = 1.0 if config.rounding == "nearest" else _COMPENSATED
+            quantizer = scales_for_weights(quantizer, power, call.readers, weight_bits, left)
+        signal.quantizers[bits, axis] = quantizer, clip
     return signal.quantizers[bits, axis]
 
 
