@@ -43,6 +43,8 @@ def multiplies_bytes() -> bool:
 
 def byte_products(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, int32, of matrices of int8. Replaced by: nothing."""
+    if len(a) == 1:  # PyTorch 2.13 may leave a result of one row as it found it in memory
+        return a.int() @ b.int()
     return torch._int_mm(a, b)
 
 

@@ -133,3 +133,13 @@ def test_compat_names_nothing_that_nobody_needs() -> None:
 def test_hooks_of_modules_are_all_known() -> None:
     attributes = {name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name}
     assert attributes == {*compat.HOOKS}
+
+
+@pytest.mark.skipif(not compat.multiplies_bytes(), reason="this CPU or torch does not multiply bytes exactly")
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 3), (3, 1), (5, 5)])
+@pytest.mark.parametrize("inner", [1, 2, 49, 200])
+def test_products_of_bytes_are_exact(rows: int, inner: int, columns: int) -> None:
+    for seed in range(3):  # what memory holds by chance differs
+        torch.manual_seed(seed)
+        a, b = (torch.randint(-128, 128, (inner, n), dtype=torch.int8) for n in (rows, columns))
+        assert torch.equal(compat.byte_products(a.mT, b).long(), a.mT.long() @ b.long())

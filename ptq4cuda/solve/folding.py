@@ -51,7 +51,8 @@ def scales_for_weights(
         return (of_input + left * of_weights * power / scale.square()).sum()
 
     candidates = [own, *(torch.maximum(own, balanced * usual * factor) for factor in _TRIED)]
-    scale = candidates[int(torch.stack([noise(scale) for scale in candidates]).argmin())]
+    noises = torch.stack([noise(scale) for scale in candidates])
+    scale = candidates[int(noises.nan_to_num(nan=torch.inf).argmin())]
     zero_point = (quantizer.zero_point * (own / scale)).round().int()
     return replace(quantizer, scale=scale.float(), zero_point=zero_point)
 
