@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "conv_finish.h"
+#include "conv_winograd.h"
 
 namespace ptq4cuda {
 
@@ -52,9 +53,12 @@ public:
         const bool in_range = stays_in_range(problem);
         std::vector<std::optional<Line>> lines(problem.shape.out_channels);
         if (kept && in_range) lines = lines_of(problem);
-        begin(problem.weight,
-              {problem.activation.negative_slope, problem.activation.upper, in_range, problem.zero_sums != nullptr,
-               problem.also != nullptr, problem.residual != nullptr, problem.out_quantizer.scale != nullptr});
+        std::optional<WindowWeights> windows;
+        if (kept && is_windowed(problem.shape) && tiles_.windows)
+            windows = window_weights(problem.shape, problem.weight, problem.x);
+        begin(problem.weight, {problem.activation.negative_slope, problem.activation.upper, in_range,
+                               problem.zero_sums != nullptr, problem.also != nullptr, problem.residual != nullptr,
+                               problem.out_quantizer.scale != nullptr, windows.has_value()});
         lay_out(
             [&](int64_t o) {
                 std::array<float, kFields> fields = parameters_of(problem, problem.out_quantizer, o);
@@ -65,6 +69,12 @@ public:
             },
             [&](int64_t o) { return parameters_of(problem, problem.also_quantizer, o); },
             [&](int64_t t, int64_t o) { return problem.zero_sums[t * problem.shape.out_channels + o]; });
+        if (!windows) return;
+        const auto put = [&](Part part, const auto& values) {
+            std::memcpy(own_.data() + offset(part), values.data(), values.size() * sizeof values[0]);
+        };
+        put(kWindowWeights, windows->weights);
+        put(kOfWindows, windows->fields);
     }
 
     // Takes what bytes() of a layer of this shape and these weights returned, on whatever processor. They are looked
@@ -75,8 +85,9 @@ public:
         Header header;
         STD_TORCH_CHECK(bytes.size() >= sizeof header, op, ": ", bytes.size(), " bytes hold no prepared layer");
         std::memcpy(&header, bytes.data(), sizeof header);
-        STD_TORCH_CHECK(header.magic == kMagic && 0 < header.blocks.panels && header.blocks.panels <= kTilePixels, op,
-                        ": the bytes hold no prepared layer");
+        STD_TORCH_CHECK(header.magic == kMagic && 0 < header.blocks.panels && header.blocks.panels <= kTilePixels &&
+                            (!header.facts.windows || is_windowed(shape)),
+                        op, ": the bytes hold no prepared layer");
         if (header.tiles == tile_kind() && header.blocks.panels == blocks_.panels &&
             header.blocks.whole == blocks_.whole) {
             begin(weight, header.facts);
@@ -92,6 +103,7 @@ public:
         STD_TORCH_CHECK(static_cast<int64_t>(bytes.size()) >= least, op, ": a layer was prepared in ", bytes.size(),
                         " bytes, this one takes ", least);
         other.point_into(bytes.data());
+        header.facts.windows = 0;
         begin(weight, header.facts);
         std::vector<std::pair<int64_t, int64_t>> places(shape.out_channels);  // panel and lane of each output
         for (size_t i = 0; i < other.panels_.size(); ++i)
@@ -145,20 +157,27 @@ public:
     bool returns_codes() const { return facts_.codes; }
     bool has_also() const { return facts_.also; }
     bool has_residual() const { return facts_.residual; }
+    // Whether it has weights for windows (conv_winograd.h).
+    bool windowed() const { return facts_.windows; }
+    Panels weights_of_windows(int64_t panel) const {
+        const int64_t bytes = kPositions * shape_.channels * kPanelOutputs;
+        return {window_weights_ + panel * bytes, bytes, 0};
+    }
+    const int32_t* window_fields(int64_t panel) const { return fields_ + panel * kWindowFields * kPanelOutputs; }
 
 private:
     struct Facts {
         float negative_slope, upper;
-        uint8_t in_range, zeros, also, residual, codes;  // 0: no
+        uint8_t in_range, zeros, also, residual, codes, windows;  // 0: no
     };
-    static constexpr uint64_t kMagic = 0x34726579616c3471;  // changes with what follows
+    static constexpr uint64_t kMagic = 0x35726579616c3471;  // changes with what follows
     struct alignas(simd::kLine) Header {
         uint64_t magic;
         int32_t tiles;  // see tile_kind
         Blocks blocks;
         Facts facts;
     };
-    enum Part { kParameters, kAlsoParameters, kZeros, kWeights, kEnd };
+    enum Part { kParameters, kAlsoParameters, kZeros, kWeights, kWindowWeights, kOfWindows, kEnd };
 
     ConvLayer(const ConvShape& shape, int64_t span)
         : ConvLayer(shape, span,
@@ -205,13 +224,16 @@ private:
     // Where a part begins.
     int64_t offset(Part part) const {
         const int64_t panels = panels_.size();
-        const bool padded = shape_.padding.height + shape_.padding.width > 0;
-        const int64_t sizes[] = {panels * kPanelParameters * static_cast<int64_t>(sizeof(float)),
-                                 facts_.also ? panels * kPanelParameters * static_cast<int64_t>(sizeof(float)) : 0,
-                                 facts_.zeros && padded ? panels * shape_.kernel.area() * kPanelOutputs *
-                                                              static_cast<int64_t>(sizeof(int32_t))
-                                                        : 0,
-                                 depthwise_ || dense_ ? blocks() * weights_.bytes : 0};
+        const bool padded = shape_.padding.height + shape_.padding.width > 0, windows = facts_.windows;
+        const int64_t sizes[] = {
+            panels * kPanelParameters * static_cast<int64_t>(sizeof(float)),
+            facts_.also ? panels * kPanelParameters * static_cast<int64_t>(sizeof(float)) : 0,
+            facts_.zeros && padded
+                ? panels * shape_.kernel.area() * kPanelOutputs * static_cast<int64_t>(sizeof(int32_t))
+                : 0,
+            depthwise_ || dense_ ? blocks() * weights_.bytes : 0,
+            windows ? kPositions * panels * shape_.channels * kPanelOutputs : 0,
+            windows ? panels * kWindowFields * kPanelOutputs * static_cast<int64_t>(sizeof(int32_t)) : 0};
         int64_t at = sizeof(Header);
         for (int p = 0; p < part; ++p) at += ceil_div(sizes[p], simd::kLine) * simd::kLine;
         return at;
@@ -235,6 +257,8 @@ private:
         part(kAlsoParameters, also_parameters_);
         part(kZeros, zeros_);
         if (depthwise_ || dense_) part(kWeights, weights_.weights);
+        part(kWindowWeights, window_weights_);
+        part(kOfWindows, fields_);
     }
 
     // The fields of each output, those of the second output, and the zero points' share in a tap of an output.
@@ -334,6 +358,8 @@ private:
     Panels weights_{};                                                // of all blocks
     const float *parameters_ = nullptr, *also_parameters_ = nullptr;  // [panels][fields][16]
     const int32_t* zeros_ = nullptr;                                  // [panels][taps][16]
+    const int8_t* window_weights_ = nullptr;                          // see WindowWeights
+    const int32_t* fields_ = nullptr;
     simd::Vector<uint8_t> own_;
 };
 

@@ -6,6 +6,10 @@
 // the unit. Nothing is unfolded: a tile reads each tap of its pixels where it lies. Where the image is padded, the
 // rows that a unit needs are copied into a band with zeros around them; also where channels do not fill words, and
 // where codes are split into nibbles or widened to 16 bits.
+//
+// Where a layer has weights for windows (conv_winograd.h), a unit is windows of neighbouring outputs instead. They
+// are transformed once, and meet some panels in each position; what comes of that is in cache while it is
+// transformed.
 #pragma once
 
 #include "conv_layer.h"
@@ -20,6 +24,8 @@ constexpr int64_t kBandBytes = 64 << 20;    // of more than one row of outputs, 
 constexpr int64_t kPanelBytes = 16 << 10;   // of weights that meet a tile before the next tile
 constexpr int64_t kTaskProducts = 1 << 17;  // worth a task
 constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTransformedBytes = 256 << 10;  // of the transformed windows of a unit
+constexpr int64_t kWindowPanels = 2;              // that meet them together: products of all positions stay in cache
 
 // What a call convolves, and where the outputs go. Of x and of the outputs there may be only the rows from one on:
 // rows are counted through all images.
@@ -45,6 +51,7 @@ public:
           packed_(layer_->packed()),
           dense_(layer_->dense()),
           split_(layer_->split()),
+          windowed_(layer_->windowed() && pays_in_windows()),
           finish_(finisher_of<T>(call.residual != nullptr, layer_->activation(), layer_->in_range())) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
@@ -81,17 +88,24 @@ public:
     void rows(const ConvCall<T>& call, int64_t n, int64_t top, int64_t bottom, Scratch& scratch) const {
         Unit unit(call, scratch);
         const int64_t row = n * shape_.out.height;
-        if (direct_)
+        if (windowed_) {
+            const Area area = {n, top, bottom};
+            for (int64_t first = 0, end = windows_of(area); first < end; first += unit_size_) {
+                take_windows(area, first, std::min(end, first + unit_size_), unit);
+                compute(unit, 0, layer_->blocks());
+            }
+        } else if (direct_) {
             for (int64_t first = (row + top) * shape_.out.width, end = (row + bottom) * shape_.out.width; first < end;
                  first += unit_size_) {
                 take_pixels(first, std::min(end, first + unit_size_), unit);
                 compute(unit, 0, layer_->blocks());
             }
-        else
+        } else {
             for (; top < bottom; top += unit_size_) {
                 take_band(n, top, std::min(bottom, top + unit_size_), unit);
                 compute(unit, 0, layer_->blocks());
             }
+        }
     }
 
 private:
@@ -131,7 +145,12 @@ private:
             const int64_t size = ceil_div(total, ceil_div(total, most));
             return std::min(ceil_div(size, step) * step, most);
         };
-        if (direct_) {
+        if (windowed_) {
+            const int64_t windows = shape_.batch * windows_of(whole());
+            const int64_t most = kTransformedBytes / (kPositions * shape_.channels);
+            unit_size_ = even(windows, std::clamp<int64_t>(most, kTilePixels, kUnitPixels), 1);
+            units_ = ceil_div(windows, unit_size_);
+        } else if (direct_) {
             unit_size_ = even(shape_.pixels(), pixels, kTilePixels);
             units_ = ceil_div(shape_.pixels(), unit_size_);
         } else {
@@ -148,28 +167,38 @@ private:
                                    : most;
         parts_ = std::clamp<int64_t>(ceil_div(wanted, units_), 1, layer_->blocks());
         // A thread reads either all units for some outputs, or some units for all outputs: whatever are less bytes.
-        parts_apart_ = layer_->blocks() * layer_->weights().bytes > shape_.batch * shape_.in.height * row_bytes_;
+        const int64_t weights = windowed_ ? layer_->weights_of_windows(0).bytes : layer_->weights().bytes;
+        parts_apart_ = layer_->blocks() * weights > shape_.batch * shape_.in.height * row_bytes_;
     }
 
     // --- the input of a unit
 
     // Taps of a pixel that are inside of the image: [top, bottom) x [left, right).
-    struct Window {
+    struct Inside {
         int64_t top, bottom, left, right;
+    };
+    // Rows of outputs of an image and of those after it, cut into windows of 2x2 (conv_winograd.h) row by row.
+    struct Area {
+        int64_t image, top, bottom;
     };
     struct Unit {
         const ConvCall<T>& call;
         int64_t first = 0;                    // output pixel; the others follow
         std::vector<const uint8_t*>& pixels;  // where each of them reads its first tap
-        std::vector<Window> windows;          // of each of them, if zero points have a share that padding changes
+        std::vector<Inside> inside;           // of each of them, if zero points have a share that padding changes
         Scratch& scratch;                     // holds the band
-        int64_t plane = 0;                    // bytes from the high nibbles to the low ones
+        int64_t plane = 0;              // bytes from the high nibbles to the low ones, from position to position
+        Area area{};                    // of windows: `first` and the others
+        int32_t (*codes)[4] = nullptr;  // of each of them: see transform_window
 
         Unit(const ConvCall<T>& call_, Scratch& scratch_)
             : call(call_), pixels(scratch_.pointers), scratch(scratch_) {}
     };
 
     void take(int64_t u, Unit& unit) const {
+        if (windowed_)
+            return take_windows(whole(), u * unit_size_,
+                                std::min((u + 1) * unit_size_, shape_.batch * windows_of(whole())), unit);
         if (direct_) return take_pixels(u * unit_size_, std::min((u + 1) * unit_size_, shape_.pixels()), unit);
         const int64_t bands = ceil_div(shape_.out.height, unit_size_), top = u % bands * unit_size_;
         take_band(u / bands, top, std::min(top + unit_size_, shape_.out.height), unit);
@@ -204,14 +233,67 @@ private:
         }
         unit.first = (n * out.height + top) * out.width;
         unit.pixels.resize((bottom - top) * out.width);
-        unit.windows.clear();
+        unit.inside.clear();
         for (int64_t r = 0; r < bottom - top; ++r) {
             const uint8_t* row = band + r * stride.height * row_bytes_;
             for (int64_t c = 0; c < out.width; ++c)
                 unit.pixels[r * out.width + c] = row + c * stride.width * pixel_bytes_;
             if (!layer_->zeros()) continue;
             const auto [first, end] = inside_rows(top + r);
-            for (const auto& [left, right] : columns_) unit.windows.push_back({first, end, left, right});
+            for (const auto& [left, right] : columns_) unit.inside.push_back({first, end, left, right});
+        }
+    }
+
+    Area whole() const { return {0, 0, shape_.out.height}; }
+    int64_t windows_across() const { return ceil_div(shape_.out.width, 2); }
+    int64_t windows_of(const Area& area) const { return ceil_div(area.bottom - area.top, 2) * windows_across(); }
+    // Where outputs are few, much of their windows is outside of the image.
+    bool pays_in_windows() const { return 5 * kPositions * windows_of(whole()) < 4 * 9 * shape_.out.area(); }
+
+    // The image, and the output that is the first of a window.
+    struct Place {
+        int64_t image, row, column;
+    };
+    Place place(const Area& area, int64_t window) const {
+        const int64_t count = windows_of(area), i = window % count;
+        return {area.image + window / count, area.top + i / windows_across() * 2, i % windows_across() * 2};
+    }
+
+    // Windows as they are multiplied; of what is outside of the image, or of no account for the rows of the area,
+    // zeros.
+    void take_windows(const Area& area, int64_t first, int64_t end, Unit& unit) const {
+        const int64_t channels = shape_.channels, count = end - first;
+        unit.area = area;
+        unit.first = first;
+        unit.pixels.resize(count);
+        unit.plane = count * channels + simd::kLine;  // lines of the same place in the cache would be too many
+        uint8_t* to = unit.scratch.at_least(kPositions * unit.plane +
+                                            count * static_cast<int64_t>(sizeof *unit.codes) + channels);
+        unit.codes = reinterpret_cast<int32_t (*)[4]>(to + kPositions * unit.plane);
+        uint8_t* const nothing = reinterpret_cast<uint8_t*>(unit.codes + count);
+        std::memset(nothing, 0, channels);
+        const Extent in = shape_.in, pad = shape_.padding;
+        const int64_t bottom = std::min(in.height, area.bottom - pad.height + 2), across = windows_across();
+        for (int64_t i = 0; i < count;) {  // row by row
+            const auto [n, row, column] = place(area, first + i);
+            const uint8_t* rows[4];
+            for (int64_t r = 0; r < 4; ++r) {
+                const int64_t y = row - pad.height + r;
+                rows[r] = 0 <= y && y < bottom
+                              ? unit.call.x + (n * in.height + y - unit.call.x_from) * in.width * channels
+                              : nullptr;
+            }
+            const int64_t last = std::min(count, i + across - column / 2);
+            for (int64_t left = column - pad.width; i < last; ++i, left += 2, to += channels) {
+                const uint8_t* pixels[kPositions];
+                for (int64_t r = 0; r < 4; ++r)
+                    for (int64_t s = 0; s < 4; ++s) {
+                        const int64_t x = left + s;
+                        pixels[4 * r + s] = rows[r] && 0 <= x && x < in.width ? rows[r] + x * channels : nothing;
+                    }
+                unit.pixels[i] = to;
+                transform_window(pixels, channels, unit.plane, to, unit.codes[i]);
+            }
         }
     }
 
@@ -272,6 +354,7 @@ private:
     // Blocks begin to end for all pixels of a unit, in tiles of nearly equal size. A few blocks are taken together:
     // their weights stay in cache, and a tile's outputs share lines of memory.
     void compute(const Unit& unit, int64_t begin, int64_t end) const {
+        if (windowed_) return compute_windows(unit, begin, end);
         const int64_t count = unit.pixels.size();
         // Panels that are shared out evenly: a tile of few has more pixels.
         const int64_t most = depthwise_ ? 1 : ceil_div(end - begin, ceil_div(end - begin, int64_t{tiles_.panels}));
@@ -319,11 +402,12 @@ private:
         const int64_t index = b * layer_->block_panels(), channel = layer_->panels()[index].channel;
         const int8_t* weights = layer_->weights().weights + b * layer_->weights().bytes;
         alignas(64) int32_t sums[kTilePanels * kPanelSums];
+        const Inside* inside = layer_->zeros() ? &unit.inside[begin] : nullptr;
         if (depthwise_) {
             const int64_t block = layer_->block_panels() * kPanelOutputs;
             tiles_.depthwise(pixels, count, channel, tap_groups_, weights, std::min(block, shape_.channels - channel),
                              sums);
-            return put(unit, begin, count, index, layer_->block_panels(), sums);
+            return put(unit.call, unit.first + begin, inside, count, index, layer_->block_panels(), sums);
         }
         const auto dot = [&](DotTile f, int64_t from, const Taps& taps, int64_t word, int32_t* to) {
             const int8_t* first = weights + word * kPanelOutputs * kWordChannels;
@@ -339,24 +423,67 @@ private:
                 for (int j = 0; j < count * kPanelOutputs; ++j)
                     sums[i * kPanelSums + j] += high[i * kPanelSums + j] * 16;
         }
-        put(unit, begin, count, index, n, sums);
+        put(unit.call, unit.first + begin, inside, count, index, n, sums);
     }
 
-    // Finishes the sums of a tile: panels that follow each other.
-    void put(const Unit& unit, int64_t begin, int count, int64_t index, int64_t n, int32_t* sums) const {
+    // Panels begin to end for all windows of a unit: products position by position, and what these make.
+    void compute_windows(const Unit& unit, int64_t begin, int64_t end) const {
+        const int64_t most = std::min<int64_t>(kWindowPanels, tiles_.panels), count = unit.pixels.size();
+        const int64_t groups = ceil_div(count, int64_t{tiles_.pixels[most - 1]});
+        alignas(64) int32_t products[kPositions * kWindowPanels * kPanelSums];
+        alignas(64) int32_t sums[2 * kWindowPanels * kPanelSums];
+        for (int64_t b = begin, n; b < end; b += n) {
+            n = std::min(most, end - b);
+            for (int64_t g = 0, window = 0; g < groups; ++g) {
+                const int64_t last = window + (count - window) / (groups - g);
+                // Windows side by side, and the pixels of their first row and, if there is one, of their second.
+                const auto each_run = [&](const auto& f) {
+                    for (int64_t w = window, run; w < last; w += run) {
+                        const Place at = place(unit.area, unit.first + w);
+                        run = std::min<int64_t>({kTileRow, last - w, windows_across() - at.column / 2});
+                        f(w, static_cast<int>(run), at, std::min<int64_t>(2, unit.area.bottom - at.row),
+                          (at.image * shape_.out.height + at.row) * shape_.out.width + at.column,
+                          static_cast<int>(std::min(2 * run, shape_.out.width - at.column)));
+                    }
+                };
+                each_run([&](int64_t, int, const Place&, int64_t rows, int64_t pixel, int pixels) {
+                    for (int64_t a = 0; a < rows; ++a, pixel += shape_.out.width)
+                        prefetch_outputs(unit.call, pixel, pixels, b, b + n);
+                });
+                Panels panels = layer_->weights_of_windows(b);
+                panels.count = static_cast<int>(n);
+                tiles_.windows(&unit.pixels[window], static_cast<int>(last - window), unit.plane,
+                               shape_.channels / kWordChannels, panels, products);
+                each_run([&](int64_t w, int run, const Place& at, int64_t rows, int64_t pixel, int pixels) {
+                    transform_products(products + (w - window) * kPanelOutputs, run, n, layer_->window_fields(b),
+                                       unit.codes + w, sums);
+                    for (int64_t a = 0; a < rows; ++a, pixel += shape_.out.width) {
+                        Inside inside[kTilePixels];
+                        const auto [top, bottom] = inside_rows(at.row + a);
+                        for (int64_t p = 0; layer_->zeros() && p < pixels; ++p)
+                            inside[p] = {top, bottom, columns_[at.column + p].first, columns_[at.column + p].second};
+                        put(unit.call, pixel, inside, pixels, b, n, sums + a * n * kPanelSums);
+                    }
+                });
+                window = last;
+            }
+        }
+    }
+
+    // Finishes the sums of a tile: panels that follow each other, of outputs from a pixel on.
+    void put(const ConvCall<T>& call, int64_t pixel, const Inside* inside, int count, int64_t index, int64_t n,
+             int32_t* sums) const {
         if (depthwise_ && tiles_.block_order && !layer_->block_order()) put_in_order(count, n, sums);
         for (int p = 0; layer_->zeros() && p < count; ++p) {
-            const Window& window = unit.windows[begin + p];
-            if (is_whole(window)) continue;
+            if (is_whole(inside[p])) continue;
             for (int64_t i = 0; i < n; ++i)
-                give_back_zeros(window, index + i, sums + i * kPanelSums + p * kPanelOutputs);
+                give_back_zeros(inside[p], index + i, sums + i * kPanelSums + p * kPanelOutputs);
         }
         int64_t outputs = 0;
         for (int64_t i = 0; i < n; ++i) outputs += layer_->panels()[index + i].outputs;
-        const ConvCall<T>& call = unit.call;
         const int64_t stride = shape_.out_channels;
         const auto at = [&](int64_t from) {
-            return (unit.first + begin - from * shape_.out.width) * stride + layer_->panels()[index].output;
+            return (pixel - from * shape_.out.width) * stride + layer_->panels()[index].output;
         };
         finish_(sums, {count, outputs, stride, layer_->block_order(), call.residual ? call.residual + at(0) : nullptr,
                        call.y + at(call.y_from), layer_->parameters(index),
@@ -376,12 +503,12 @@ private:
         }
     }
 
-    bool is_whole(const Window& w) const {
+    bool is_whole(const Inside& w) const {
         return w.bottom - w.top == shape_.kernel.height && w.right - w.left == shape_.kernel.width;
     }
 
     // Finishing subtracts the share of the zero points in all taps: adds that of the taps outside of the image.
-    void give_back_zeros(const Window& w, int64_t index, int32_t* sums) const {
+    void give_back_zeros(const Inside& w, int64_t index, int32_t* sums) const {
         const Extent kernel = shape_.kernel;
         const int32_t* of_tap = layer_->zeros() + index * kernel.area() * kPanelOutputs;
         for (int64_t r = 0; r < kernel.height; ++r)
@@ -395,7 +522,7 @@ private:
     ConvShape shape_;
     ConvCall<T> call_;
     const Tiles& tiles_;
-    bool depthwise_, packed_, dense_, split_, direct_;
+    bool depthwise_, packed_, dense_, split_, windowed_, direct_;
     Finisher<T> finish_;
     int64_t pixel_bytes_, row_bytes_;  // of the image or of a band
     std::vector<int64_t> offsets_;     // of the taps from a pixel's address

@@ -18,6 +18,15 @@ void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, const Ta
     }
 }
 
+void window_tile(const uint8_t* const* windows, int count, int64_t plane, int64_t words, const Panels& panels,
+                 int32_t* products) {
+    const int64_t offset = 0, of_position = words * kPanelOutputs * kWordChannels;
+    for (int position = 0; position < kPositions; ++position)
+        for (int b = 0; b < panels.count; ++b, products += kPanelSums)
+            dot_tile(windows, count, position * plane, {&offset, 1, words}, 0,
+                     {panels.weights + b * panels.bytes + position * of_position, 0, 1}, products);
+}
+
 void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,
                     const int8_t* weights, int64_t channels, int32_t* sums) {
     for (int p = 0; p < count; ++p)
@@ -34,8 +43,8 @@ void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, co
 
 }  // namespace
 
-const Tiles kTiles = {dot_tile,       false,       dot_tile, 4,     1,    {12, 12, 12, 12},
-                      depthwise_tile, kTilePanels, 4,        false, false};
+const Tiles kTiles = {dot_tile,       false,       dot_tile, 4,     1,     {12, 12, 12, 12},
+                      depthwise_tile, kTilePanels, 4,        false, false, window_tile};
 
 const Tiles& best_tiles() {
 #if defined(__x86_64__)

@@ -49,6 +49,13 @@ struct TapGroups {
 using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,
                                const int8_t* weights, int64_t channels, int32_t* sums);
 
+// The products of windows that are transformed (conv_winograd.h): in each of 16 positions, `plane` bytes apart,
+// `count` windows meet some panels, as pixels do. Computes
+// products[position][b][p][o]; the weights of a panel's positions follow each other.
+using WindowTile = void (*)(const uint8_t* const* windows, int count, int64_t plane, int64_t words,
+                            const Panels& panels, int32_t* products);
+constexpr int kPositions = 16;  // of a window, row by row
+
 constexpr int64_t place_in_block(int64_t channel, int panels) {
     return channel % kPanelOutputs / 4 * 4 * panels + channel / kPanelOutputs * 4 + channel % 4;
 }
@@ -64,6 +71,7 @@ struct Tiles {
     int depthwise_panels, depthwise_taps;  // of a block, of a group; the weights of a group fill a word
     bool whole_blocks;                     // a depthwise block of less channels is slow
     bool block_order;                      // sums of a depthwise block are in the order of place_in_block
+    WindowTile windows;                    // or nullptr: sums of 16 bits would overflow
 };
 
 // For any processor, and for those with each instruction set.

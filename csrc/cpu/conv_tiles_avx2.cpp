@@ -174,7 +174,8 @@ const Tiles kTilesAvx2 = {dot_tile_avx2,
                           2,
                           2,
                           true,
-                          true};
+                          true,
+                          nullptr};
 
 }  // namespace ptq4cuda
 #endif

@@ -135,7 +135,8 @@ const Tiles kTilesAvx512 = {dot_tile_avx512,
                             2,
                             2,
                             true,
-                            true};
+                            true,
+                            nullptr};
 
 }  // namespace ptq4cuda
 #endif

@@ -49,6 +49,45 @@ void dot_tile_avx_vnni(const uint8_t* const* pixels, int count, int64_t channel,
         });
 }
 
+template <int P>
+PTQ_TARGET_AVX_VNNI void window_panel(const uint8_t* const* windows, int64_t plane, int64_t words,
+                                      const int8_t* panel, int64_t of_position, int32_t* products) {
+    for (int64_t position = 0; position < kPositions; ++position, products += of_position) {
+        __m256i sum[P][2];
+        const uint8_t* x[P];
+#pragma GCC unroll 6
+        for (int p = 0; p < P; ++p) {
+            x[p] = windows[p] + position * plane;
+            sum[p][0] = sum[p][1] = _mm256_setzero_si256();
+        }
+        for (int64_t at = 0; at < words * kWordChannels; at += kWordChannels, panel += 64) {
+            const __m256i w0 = simd::load_bytes(panel), w1 = simd::load_bytes(panel + 32);
+#pragma GCC unroll 6
+            for (int p = 0; p < P; ++p) {
+                int32_t word;
+                std::memcpy(&word, x[p] + at, sizeof word);
+                const __m256i codes = _mm256_set1_epi32(word);
+                sum[p][0] = _mm256_dpbusd_avx_epi32(sum[p][0], codes, w0);
+                sum[p][1] = _mm256_dpbusd_avx_epi32(sum[p][1], codes, w1);
+            }
+        }
+#pragma GCC unroll 6
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(products) + 2 * p + v, sum[p][v]);
+    }
+}
+
+void window_tile_avx_vnni(const uint8_t* const* windows, int count, int64_t plane, int64_t words,
+                          const Panels& panels, int32_t* products) {
+    for (int b = 0; b < panels.count; ++b)
+        with_constant<kPixels>(count, [&](auto p) {
+            window_panel<p>(windows, plane, words, panels.weights + b * panels.bytes, panels.count * kPanelSums,
+                            products + b * kPanelSums);
+        });
+}
+
 }  // namespace
 
 const Tiles kTilesAvxVnni = {dot_tile_avx_vnni,
@@ -61,7 +100,8 @@ const Tiles kTilesAvxVnni = {dot_tile_avx_vnni,
                              2,
                              2,
                              true,
-                             true};
+                             true,
+                             window_tile_avx_vnni};
 
 }  // namespace ptq4cuda
 #endif

@@ -64,6 +64,47 @@ inline void dot_tile_vnni(const uint8_t* const* pixels, int count, int64_t chann
     });
 }
 
+template <int P, int B>
+PTQ_TARGET_VNNI void window_tile_vnni(const uint8_t* const* windows, int64_t plane, int64_t words,
+                                      const Panels& panels, int32_t* products) {
+    const int8_t* weights = panels.weights;
+    for (int64_t position = 0; position < kPositions; ++position, products += B * kPanelSums) {
+        __m512i sum[P][B];
+        const uint8_t* x[P];
+#pragma GCC unroll 12
+        for (int p = 0; p < P; ++p) {
+            x[p] = windows[p] + position * plane;
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) sum[p][b] = _mm512_setzero_si512();
+        }
+        for (int64_t at = 0; at < words * kWordChannels; at += kWordChannels, weights += 64) {
+            __m512i w[B];
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) w[b] = _mm512_loadu_si512(weights + b * panels.bytes);
+#pragma GCC unroll 12
+            for (int p = 0; p < P; ++p) {
+                int32_t word;
+                std::memcpy(&word, x[p] + at, sizeof word);
+                const __m512i codes = _mm512_set1_epi32(word);
+#pragma GCC unroll 4
+                for (int b = 0; b < B; ++b) sum[p][b] = _mm512_dpbusd_epi32(sum[p][b], codes, w[b]);
+            }
+        }
+#pragma GCC unroll 12
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) _mm512_store_si512(products + b * kPanelSums + p * kPanelOutputs, sum[p][b]);
+    }
+}
+
+inline void window_tile_vnni(const uint8_t* const* windows, int count, int64_t plane, int64_t words,
+                             const Panels& panels, int32_t* products) {
+    with_constant<kTilePanels>(panels.count, [&](auto b) {
+        with_constant<kVnniPixels[b - 1]>(
+            count, [&](auto p) { window_tile_vnni<p, b>(windows, plane, words, panels, products); });
+    });
+}
+
 // Four taps of 64 channels, in the order into which unpacking brings them.
 PTQ_VNNI_INLINE void unpack_taps(__m512i x0, __m512i x1, __m512i x2, __m512i x3, __m512i (&taps)[4]) {
     const __m512i low01 = _mm512_unpacklo_epi8(x0, x1), low23 = _mm512_unpacklo_epi8(x2, x3);
@@ -184,7 +225,8 @@ const Tiles kTilesVnni = {dot_tile_vnni,
                           kTilePanels,
                           4,
                           false,
-                          true};
+                          true,
+                          window_tile_vnni};
 
 }  // namespace ptq4cuda
 #endif

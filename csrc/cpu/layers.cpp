@@ -715,7 +715,8 @@ int64_t memory_of_layers(std::vector<Tensor> inputs, std::vector<Tensor> constan
     return Execution(inputs, constants, code, floating_type(kOp, dtype)).memory();
 }
 
-// What run_layers needs of a call of conv2d_integer but for its weight: as bytes.
+// What run_layers needs of a call of conv2d_integer but for its weight: as bytes. Of x the first pixel counts: the
+// largest codes that the channels may have.
 Tensor prepare_layer(const Tensor& x, const Tensor& weight, std::optional<Tensor> zero_sums, const Tensor& scale,
                      const Tensor& bias, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t low_bytes,

@@ -238,7 +238,8 @@ class IntegerConv2d(QuantizerState):
     def prepared(self) -> Tensor:
         """Return what the operator run_layers needs of it beside the weight: uint8 [bytes], on the CPU."""
         reach = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.geometry.dilation, strict=True)]
-        x = self.weight.new_zeros((1, self.source_channels, *reach), dtype=torch.uint8)
+        largest = (1 << self.source_bits.to(torch.int32)) - 1  # of its codes, as prepare_layer asks for
+        x = largest.to(torch.uint8).view(1, -1, 1, 1).expand(1, self.source_channels, *reach)
         residual = None
         if self.residual_scale is not None:
             g = self.geometry

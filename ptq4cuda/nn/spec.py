@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ptq4cuda.nn.quant_module import QuantModule
 
 _COMPUTING = ("forward", CONV_FORWARD)  # methods that tell what a layer computes
+WINDOW_BITS = 6  # of codes whose windows can be transformed within bytes, at most
+
 _NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -223,6 +225,16 @@ class LayerSpec:
         padding = layer.explicit_padding
         x = F.pad(x, padding, mode=mode) if any(padding) else x
         return sliding_windows(x, layer.kernel_size, layer.stride, layer.dilation)
+
+    def in_windows(self, layer: Any) -> bool:
+        """Tell whether CPUs convolve codes of WINDOW_BITS bits window by window, in half to two thirds of the time.
+
+        csrc/cpu/conv_winograd.h has how, and which layers.
+        """
+        if self.dims != 2 or layer.groups > 1 or layer.in_channels % 16:
+            return False
+        kernel, *ones = (per_dim(v, 2) for v in (layer.kernel_size, layer.stride, layer.dilation))
+        return kernel == (3, 3) and all(pair == (1, 1) for pair in ones)
 
     # --- as a 2-d convolution -----------------------------------------------------------------------------------
 

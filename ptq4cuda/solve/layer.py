@@ -15,6 +15,7 @@ from ptq4cuda.calibrate.signals import LayerCall, Signal, Solution, importance_f
 from ptq4cuda.calibrate.statistics import ChannelStatistics
 from ptq4cuda.config import QuantConfig, Weights
 from ptq4cuda.nn import QuantModule
+from ptq4cuda.nn.spec import WINDOW_BITS
 from ptq4cuda.quantizer import QuantizedWeight, QuantParams
 from ptq4cuda.solve.bits import AllocationRule
 from ptq4cuda.solve.clipping import ClipRule, TensorProfile, with_headroom
@@ -120,7 +121,8 @@ def quantizer_of(call: LayerCall, bits: int, config: QuantConfig) -> tuple[Quant
             exponent=config.clip_exponent,
             extremes=partial(signal.extremes, axis, whole=channel_axis is None),
         )
-        quantizer, clip = fit_activation(profile, bits, axis, config.activations)
+        activations = replace(config.activations, channel_bits=_channel_bits(call, bits, config))
+        quantizer, clip = fit_activation(profile, bits, axis, activations)
         weight_bits, _ = bits_of(call, config)
         if (
             config.fold_activation_scale
@@ -134,6 +136,14 @@ def quantizer_of(call: LayerCall, bits: int, config: QuantConfig) -> tuple[Quant
             quantizer = scales_for_weights(quantizer, power, call.readers, weight_bits, left)
         signal.quantizers[bits, axis] = quantizer, clip
     return signal.quantizers[bits, axis]
+
+
+def _channel_bits(call: LayerCall, mean_bits: int, config: QuantConfig) -> tuple[int, int]:
+    """Return the fewest and the most bits of a channel: windows leave room for 6."""
+    fewest, most = config.channel_bits
+    if config.fold_activation_scale and call.spec.in_windows(call.layer):
+        most = min(most, max(WINDOW_BITS, fewest, mean_bits))
+    return fewest, most
 
 
 def quantizer_of_operand(signal: Signal, config: QuantConfig) -> QuantParams:

@@ -733,3 +733,104 @@ def test_the_instruction_set_does_not_matter() -> None:
         digests[level] = digest
     assert "baseline" in digests
     assert len(set(digests.values())) == 1, digests
+
+
+# --- windows (csrc/cpu/conv_winograd.h) ---------------------------------------------------------------------------
+
+WINDOWS = """
+import itertools, sys, torch
+from ptq4cuda import _native
+from ptq4cuda.ops import panels
+from ptq4cuda.ops.layers import Code
+
+op = torch.ops.ptq4cuda
+torch.set_num_threads(2)
+g = torch.Generator().manual_seed(0)
+
+def draw(low, high, *shape, dtype=torch.uint8):
+    return torch.randint(low, high + 1, shape, dtype=dtype, generator=g)
+
+def quantizer(outputs):
+    return torch.rand(outputs, generator=g) * 90 + 9, draw(0, 15, outputs, dtype=torch.int32), draw(0, 8, outputs)
+
+def levels(kind, outputs, channels):
+    # Weights of an output are levels on a grid of its own: 16 of them, as many as may be with both ends, or none.
+    if kind == "constant":
+        return draw(-128, 127, outputs, 1, 1, 1, dtype=torch.int8).expand(outputs, 3, 3, channels).contiguous()
+    if kind == "28 levels, extreme":
+        level = torch.where(draw(0, 1, outputs, 3, 3, channels) > 0, 27, 0)
+        level[:, :, :, 0], level[0], level[1 % outputs] = 0, 27, 27
+        return (4 * level - 54).to(torch.int8)
+    level = draw(0, 15, outputs, 3, 3, channels, dtype=torch.int8)
+    step = draw(1, 8, outputs, 1, 1, 1, dtype=torch.int8)
+    return (level * step - draw(0, 8, outputs, 1, 1, 1, dtype=torch.int8) * step - step // 2).to(torch.int8)
+
+def arguments(weight, kernel, padding, out, residual=None, second=None, values=None):
+    outputs = len(weight)
+    zeros = draw(-99, 99, kernel * kernel, outputs, dtype=torch.int32) if outputs % 3 else None
+    codes = [q for q in (out, second) if q is not None]
+    return (
+        panels.weight_panels(weight, 1), zeros, torch.rand(outputs, generator=g) * 1e-2 + 1e-3,
+        torch.randn(outputs, generator=g), [kernel] * 2, [1, 1], list(padding), [1, 1], 1, 0, None,
+        0.1, 900.0, residual, *((None, None) if residual is None else quantizer(outputs)[:2]),
+        *(list(each) or None for each in (zip(*codes) if codes else ((), (), ()))),
+        [torch.empty(0, dtype=torch.int32)] * len(codes) or None, [0] * len(codes) or None, values)
+
+used = 0
+def convolve(code, source, x, args, residual=None):
+    global used
+    largest = torch.full((1, x.shape[1], *args[4]), int(x.max()), dtype=torch.uint8)
+    fit = None if args[13] is None else args[13][:1, :, :1, :1]
+    if fit is not None:
+        fit = torch.zeros(1, len(args[2]), *(l + 2 * p - k + 1 for l, p, k in zip(args[4], args[6], args[4])),
+                          dtype=torch.uint8)
+    prepared = op.prepare_layer(largest, *args[:13], fit, *args[14:])
+    used += prepared.numel() > 16 * args[0].numel() // 9 and args[4] == [3, 3]
+    return code.convolve(source, args[0], prepared, len(args[2]), *args[4:9], None, residual=residual,
+                         values=args[-1] is not None, second=len(args[16] or []) + (args[-1] is not None) > 1)
+
+number = 0
+for kind, channels, size, padding in itertools.product(
+    ("16 levels", "28 levels, extreme", "constant"), (16, 48, 112), ((4, 5), (9, 14), (7, 7)), ((1, 1), (0, 2))
+):
+    number += 1
+    outputs = (8, 33, 80)[number % 3]
+    x = draw(0, 63, 3, channels, *size).contiguous(memory_format=torch.channels_last)
+    x[0] = 63
+    shape = (3, outputs, size[0] + 2 * padding[0] - 2, size[1] + 2 * padding[1] - 2)
+    added = draw(0, 255, *shape).contiguous(memory_format=torch.channels_last) if number % 2 else None
+    args = arguments(levels(kind, outputs, channels), 3, padding, quantizer(outputs) if number % 5 else None, added,
+                     quantizer(outputs) if number % 4 == 0 else None,
+                     None if number % 5 else torch.float32)
+    wanted = op.conv2d_integer(x, *args)
+    code = Code([False] * (1 if added is None else 2))
+    made = convolve(code, 0, x, args, None if added is None else 1)
+    found = op.run_layers([x] if added is None else [x, added], code.constants, code.returning(made), torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True)), (kind, channels, size, padding)
+
+# Some rows at a time, between two others.
+x = draw(0, 15, 2, 16, 21, 10).contiguous(memory_format=torch.channels_last)
+at_most = (torch.full((16,), 2.0), torch.zeros(16, dtype=torch.int32), torch.full((16,), 6, dtype=torch.uint8))
+layers = [arguments(levels("16 levels", 16, 16)[:, :k, :k].contiguous(), k, (k // 2,) * 2, at_most) for k in (1, 3, 1)]
+code, value, y = Code([False]), 0, x
+for args in layers:
+    (value,) = convolve(code, value, torch.full((1, 16, 1, 1), 63), args)
+    (y,) = op.conv2d_integer(y, *args)
+(found,) = op.run_layers([x], code.constants, code.returning([value]), torch.float32)
+assert torch.equal(y, found)
+print(_native.build_info["simd_level"], used)
+"""
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx_vnni", "avx512_vnni"])
+def test_windows_add_up_to_the_same_sums(level: str) -> None:
+    """Transformed windows of codes and weights, and products of these, lose nothing."""
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", WINDOWS],
+        env={**os.environ, "PTQ4CUDA_SIMD": level},
+        text=True,
+        capture_output=True,
+    )
+    assert found.returncode == 0, found.stderr
+    reached, used = found.stdout.split()
+    assert int(used) == (55 if reached not in ("avx2", "avx512") else 0)
