@@ -82,7 +82,8 @@ class QuantConfig:
             together, whole bits each, by what their noise does at the network's outputs, where other samples say that
             this helps. First and last layers, depthwise ones with bits of their own, and inputs whose channels all
             have the same bits have no part in it, and overrides change nothing in what other layers have.
-        channel_bits: fewest and most bits that an allocation gives a channel.
+        channel_bits: fewest and most bits that an allocation gives a channel. Of the input of a 3x3 convolution with
+            stride 1, in the form that integers execute, these are 6 at most: see docs/kernels.md.
         fold_activation_scale: quantize weights times the scale of their input channel, the form that integers can
             execute. The paper quantizes the weights as they are, which per channel can only be simulated.
         target: what the weights are to reproduce: the float "weights", the float "output" of the layer from the
