@@ -141,7 +141,7 @@ def quantizer_of(call: LayerCall, bits: int, config: QuantConfig) -> tuple[Quant
 def _channel_bits(call: LayerCall, mean_bits: int, config: QuantConfig) -> tuple[int, int]:
     """Return the fewest and the most bits of a channel: windows leave room for 6."""
     fewest, most = config.channel_bits
-    if config.fold_activation_scale and call.spec.in_windows(call.layer):
+    if config.fold_activation_scale and any(reader.spec.in_windows(reader.layer) for reader in call.readers):
         most = min(most, max(WINDOW_BITS, fewest, mean_bits))
     return fewest, most
 

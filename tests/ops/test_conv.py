@@ -811,9 +811,10 @@ for kind, channels, size, padding in itertools.product(
 # Some rows at a time, between two others.
 x = draw(0, 15, 2, 16, 21, 10).contiguous(memory_format=torch.channels_last)
 at_most = (torch.full((16,), 2.0), torch.zeros(16, dtype=torch.int32), torch.full((16,), 6, dtype=torch.uint8))
-layers = [arguments(levels("16 levels", 16, 16)[:, :k, :k].contiguous(), k, (k // 2,) * 2, at_most) for k in (1, 3, 1)]
 code, value, y = Code([False]), 0, x
-for args in layers:
+for kernel in (1, 3, 1):
+    weight = levels("16 levels", 16, 16)[:, :kernel, :kernel].contiguous()
+    args = arguments(weight, kernel, (kernel // 2,) * 2, at_most)
     (value,) = convolve(code, value, torch.full((1, 16, 1, 1), 63), args)
     (y,) = op.conv2d_integer(y, *args)
 (found,) = op.run_layers([x], code.constants, code.returning([value]), torch.float32)
