@@ -27,6 +27,7 @@ from ptq4cuda.bench import architectures
 from ptq4cuda.bench.timing import captured, machine_line, take_turns, write_figures
 from ptq4cuda.compat import TorchDispatchMode, compiled_from, tree_leaves
 from ptq4cuda.config import QuantConfig
+from ptq4cuda.execute.regions import Region
 from ptq4cuda.nn import QuantModule
 from ptq4cuda.pipeline import quantize
 
@@ -216,8 +217,9 @@ def medians(calls: Mapping[str, Callable[[], object]], x: Tensor, repeats: int) 
 
 
 def held_bytes(network: nn.Module) -> int:
-    """Return the bytes of all tensors that a network holds, temporary ones of its integer kernels included."""
-    tensors = itertools.chain(network.parameters(), network.buffers())
+    """Return the bytes of all tensors that a network holds, those that its integer kernels read included."""
+    laid_out = [m.constants for m in network.modules() if isinstance(m, Region)]
+    tensors = itertools.chain(network.parameters(), network.buffers(), *laid_out)
     return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
 
 

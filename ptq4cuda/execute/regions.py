@@ -59,6 +59,9 @@ class Region(nn.Module):
         features: of each input, whether it holds features [*, C] rather than images or sequences.
         calls: the steps.
         results: numbers of the values that are returned.
+
+    Attributes:
+        constants: the tensors that the operator reads, weights as kernels want them among them.
     """
 
     def __init__(self, features: Sequence[bool], calls: Sequence[Call], results: Sequence[int]) -> None:
@@ -71,7 +74,7 @@ class Region(nn.Module):
     def _prepare(self) -> None:
         """Write the code of the operator, for layers as they are."""
         self._numbers: list[int] | None = None
-        self._constants: list[Tensor] = []
+        self.constants: list[Tensor] = []
         self._build = _build()
         layers = [e.convolution if isinstance(e, IntegerLayer) else e for e in self.engines]
         convolutions = [layer for layer in layers if isinstance(layer, IntegerConv2d)]
@@ -84,7 +87,7 @@ class Region(nn.Module):
             assert _write(call, code) == list(call.outputs)
         if not code.constants:  # codes are but moved, and an empty list is not handed on (ops.schemas)
             return
-        self._numbers, self._constants = code.returning(self.results), code.constants
+        self._numbers, self.constants = code.returning(self.results), code.constants
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Region:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -109,7 +112,7 @@ class Region(nn.Module):
         return self._one_by_one(inputs)
 
     def _at_a_stretch(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return torch.ops.ptq4cuda.run_layers(inputs, self._constants, self._numbers, self._dtype)  # type: ignore[no-any-return]
+        return torch.ops.ptq4cuda.run_layers(inputs, self.constants, self._numbers, self._dtype)  # type: ignore[no-any-return]
 
     def _one_by_one(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         values: dict[int, Tensor] = dict(enumerate(inputs))

@@ -49,7 +49,7 @@ def test_models_and_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert (ours["way"], ours["runs_as"]) == (models.OURS, "integer")
     assert ours["over_best"] == ours["over_float32"] == pytest.approx(float32["ms"] / ours["ms"])
     assert ours["peak_bytes"] < float32["peak_bytes"] / 3
-    assert ours["held_bytes"] < float32["held_bytes"] / 3
+    assert float32["held_bytes"] / 4 < ours["held_bytes"] < float32["held_bytes"] / 2
     first, second, *_ = layers = figures["layers"]
     assert len(layers) == 53
     sums = "8-bit codes" if _native.narrow_sums else "32-bit sums"

@@ -130,7 +130,7 @@ def test_many_images_are_executed_some_at_a_time(network: nn.Module, pictures: T
     few, many = region(pictures), region(pictures.repeat(copies, 1, 1, 1))
     assert all(torch.equal(y, x.repeat(copies, *[1] * (x.dim() - 1))) for x, y in zip(few, many, strict=True))
     of_few, of_many = (
-        torch.ops.ptq4cuda.memory_of_layers([x], region._constants, region._numbers, region._dtype)
+        torch.ops.ptq4cuda.memory_of_layers([x], region.constants, region._numbers, region._dtype)
         for x in (pictures, pictures.repeat(copies, 1, 1, 1))
     )
     assert of_few < of_many <= 28 << 20 < of_few * copies
@@ -209,7 +209,7 @@ def test_copies_and_pickles(network: nn.Module, pictures: Tensor) -> None:
     for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         (region,) = regions_of(other)
         weights = {id(m.weight) for m in other.modules() if isinstance(m, regions.IntegerConv2d)}
-        assert weights <= {id(t) for t in region._constants}  # held once
+        assert weights <= {id(t) for t in region.constants}  # held once
         assert same(expected, other(pictures))
 
 
@@ -247,7 +247,7 @@ SCRIPT = """
 import pickle, sys
 region = pickle.load(open(sys.argv[1], "rb"))
 region._prepare()
-pickle.dump((region._numbers, region._constants), open(sys.argv[2], "wb"))
+pickle.dump((region._numbers, region.constants), open(sys.argv[2], "wb"))
 """
 
 
@@ -267,7 +267,7 @@ def test_what_another_processor_prepared_is_laid_out_anew(
     assert numbers == region._numbers
     run = torch.ops.ptq4cuda.run_layers
     assert same(
-        run([pictures], region._constants, region._numbers, torch.float32),
+        run([pictures], region.constants, region._numbers, torch.float32),
         run([pictures], constants, numbers, torch.float32),
     )
 
@@ -283,7 +283,7 @@ def any_codes(network: nn.Module, pictures: Tensor, count: int, seed: int = 0) -
 
     refused = 0
     for _ in range(count):
-        code, constants = list(region._numbers), list(region._constants)
+        code, constants = list(region._numbers), list(region.constants)
         for _ in range(1 + draw(2)):
             kind = draw(4)
             if kind == 0:
