@@ -77,15 +77,16 @@ class _Problem:
     def gains(self, weight: Tensor) -> Tensor:
         """Return the change of the weights by the gain of each input."""
         products = weight.mT @ weight
-        energy = products.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
-        damping = self._damping(_GAIN_RIDGE) * energy
-        lower = torch.linalg.cholesky(_with_diagonal(products.mul_(self.covariance), damping))
+        # In float32 the product of two small numbers may be zero, as of an input without weights.
+        energy = products.diagonal(dim1=1, dim2=2)
+        damping = (self._damping(_GAIN_RIDGE) * energy).clamp_min(torch.finfo(torch.float32).tiny)
+        lower = _factor(_with_diagonal(products.mul_(self.covariance), damping))
         missing = (self.missing * weight).sum(1)
         return weight * torch.cholesky_solve(missing[:, :, None], lower).mT
 
     def ridge(self, ridge: float) -> Tensor:
         """Return the change by ridge regression."""
-        lower = torch.linalg.cholesky(_with_diagonal(self.covariance, self._damping(ridge)))
+        lower = _factor(_with_diagonal(self.covariance, self._damping(ridge)))
         change = torch.cholesky_solve(self._left.mT, lower).mT
         return change if self.towards is None else change.add_(self.towards)
 
@@ -100,6 +101,13 @@ class _Problem:
     def error(self, change: Tensor) -> float:
         """Return by how much E|t - W u|² of centred t and u rises with a change of the weights."""
         return float(((change @ self.covariance).sub_(2.0 * self.missing).mul_(change)).sum(dtype=torch.float64))
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """Return the Cholesky factor; where float32 rounds too much for one, that of float64."""
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.cholesky(matrix.double()).to(matrix.dtype) if bool(failed.any()) else lower
 
 
 def fit_weights(weight: Tensor, halves: tuple[Moments, Moments]) -> Target:

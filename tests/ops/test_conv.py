@@ -744,7 +744,6 @@ from ptq4cuda.ops import panels
 from ptq4cuda.ops.layers import Code
 
 op = torch.ops.ptq4cuda
-torch.set_num_threads(2)
 g = torch.Generator().manual_seed(0)
 
 def draw(low, high, *shape, dtype=torch.uint8):
