@@ -10,6 +10,23 @@ namespace {
 
 constexpr int kPixels = 6;
 
+// Adds the products of words side by side, from byte `at` to `end` of each pixel, and goes on to the weights behind.
+template <int P>
+PTQ_AVX_VNNI_INLINE void add_products(const uint8_t* const (&x)[P], int64_t at, int64_t end, const int8_t*& panel,
+                                      __m256i (&sum)[P][2]) {
+    for (; at < end; at += kWordChannels, panel += 64) {
+        const __m256i w0 = simd::load_bytes(panel), w1 = simd::load_bytes(panel + 32);
+#pragma GCC unroll 6
+        for (int p = 0; p < P; ++p) {
+            int32_t word;
+            std::memcpy(&word, x[p] + at, sizeof word);
+            const __m256i codes = _mm256_set1_epi32(word);
+            sum[p][0] = _mm256_dpbusd_avx_epi32(sum[p][0], codes, w0);
+            sum[p][1] = _mm256_dpbusd_avx_epi32(sum[p][1], codes, w1);
+        }
+    }
+}
+
 template <int P>
 PTQ_TARGET_AVX_VNNI void dot_panel(const uint8_t* const* pixels, int64_t channel, const Taps& taps,
                                    const int8_t* panel, int32_t* sums) {
@@ -21,19 +38,8 @@ PTQ_TARGET_AVX_VNNI void dot_panel(const uint8_t* const* pixels, int64_t channel
         sum[p][0] = sum[p][1] = _mm256_setzero_si256();
     }
     for (int64_t t = 0; t < taps.count; ++t) {
-        const int64_t end = channel + taps.offsets[t] + taps.words * kWordChannels;
-        for (int64_t at = channel + taps.offsets[t]; at < end; at += kWordChannels, panel += 64) {
-            const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel));
-            const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel + 32));
-#pragma GCC unroll 6
-            for (int p = 0; p < P; ++p) {
-                int32_t word;
-                std::memcpy(&word, x[p] + at, sizeof word);
-                const __m256i codes = _mm256_set1_epi32(word);
-                sum[p][0] = _mm256_dpbusd_avx_epi32(sum[p][0], codes, w0);
-                sum[p][1] = _mm256_dpbusd_avx_epi32(sum[p][1], codes, w1);
-            }
-        }
+        const int64_t at = channel + taps.offsets[t];
+        add_products(x, at, at + taps.words * kWordChannels, panel, sum);
     }
 #pragma GCC unroll 6
     for (int p = 0; p < P; ++p)
@@ -60,17 +66,7 @@ PTQ_TARGET_AVX_VNNI void window_panel(const uint8_t* const* windows, int64_t pla
             x[p] = windows[p] + position * plane;
             sum[p][0] = sum[p][1] = _mm256_setzero_si256();
         }
-        for (int64_t at = 0; at < words * kWordChannels; at += kWordChannels, panel += 64) {
-            const __m256i w0 = simd::load_bytes(panel), w1 = simd::load_bytes(panel + 32);
-#pragma GCC unroll 6
-            for (int p = 0; p < P; ++p) {
-                int32_t word;
-                std::memcpy(&word, x[p] + at, sizeof word);
-                const __m256i codes = _mm256_set1_epi32(word);
-                sum[p][0] = _mm256_dpbusd_avx_epi32(sum[p][0], codes, w0);
-                sum[p][1] = _mm256_dpbusd_avx_epi32(sum[p][1], codes, w1);
-            }
-        }
+        add_products(x, 0, words * kWordChannels, panel, sum);
 #pragma GCC unroll 6
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2

@@ -19,6 +19,25 @@
 namespace ptq4cuda {
 namespace {
 
+// Adds the products of words side by side, from byte `at` to `end` of each pixel, and goes on to the weights behind.
+template <int P, int B>
+PTQ_VNNI_INLINE void add_products(const uint8_t* const (&x)[P], int64_t at, int64_t end, const int8_t*& weights,
+                                  int64_t panel_bytes, __m512i (&sum)[P][B]) {
+    for (; at < end; at += kWordChannels, weights += 64) {
+        __m512i w[B];
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) w[b] = _mm512_loadu_si512(weights + b * panel_bytes);
+#pragma GCC unroll 12
+        for (int p = 0; p < P; ++p) {
+            int32_t word;
+            std::memcpy(&word, x[p] + at, sizeof word);
+            const __m512i codes = _mm512_set1_epi32(word);
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) sum[p][b] = _mm512_dpbusd_epi32(sum[p][b], codes, w[b]);
+        }
+    }
+}
+
 template <int P, int B>
 PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel, const Taps& taps,
                                    const Panels& panels, int32_t* sums) {
@@ -32,20 +51,8 @@ PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel
     }
     const int8_t* weights = panels.weights;
     for (int64_t t = 0; t < taps.count; ++t) {
-        const int64_t end = channel + taps.offsets[t] + taps.words * kWordChannels;
-        for (int64_t at = channel + taps.offsets[t]; at < end; at += kWordChannels, weights += 64) {
-            __m512i w[B];
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b) w[b] = _mm512_loadu_si512(weights + b * panels.bytes);
-#pragma GCC unroll 12
-            for (int p = 0; p < P; ++p) {
-                int32_t word;
-                std::memcpy(&word, x[p] + at, sizeof word);
-                const __m512i codes = _mm512_set1_epi32(word);
-#pragma GCC unroll 4
-                for (int b = 0; b < B; ++b) sum[p][b] = _mm512_dpbusd_epi32(sum[p][b], codes, w[b]);
-            }
-        }
+        const int64_t at = channel + taps.offsets[t];
+        add_products(x, at, at + taps.words * kWordChannels, weights, panels.bytes, sum);
     }
 #pragma GCC unroll 12
     for (int p = 0; p < P; ++p)
@@ -77,19 +84,7 @@ PTQ_TARGET_VNNI void window_tile_vnni(const uint8_t* const* windows, int64_t pla
 #pragma GCC unroll 4
             for (int b = 0; b < B; ++b) sum[p][b] = _mm512_setzero_si512();
         }
-        for (int64_t at = 0; at < words * kWordChannels; at += kWordChannels, weights += 64) {
-            __m512i w[B];
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b) w[b] = _mm512_loadu_si512(weights + b * panels.bytes);
-#pragma GCC unroll 12
-            for (int p = 0; p < P; ++p) {
-                int32_t word;
-                std::memcpy(&word, x[p] + at, sizeof word);
-                const __m512i codes = _mm512_set1_epi32(word);
-#pragma GCC unroll 4
-                for (int b = 0; b < B; ++b) sum[p][b] = _mm512_dpbusd_epi32(sum[p][b], codes, w[b]);
-            }
-        }
+        add_products(x, 0, words * kWordChannels, weights, panels.bytes, sum);
 #pragma GCC unroll 12
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4

@@ -126,9 +126,7 @@ struct TransformProducts {
                 Sums rows[2][4];
                 for (int s = 0; s < 4; ++s) {
                     Sums m[4];
-                    for (int r = 0; r < 4; ++r) {
-                        load(products + (4 * r + s) * position + at, m[r]);
-                    }
+                    for (int r = 0; r < 4; ++r) load(products + (4 * r + s) * position + at, m[r]);
                     times_at(m[0], m[1], m[2], m[3], rows[0][s], rows[1][s]);
                 }
                 for (int a = 0; a < 2; ++a) {

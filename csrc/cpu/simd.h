@@ -48,6 +48,7 @@ constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx_vnni, Leve
 #define PTQ_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
 #define PTQ_AVX2_INLINE PTQ_TARGET_AVX2 inline __attribute__((always_inline))
+#define PTQ_AVX_VNNI_INLINE PTQ_TARGET_AVX_VNNI inline __attribute__((always_inline))
 #define PTQ_AVX512_INLINE PTQ_TARGET_AVX512 inline __attribute__((always_inline))
 #define PTQ_VNNI_INLINE PTQ_TARGET_VNNI inline __attribute__((always_inline))
 

@@ -779,11 +779,9 @@ used = 0
 def convolve(code, source, x, args, residual=None):
     global used
     largest = torch.full((1, x.shape[1], *args[4]), int(x.max()), dtype=torch.uint8)
-    fit = None if args[13] is None else args[13][:1, :, :1, :1]
-    if fit is not None:
-        fit = torch.zeros(1, len(args[2]), *(l + 2 * p - k + 1 for l, p, k in zip(args[4], args[6], args[4])),
-                          dtype=torch.uint8)
-    prepared = op.prepare_layer(largest, *args[:13], fit, *args[14:])
+    shape = [1, len(args[2]), *(2 * p + 1 for p in args[6])]  # of the outputs of an image of the kernel's size
+    added = None if args[13] is None else torch.zeros(shape, dtype=torch.uint8)
+    prepared = op.prepare_layer(largest, *args[:13], added, *args[14:])
     used += prepared.numel() > 16 * args[0].numel() // 9 and args[4] == [3, 3]
     return code.convolve(source, args[0], prepared, len(args[2]), *args[4:9], None, residual=residual,
                          values=args[-1] is not None, second=len(args[16] or []) + (args[-1] is not None) > 1)
