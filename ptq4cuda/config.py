@@ -236,19 +236,14 @@ class QuantConfig:
 
         Like every preset it takes further fields, which come before its own.
         """
-        preset = cls(
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            depthwise_bits=None,
+        preset = cls.naive(
+            weight_bits,
+            activation_bits,
             clipping="laplace",
             activation_allocation="analytic",
             weight_allocation="analytic",
             channel_bits=(0, 8),
-            fold_activation_scale=False,
-            target="weights",
-            rounding="nearest",
             bias_correction="mean+variance",
-            layer_allocation="uniform",
         )
         return replace(preset, **fields)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import networks
@@ -74,6 +77,24 @@ def cuda_on_cpu(libraries: dict[str, torch.library.Library], model_cache: Path) 
     registration.implement(libraries["ptq4cuda_on_cpu"], "ptq4cuda_on_cpu")
     torch.ops.load_library(build.library(model_cache))
     return Backend("cuda_on_cpu", "ptq4cuda_on_cpu")
+
+
+@pytest.fixture
+def printed_at(tmp_path: Path) -> Callable[..., list[str]]:
+    """Run a program at an instruction set, or at the best below it that there is, and return the words it prints."""
+
+    def run(level: str, program: str, *arguments: object) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            cwd=tmp_path,  # not the source folder, which may hold no library
+            env={**os.environ, "PTQ4CUDA_SIMD": level},
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return run
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from ptq4cuda.nn.spec import Geometry, pair_text
 from ptq4cuda.ops import FLOATING, checks, nibbles, panels
 from ptq4cuda.ops.layers import Code
 from ptq4cuda.ops.nibbles import Nibbles
+from ptq4cuda.ops.schemas import argument
 from ptq4cuda.quantizer import QuantParams
 
 _LEAST_SAVING = 0.25  # of the bytes of codes that are packed
@@ -282,12 +283,12 @@ class IntegerConv2d(QuantizerState):
             self.low_bytes,
             self.span,
             self.activation.negative_slope,
-            None if self.activation.upper == math.inf else self.activation.upper,
+            argument(self.activation.upper),
             residual,
             self.residual_scale,
             self.residual_zero_point,
-            *([getattr(self, name) for name in names] or None for names in self._outputs),
-            self.packed_bytes or None,
+            *(argument([getattr(self, name) for name in names]) for names in self._outputs),
+            argument(self.packed_bytes),
             checks.number_of(self.dtype) if self.has_values else None,
         )
 

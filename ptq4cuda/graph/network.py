@@ -83,6 +83,7 @@ class Network(fx.GraphModule):
         """Compile the graph; the process does not keep the code of what was compiled before."""
         code = super().recompile()
         forget_source_with(type(self).forward)
+        del type(self).__call__  # that of torch.fx prints the stack of what fails, and cuts it off the exception
         return code
 
     def __getattr__(self, name: str) -> Any:

@@ -28,6 +28,7 @@ from ptq4cuda.ops import checks
 from ptq4cuda.ops import registration as _registration
 from ptq4cuda.ops.checks import FLOATING, check_bits, check_scale, check_vector, check_zero_point
 from ptq4cuda.ops.nibbles import Nibbles
+from ptq4cuda.ops.schemas import argument
 
 __all__ = [
     "FLOATING",
@@ -416,15 +417,15 @@ def conv2d_integer(
         low_bytes,
         span,
         negative_slope,
-        None if upper == math.inf else upper,
+        argument(upper),
         residual,
         residual_scale,
         residual_zero_point,
-        [output.scale for output in coded] or None,
-        [output.zero_point for output in coded] or None,
-        [output.bits for output in coded] or None,
-        [whole if layout is None else layout.starts for layout in packed] or None,
-        [0 if layout is None else layout.bytes for layout in packed] or None,
+        argument([output.scale for output in coded]),
+        argument([output.zero_point for output in coded]),
+        argument([output.bits for output in coded]),
+        argument([whole if layout is None else layout.starts for layout in packed]),
+        argument([0 if layout is None else layout.bytes for layout in packed]),
         checks.number_of(dtype) if outputs[0] is None else None,
     )
     checks.conv2d_integer(*arguments)

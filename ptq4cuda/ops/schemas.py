@@ -4,8 +4,15 @@ The build reads this file without torch, so that it imports nothing.
 
 A package of AOTInductor holds arguments as JSON, of which it makes them anew. So a dtype is an int, its number in
 PyTorch (checks.DTYPES), since PyTorch 2.10 hands on another one for a ScalarType; and what can be infinite, which is
-no number to JSON, or an empty list, which is not handed on, is None then.
+no number to JSON, or an empty list, which is not handed on, is None then (argument).
 """
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _QUANTIZER = "Tensor scale, Tensor zero_point"
 _CONVOLUTION = (
@@ -41,3 +48,8 @@ CPU_SCHEMAS = (
     "run_layers(Tensor[] inputs, Tensor[] constants, int[] code, int dtype) -> Tensor[]",
     "memory_of_layers(Tensor[] inputs, Tensor[] constants, int[] code, int dtype) -> int",
 )
+
+
+def argument(value: T) -> T | None:
+    """Return a value as the schemas hold it: None in place of an infinite number and of an empty list."""
+    return None if value in (math.inf, []) else value

@@ -214,8 +214,10 @@ def arguments(x: Tensor) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", arguments(torch.zeros(1, 3, 12, 12)))
-def test_arguments_of_every_kind(images: Tensor, name: str, tmp_path: Path) -> None:
-    """A model that torch.fx traces or not, depending on the arguments."""
+def test_arguments_of_every_kind(
+    images: Tensor, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A model that torch.fx traces or not, depending on the arguments; of a graph that fails nothing is printed."""
     model = Arguments()
     batches = [arguments(x)[name] for x in (images[:32], images[32:])]
     for execution in EXECUTIONS:
@@ -227,6 +229,7 @@ def test_arguments_of_every_kind(images: Tensor, name: str, tmp_path: Path) -> N
             ptq4cuda.save(network, tmp_path / "net.ptq4")
             loaded = ptq4cuda.load(tmp_path / "net.ptq4", model)
             assert torch.equal(loaded(**given), network(**given))
+    assert capfd.readouterr().err == ""
 
 
 def test_tensors_without_samples_may_differ_between_batches(images: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -270,6 +271,11 @@ def test_an_interrupted_quantize_leaves_no_file(folder: Path, monkeypatch: pytes
     assert not (folder / "x").exists()
 
 
+def heed_interrupts() -> None:
+    """Let a process start as from a terminal; in the background shells let it ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("module", "returncode"), [("ptq4cuda", 130), ("another", 1)])
 def test_an_interrupt_while_torch_is_imported(tmp_path: Path, module: str, returncode: int) -> None:
     """A command says so in a line; a program that imports the package gets KeyboardInterrupt, as of any other."""
@@ -282,6 +288,7 @@ def test_an_interrupt_while_torch_is_imported(tmp_path: Path, module: str, retur
         [sys.executable, "-m", module, "info"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path},
+        preexec_fn=heed_interrupts,
         capture_output=True,
         text=True,
     )

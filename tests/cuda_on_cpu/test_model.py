@@ -161,9 +161,9 @@ def test_the_kernels_stay_in_bounds(model_cache: Path, kernels: str) -> None:
         subprocess.run([*build.compiler(), f"-print-file-name={name}"], text=True, capture_output=True, check=True)
         for name in ("libasan.so", "libubsan.so")
     ]
-    script = build.HERE / "sanitized_ops.py"
     found = subprocess.run(
-        [sys.executable, "-P", str(script), str(library)],
+        [sys.executable, "-m", "cuda_on_cpu.sanitized_ops", str(library)],
+        cwd=model_cache,  # not the source folder, which may hold no library
         env={
             **os.environ,
             "LD_PRELOAD": " ".join(runtime.stdout.strip() for runtime in runtimes),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -253,16 +251,11 @@ pickle.dump((region._numbers, region.constants), open(sys.argv[2], "wb"))
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_what_another_processor_prepared_is_laid_out_anew(
-    network: nn.Module, pictures: Tensor, level: str, tmp_path: Path
+    network: nn.Module, pictures: Tensor, level: str, printed_at: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     (region,) = regions_of(network)
     (tmp_path / "region").write_bytes(pickle.dumps(region))
-    subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "region"), str(tmp_path / "prepared")],
-        check=True,
-        cwd=tmp_path,  # not the source folder, which may hold no library
-        env={**os.environ, "PTQ4CUDA_SIMD": level},
-    )
+    printed_at(level, SCRIPT, tmp_path / "region", tmp_path / "prepared")
     numbers, constants = pickle.loads((tmp_path / "prepared").read_bytes())
     assert numbers == region._numbers
     run = torch.ops.ptq4cuda.run_layers

@@ -14,6 +14,25 @@ from torch import Tensor
 from ptq4cuda.ops.nibbles import Nibbles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Shapes for what is measured of each channel.
+OF_CHANNELS = [
+    (1, 3, 8, 8),
+    (2, 5, 7, 6),
+    (3, 8, 1, 1),
+    (1, 1, 9, 33),
+    (2, 300, 3, 3),
+    (4, 33),
+    (2, 16, 5),
+    (5,),
+    (1,),
+    (),
+    (2, 3, 4, 5, 6),
+    (70, 3, 5, 7),
+    (3, 2, 40, 40),
+    (2, 1, 101, 103),  # one channel, an odd number of values
+    (40, 24, 6, 6),
+    (9, 56, 7, 5),  # channels_last: blocks side by side, of vectors of channels
+]
 Array = npt.NDArray[Any]
 
 # Values that a quantizer must survive, also half-way between two codes.

@@ -6,10 +6,7 @@ import ctypes
 import dataclasses
 import itertools
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -719,18 +716,10 @@ print(_native.build_info["simd_level"], digest.hexdigest())
 """
 
 
-def test_the_instruction_set_does_not_matter() -> None:
-    digests = {}
-    for wanted in ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni"):
-        found = subprocess.run(
-            [sys.executable, "-P", "-c", FINGERPRINT],
-            env={**os.environ, "PTQ4CUDA_SIMD": wanted},
-            text=True,
-            capture_output=True,
-        )
-        assert found.returncode == 0, found.stderr
-        level, digest = found.stdout.split()
-        digests[level] = digest
+def test_the_instruction_set_does_not_matter(printed_at: Callable[..., list[str]]) -> None:
+    digests = dict(
+        printed_at(level, FINGERPRINT) for level in ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+    )
     assert "baseline" in digests
     assert len(set(digests.values())) == 1, digests
 
@@ -821,14 +810,7 @@ print(_native.build_info["simd_level"], used)
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx_vnni", "avx512_vnni"])
-def test_windows_add_up_to_the_same_sums(level: str) -> None:
+def test_windows_add_up_to_the_same_sums(level: str, printed_at: Callable[..., list[str]]) -> None:
     """Transformed windows of codes and weights, and products of these, lose nothing."""
-    found = subprocess.run(
-        [sys.executable, "-P", "-c", WINDOWS],
-        env={**os.environ, "PTQ4CUDA_SIMD": level},
-        text=True,
-        capture_output=True,
-    )
-    assert found.returncode == 0, found.stderr
-    reached, used = found.stdout.split()
+    reached, used = printed_at(level, WINDOWS)
     assert int(used) == (55 if reached not in ("avx2", "avx512") else 0)
