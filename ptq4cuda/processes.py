@@ -12,7 +12,10 @@ import functools
 import io
 import itertools
 import os
+import platform
 import signal
+import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -26,6 +29,7 @@ from ptq4cuda.errors import first_line, kind_and_line
 T = TypeVar("T")
 
 TIMEOUT = 40.0  # seconds that processes wait for each other: with all that is around it, a hang ends within a minute
+_GRACE = 5.0  # seconds for a process that torchrun tells to end
 _GATHER, _TOTAL, _FROM_FIRST, _FAILED = range(4)
 _PLACES = ("gather", "total", "from_first", "failed")
 
@@ -220,7 +224,8 @@ def _leave() -> None:
 def launched(device: torch.device) -> Iterator[Processes]:
     """Join the processes that torchrun started, and this one alone where it did not.
 
-    Where one of them ends, torchrun tells the others to end, which is a LostError in them.
+    Where one of them ends, torchrun tells the others to end, which is a LostError in them. It waits long for those that
+    cannot hear: one that was stopped is continued, and one that hangs in a library killed.
 
     Args:
         device: of the network; each process takes a GPU of its own.
@@ -236,21 +241,56 @@ def launched(device: torch.device) -> Iterator[Processes]:
 
     before = signal.signal(signal.SIGTERM, told_to_end)
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        with ALONE._losing_nobody():
-            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_patience())
-        try:
-            yield Processes.of(distributed.group.WORLD)
-        finally:
-            _leave()
-            distributed.destroy_process_group()
+        with _heeding_signals():
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            with ALONE._losing_nobody():
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                distributed.init_process_group(backend, timeout=_patience())
+            here: list[int] = []
+            try:
+                processes, node = Processes.of(distributed.group.WORLD), platform.node()
+                here += [pid for where, pid in processes.gather([(node, os.getpid())]) if where == node]
+                yield processes
+            except LostError:
+                for pid in here:
+                    with suppress(OSError):
+                        os.kill(pid, signal.SIGCONT)
+                raise
+            finally:
+                _leave()
+                distributed.destroy_process_group()
     except _ToldToEnd:
         raise LostError(
             f"process {os.environ['RANK']} of {count} was told to end, as torchrun does when one has ended"
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _heeding_signals() -> Iterator[None]:
+    """Kill this process where it is told to end and code that does not return keeps Python from hearing of it."""
+    heard, signals = socket.socketpair()
+    signals.setblocking(False)
+
+    def listen() -> None:
+        while number := heard.recv(1):
+            if number[0] == signal.SIGTERM and not over.wait(_GRACE):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    over = threading.Event()
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(signals.fileno())
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        over.set()
+        signals.close()
+        thread.join()
+        heard.close()
 
 
 def _own_group(group: distributed.ProcessGroup) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 COMMON = """
-import contextlib, dataclasses, io, json, multiprocessing, os, signal, socket, sys, time, traceback
+import contextlib, ctypes, dataclasses, io, json, multiprocessing, os, signal, socket, sys, threading, time, traceback
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
@@ -171,8 +171,6 @@ def test_processes_make_the_network_that_one_makes(found: Any) -> None:
 
 
 FAULTS = """
-processes_module.TIMEOUT = 2.0
-
 def fault(name):
     def work(rank, group):
         model, mine, config = Small().eval(), share(batches(), rank, 2), QuantConfig.fast()
@@ -204,7 +202,17 @@ def fault(name):
             return [type(error).__name__, str(error), bool(again)]
     return in_processes(2, work, 30)
 
+def deaf(rank, group):
+    processes_module._GRACE = 0.2
+    libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # of a library, which gets it twice and waits
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with processes_module._heeding_signals():
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        while True:
+            libc.pthread_mutex_lock(lock)
+
 faults = {name: fault(name) for name in ("weights", "config", "empty", "nan", "dies", "hangs")}
+faults["deaf"] = in_processes(1, deaf, 30)
 """
 
 
@@ -223,6 +231,7 @@ def test_where_one_fails_all_end_and_say_why(found: Any) -> None:
         kind, sentence, _ = found[name][0]
         assert kind == "LostError"
         assert sentence.startswith("process 0 of 2 lost another one, which has ended or did not come for 2 seconds (")
+    assert found["deaf"] == [None]
 
 
 LITTLE = """
@@ -237,7 +246,7 @@ def net():
     return nn.Sequential(*layers).eval()
 
 
-def ending():
+def ending(last="SIGKILL", before="SIGTERM"):
     # The last process is killed at work, and the one before it told to end.
     import os, signal
 
@@ -246,10 +255,14 @@ def ending():
     def end(*_):
         calls.append(0)
         if rank in (0, -1) and len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGKILL if rank == 0 else signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, last if rank == 0 else before))
 
     found.register_forward_pre_hook(end)
     return found
+
+
+def stopped():
+    return ending("SIGSTOP", "SIGCONT")
 """
 
 COMMANDS = """
@@ -293,11 +306,13 @@ bad = command(2, *make[:-1], "9", "-o", "bad.ptq4", "--set", "weight_bits=1RANK"
 lost = command(2, *make, "-o", "folder-RANK/lost.ptq4")
 ended = command(3, "quantize", "little:ending", *make[2:], "-o", "ended.ptq4")
 evaluate = [command(n, "evaluate", "little:net", "one.ptq4", "images", *subject[1:]) for n in (1, 2)]
+processes_module.TIMEOUT = 2.0  # from here on
+stopped = command(2, "quantize", "little:stopped", *make[2:], "-o", "stopped.ptq4")
 from ptq4cuda.artifact.file import read_record
 import little
 same = [fingerprint(ptq4cuda.load(f"{n}.ptq4", little.net())) for n in ("one", "two")]
 files = os.listdir()
-cli = dict(two=two, many=many, bad=bad, lost=lost, ended=ended, evaluate=evaluate, same=same, files=files)
+cli = dict(two=two, many=many, bad=bad, lost=lost, ended=ended, stopped=stopped, evaluate=evaluate, same=same, files=files)
 """
 
 
@@ -319,4 +334,6 @@ def test_commands_share_the_images(found: Any) -> None:
     assert (code, told_code, killed) == (2, 2, None)
     assert lost.startswith("ptq4cuda: process 0 of 3 lost another one, which has ended or did not come for ")
     assert told == "ptq4cuda: process 1 of 3 was told to end, as torchrun does when one has ended\n"
-    assert not {"many.ptq4", "bad.ptq4", "ended.ptq4"} & set(found["files"])
+    assert [code for code, *_ in found["stopped"]] == [2, 2]  # it was continued
+    assert all("lost another one" in err for *_, err in found["stopped"])
+    assert not {"many.ptq4", "bad.ptq4", "ended.ptq4", "stopped.ptq4"} & set(found["files"])

@@ -28,6 +28,7 @@ from ptq4cuda.solve.rounding import round_for_output, round_to_nearest
 _COMPENSATED = 0.5  # of the noise of rounding to nearest, that is left where inputs make up for each other's
 _BY_CHANCE = 2.0  # times what taking away the mean of noise adds to it
 _JUDGED = 1 << 24  # values of a layer's output that judge its bias, at most, or one sample
+_TOGETHER = 1 << 18  # of these, that are in memory together, or one sample
 
 
 def solve_layer(call: LayerCall, config: QuantConfig) -> Solution:
@@ -267,12 +268,7 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> l
         shape = [1] * found.dim()
         shape[0], shape[axis] = len(found), found.shape[axis]
         shift = others[first : first + len(found)].to(found.dtype).view(shape)
-        wanted = call.read(target)
-        matched, unmatched = (
-            float((call.read(y) - wanted).square().nan_to_num(nan=0.0).sum(dtype=torch.float64))
-            for y in (found + shift, found)
-        )
-        errors.append((unmatched, matched))
+        errors.append(_squared_errors(call, target, found, shift))
     error = harm = 0.0
     for unmatched, matched in processes.gather(errors):
         error, harm = error + unmatched, harm + matched - unmatched
@@ -287,6 +283,19 @@ def match_output(module: QuantModule, call: LayerCall, config: QuantConfig) -> l
         for y in frontier.each(outputs):
             y += _along(bias.to(y.device), axis, y)
     return outputs
+
+
+def _squared_errors(call: LayerCall, target: Tensor, found: Tensor, shift: Tensor) -> tuple[float, float]:
+    """Return the squared error of what is read of a layer's output, as it is and shifted, some samples at a time."""
+    size = max(1, _TOGETHER * len(found) // max(1, found.numel()))
+    unmatched = matched = 0.0
+    for t, y, s in zip(*(x.split(size) for x in (target, found, shift)), strict=True):
+        wanted = call.read(t)
+        own, shifted = (
+            float((call.read(z) - wanted).square_().nan_to_num_(nan=0.0).sum(dtype=torch.float64)) for z in (y, y + s)
+        )
+        unmatched, matched = unmatched + own, matched + shifted
+    return unmatched, matched
 
 
 def _adds_bias_last(module: QuantModule) -> bool:
