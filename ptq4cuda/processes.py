@@ -224,8 +224,8 @@ def _leave() -> None:
 def launched(device: torch.device) -> Iterator[Processes]:
     """Join the processes that torchrun started, and this one alone where it did not.
 
-    Where one of them ends, torchrun tells the others to end, which is a LostError in them. It waits long for those that
-    cannot hear: one that was stopped is continued, and one that hangs in a library killed.
+    Where one of them ends, torchrun tells the others to end, which is a LostError in them. It would wait long for
+    those that cannot hear: one that was stopped is continued, and one that hangs in a library killed.
 
     Args:
         device: of the network; each process takes a GPU of its own.

@@ -312,7 +312,8 @@ from ptq4cuda.artifact.file import read_record
 import little
 same = [fingerprint(ptq4cuda.load(f"{n}.ptq4", little.net())) for n in ("one", "two")]
 files = os.listdir()
-cli = dict(two=two, many=many, bad=bad, lost=lost, ended=ended, stopped=stopped, evaluate=evaluate, same=same, files=files)
+cli = dict(two=two, many=many, bad=bad, lost=lost, ended=ended, stopped=stopped)
+cli.update(evaluate=evaluate, same=same, files=files)
 """
 
 
