@@ -6,6 +6,7 @@ quantize every input of a layer, residual sums included, with statistics measure
 
     --model module:function   function() returns a trained nn.Module, e.g. torchvision.models:resnet18
     --images FOLDER           its images, flat or in subfolders; the last quarter is the test set, without labels
+    --only sizes              of 32 to 1,024 calibration images, instead of the tables
     --architectures           random networks of ptq4cuda.bench.architectures: naive, fast() and the default
 """
 
@@ -101,6 +102,13 @@ def ladder(images: int) -> list[Method]:
     }
     methods = [Method("ladder", name, config, images) for name, config in rows.items()]
     return [*methods, Method("ladder", f"default, {images // 8} images", full, images // 8)]
+
+
+def sizes(most: int) -> list[Method]:
+    """Return fast() and the default with 32, 64, ... calibration images, as many as there are at most."""
+    counts = [count for count in (32, 64, 128, 256, 512, 1024) if count <= most]
+    presets = {"fast()": QuantConfig.fast(), "default": QuantConfig()}
+    return [Method("W4A4", name, config, count) for name, config in presets.items() for count in counts]
 
 
 def measure(subject: networks.Subject, method: Method) -> tuple[Comparison, float, nn.Module]:
@@ -248,7 +256,7 @@ def main() -> None:
     parser.add_argument(
         "--architectures", choices=architectures.ARCHITECTURES, nargs="*", help="default: all of them"
     )
-    parser.add_argument("--only", choices=("paper", "ladder"), help="one part of the table")
+    parser.add_argument("--only", choices=("paper", "ladder", "sizes"), help="one part of the table")
     parser.add_argument("--paper-images", type=int, default=256, help="calibration images of the paper's rows")
     parser.add_argument("--ladder-images", type=int, default=512, help="calibration images of the ladder")
     parser.add_argument("--csv", type=Path, default=Path("accuracy.csv"), help="output file (default: %(default)s)")
@@ -256,23 +264,25 @@ def main() -> None:
     if not arguments.csv.parent.is_dir():
         parser.error(f"there is no folder {arguments.csv.parent} for --csv")
 
-    methods = [] if arguments.only == "ladder" else paper(arguments.paper_images)
-    methods += [] if arguments.only == "paper" else ladder(arguments.ladder_images)
+    methods = paper(arguments.paper_images) if arguments.only in (None, "paper") else []
+    methods += ladder(arguments.ladder_images) if arguments.only in (None, "ladder") else []
     if arguments.architectures is not None:
         lines = run_architectures(arguments.architectures or list(architectures.ARCHITECTURES))
     elif arguments.model:
         if arguments.images is None or not arguments.images.is_dir():
             parser.error("--model needs --images, a folder")
-        lines = run_methods(own_subject(arguments.model, arguments.images, arguments.size), methods)
+        subject = own_subject(arguments.model, arguments.images, arguments.size)
+        lines = run_methods(subject, methods or sizes(len(subject.calibration)))
     else:
         if not networks.available():
             parser.error(
                 f"there are no networks in {networks.DATA}; set PTQ4CUDA_DATA to their folder, or use --model"
             )
-        count = max(arguments.paper_images, arguments.ladder_images)
+        count = max(arguments.paper_images, arguments.ladder_images) if methods else 1024
         lines = []
         for name in arguments.network:
-            lines += run_methods(networks.SUBJECTS[name](calibration_images=count), methods)
+            subject = networks.SUBJECTS[name](calibration_images=count)
+            lines += run_methods(subject, methods or sizes(len(subject.calibration)))
     with arguments.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(lines[0]))
         writer.writeheader()

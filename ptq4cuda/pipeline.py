@@ -270,29 +270,30 @@ def shares_of(model: nn.Module, inputs: Inputs, config: QuantConfig, progress: b
     values = samples_of(*inputs.example)[0].numel()  # the same in all processes
     half = min(SAMPLES, (count + 1) // 2, max(FEWEST_SAMPLES, VALUES // max(1, values)))
     starts = 0, min(half, count - half)
-    some, others = (ordinary(model, some_samples(model, inputs, first, first + half)) for first in starts)
+    halves = [ordinary(model, some_samples(model, inputs, first, first + half)) for first in starts]
 
-    tried: list[tuple[QuantConfig, Overrides, nn.Module, float]] = []
+    tried: list[tuple[QuantConfig, Overrides, int, nn.Module, float]] = []
 
-    def quantized(config: QuantConfig, shares: Overrides) -> tuple[nn.Module, float]:
+    def quantized(config: QuantConfig, shares: Overrides, fitted: int = 0) -> tuple[nn.Module, float]:
+        """Return a network that is fitted to one half, and its noise on the other."""
         for *way, network, noise in tried:
-            if way == [config, shares]:
+            if way == [config, shares, fitted]:
                 return network, noise
         bar = "trial" if progress else ""
-        network = quantize_once(model, some, config, bar, Solved(ALONE), shares, measured=False)[0].eval()
-        tried.append((config, shares, network, output_noise(model, network, others).relative))
-        return tried[-1][2:]
+        network = quantize_once(model, halves[fitted], config, bar, Solved(ALONE), shares, measured=False)[0].eval()
+        tried.append((config, shares, fitted, network, output_noise(model, network, halves[1 - fitted]).relative))
+        return tried[-1][3:]
 
     quick, left_out = trial_config(config), {}
     if count >= FEWEST_JUDGED:
-        left_out = steps_left_out(quick, lambda way: quantized(way, {})[1])
+        left_out = steps_left_out(quick, lambda way, fitted: quantized(way, {}, fitted)[1])
         config, quick = (replace(c, **left_out) for c in (config, quick))  # type: ignore[arg-type]
     if not shares_bits(config):
         return Shares(left_out=left_out)
     network, noise = quantized(quick, {})
-    reference, _, _ = prepare(model, some, quick)
+    reference, _, _ = prepare(model, halves[0], quick)
     matching = config.bias_correction != "none"
-    parts = measure_parts(reference, network, some, matching, "measure" if progress else "", inputs.processes)
+    parts = measure_parts(reference, network, halves[0], matching, "measure" if progress else "", inputs.processes)
     bits = share_out(parts, config)
     alike = all(number == getattr(config, kind) for own in bits.values() for kind, number in own.items())
     if alike or noise <= quantized(quick, bits)[1]:

@@ -14,16 +14,13 @@ from dataclasses import replace
 from ptq4cuda.config import QuantConfig
 
 FEWEST_JUDGED = 24  # samples of calibration, of which some can judge
-# Samples differ by a decibel or two in what they say.
 _CLEARLY = 0.5  # of the noise of the plainest network
-_LESS = 0.6  # of the noise with a step
-# What a step is, and what is done without it. Scales of channels are folded into the weights that read them, which
-# makes rows of weights uneven: where ranges differ widely, rounding loses more by that than the input gains.
+_LESS = 0.8  # of the noise with a step; halves of few samples differ by a decibel or two in what they say
+# What a step is, and what is done without it.
 _STEPS = {
     "activation_allocation": ("greedy", "uniform"),
     "clipping": ("mse", "minmax"),
     "bias_correction": ("output", "none"),
-    "activation_granularity": ("per_channel", "per_tensor"),
 }
 
 
@@ -34,24 +31,19 @@ def steps_of(config: QuantConfig) -> dict[str, str]:
     """
     if config.activation_bits == 8 or config.clipping == "kld":
         return {}
-    return {
-        field: without
-        for field, (step, without) in _STEPS.items()
-        if getattr(config, field) == step and (config.fold_activation_scale or field != "activation_granularity")
-    }
+    return {field: without for field, (step, without) in _STEPS.items() if getattr(config, field) == step}
 
 
-def steps_left_out(config: QuantConfig, noise: Callable[[QuantConfig], float]) -> dict[str, str]:
+def steps_left_out(config: QuantConfig, noise: Callable[[QuantConfig, int], float]) -> dict[str, str]:
     """Return what is done in place of the steps without which there is clearly less noise.
 
     Args:
         config: how a network is quantized, quickly.
-        noise: of a network quantized in some way, on other samples.
+        noise: of a network that is quantized in some way from one half of some samples, on the other half.
     """
     steps = steps_of(config)
     if not steps:
         return {}
-    least = noise(config)
     plainest = QuantConfig.naive(
         config.weight_bits,
         config.activation_bits,
@@ -60,12 +52,13 @@ def steps_left_out(config: QuantConfig, noise: Callable[[QuantConfig], float]) -
         overrides=config.overrides,
         activation_granularity=config.activation_granularity,
     )
-    bound = noise(plainest)
-    if least < _CLEARLY * bound:
+    if noise(config, 0) < _CLEARLY * noise(plainest, 0):
         return {}
     left_out: dict[str, str] = {}
+    least = noise(config, 0) + noise(config, 1)
     for field, without in steps.items():
-        found = noise(replace(config, **{**left_out, field: without}))  # type: ignore[arg-type]
-        if found < (_LESS if least < bound else 1.0) * least:
+        way = replace(config, **{**left_out, field: without})  # type: ignore[arg-type]
+        found = noise(way, 0) + noise(way, 1)
+        if found < _LESS * least:
             least, left_out = found, {**left_out, field: without}
     return left_out
