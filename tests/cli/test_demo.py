@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 import ptq4cuda
 from ptq4cuda import demo
+from ptq4cuda.cli import main
 from ptq4cuda.metrics import Comparison
 
 
-def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ptq4cuda", *arguments],
-        cwd=folder,  # not the repository, whose folder ptq4cuda has no libraries
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
-    )
+class Result(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Return the command line, called in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ptq4cuda", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Result(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
 def test_demo(tmp_path: Path) -> None:
@@ -60,21 +76,21 @@ def test_axes_begin_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert first.get_ylim()[0] == second.get_ylim()[0] == 0.0
 
 
-def test_version(tmp_path: Path) -> None:
-    assert run("--version", folder=tmp_path).stdout == f"ptq4cuda {ptq4cuda.__version__}\n"
-    assert "--version" in run("--help", folder=tmp_path).stdout
+def test_version(command: Command) -> None:
+    assert command("--version").stdout == f"ptq4cuda {ptq4cuda.__version__}\n"
+    assert "--version" in command("--help").stdout
 
 
-def test_help_names_the_commands(tmp_path: Path) -> None:
-    result = run("--help", folder=tmp_path)
-    assert result.returncode == 0
-    for command in ("demo", "info"):
-        assert command in result.stdout
-    assert "--plot" in run("demo", "--help", folder=tmp_path).stdout
+def test_help_names_the_commands(command: Command) -> None:
+    result = command("--help")
+    assert result.code == 0
+    for name in ("demo", "info"):
+        assert name in result.stdout
+    assert "--plot" in command("demo", "--help").stdout
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("arguments", "message"),
     [
         ("demo --file nowhere/net.ptq4", "/nowhere' to save 'net.ptq4' in"),
         ("demo --plot nowhere/plot.png", "/nowhere' to save 'plot.png' in"),
@@ -87,15 +103,20 @@ def test_help_names_the_commands(tmp_path: Path) -> None:
         ("bench-models --repeats 0", "Invalid value for '--repeats'"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_a_sentence(tmp_path: Path, command: str, message: str) -> None:
-    result = run(*command.split(), folder=tmp_path)
-    assert result.returncode != 0
+def test_what_cannot_be_done_is_told_in_a_sentence(command: Command, arguments: str, message: str) -> None:
+    result = command(*arguments.split())
+    assert result.code != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_info(tmp_path: Path) -> None:
-    result = run("info", folder=tmp_path)
+def test_info_as_a_module(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "ptq4cuda", "info"],
+        cwd=tmp_path,  # not the repository, whose folder ptq4cuda has no libraries
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     for line in ("ptq4cuda", "torch", "CPU library", "SIMD level", "CUDA library", "CUDA architectures"):
         assert any(text.startswith(line) for text in result.stdout.splitlines()), line

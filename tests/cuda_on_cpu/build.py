@@ -52,8 +52,11 @@ def library(cache: Path, *flags: str) -> Path:
 
 
 def cpu_library(cache: Path, *flags: str) -> Path:
-    """Return the kernels of csrc/cpu as a library; loaded, they take the place of the installed ones."""
-    return _build(cache, "cpu.so", CPU_KERNELS, (*flags, "-UPTQ4CUDA_ON_CPU", "-Wno-error"), _link())
+    """Return the kernels of csrc/cpu as a library; loaded, they take the place of the installed ones.
+
+    They are not optimized: with sanitizers it takes far longer to compile them than to run them.
+    """
+    return _build(cache, "cpu.so", CPU_KERNELS, (*flags, "-O0", "-UPTQ4CUDA_ON_CPU", "-Wno-error"), _link())
 
 
 def _link() -> list[str]:
