@@ -162,6 +162,15 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 
+def is_recorded(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether what is called with tensors may be recorded, by a tracer, a mode or a subclass."""
+    return (
+        any(type(t) is not Tensor for t in tensors)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written into. Replaced by: nothing; autograd counts so."""
     return int(tensor._version)

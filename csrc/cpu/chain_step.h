@@ -17,7 +17,7 @@ class Chain : public Step {
 public:
     using Codes = Convolution<uint8_t>;
     struct Link {
-        std::unique_ptr<const Codes> convolution;
+        std::unique_ptr<Codes> convolution;
         bool also;  // the next one reads the second output
     };
 
@@ -39,9 +39,7 @@ public:
         return bytes;
     }
 
-    // `memory`: bytes_of for each thread.
-    Chain(std::vector<Link> links, int64_t rows, uint8_t* memory)
-        : links_(std::move(links)), rows_(rows), memory_(memory), offsets_(links_.size()) {
+    Chain(std::vector<Link> links, int64_t rows) : links_(std::move(links)), rows_(rows), offsets_(links_.size()) {
         for (size_t i = links_.size(); i-- > 1;) {
             offsets_[i - 1] = bytes_;
             bytes_ += bytes_before(links_[i].convolution->shape(), rows);
@@ -49,6 +47,13 @@ public:
         const ConvShape& last = links_.back().convolution->shape();
         bands_ = ceil_div(last.out.height, rows_);
         tasks_ = last.batch * bands_;
+    }
+
+    // What the next runs convolve, convolution by convolution; what lies between goes to the memory, bytes_of for
+    // each thread.
+    void place(const std::vector<ConvCall<uint8_t>>& calls, uint8_t* memory) {
+        for (size_t i = 0; i < links_.size(); ++i) links_[i].convolution->place(calls[i]);
+        memory_ = memory;
     }
 
     int64_t tasks() const override { return tasks_; }
@@ -121,7 +126,7 @@ private:
 
     std::vector<Link> links_;
     int64_t rows_;
-    uint8_t* memory_;
+    uint8_t* memory_ = nullptr;
     std::vector<int64_t> offsets_;  // of the outputs of each, in the memory of a thread
     int64_t bytes_ = 0, bands_, tasks_;
 };

@@ -53,8 +53,9 @@ struct Cpu {
 private:
     template <class T>
     static void convolve(const ConvProblem& problem, T* y) {
-        run_step(std::make_unique<Convolution<T>>(std::make_unique<ConvLayer>(problem, false), problem.shape,
-                                                  ConvCall<T>{problem.x, problem.residual, y, problem.also}));
+        auto step = std::make_unique<Convolution<T>>(std::make_unique<ConvLayer>(problem, false), problem.shape);
+        step->place({problem.x, problem.residual, y, problem.also});
+        run_step(std::move(step));
     }
 };
 

@@ -54,7 +54,7 @@ public:
         std::vector<std::optional<Line>> lines(problem.shape.out_channels);
         if (kept && in_range) lines = lines_of(problem);
         std::optional<WindowWeights> windows;
-        if (kept && is_windowed(problem.shape) && tiles_.windows)
+        if (kept && is_windowed(problem.shape) && !tiles_.narrow_sums)
             windows = window_weights(problem.shape, problem.weight, problem.x);
         begin(problem.weight, {problem.activation.negative_slope, problem.activation.upper, in_range,
                                problem.zero_sums != nullptr, problem.also != nullptr, problem.residual != nullptr,
@@ -159,10 +159,7 @@ public:
     bool has_residual() const { return facts_.residual; }
     // Whether it has weights for windows (conv_winograd.h).
     bool windowed() const { return facts_.windows; }
-    Panels weights_of_windows(int64_t panel) const {
-        const int64_t bytes = kPositions * shape_.channels * kPanelOutputs;
-        return {window_weights_ + panel * bytes, bytes, 0};
-    }
+    Panels weights_of_windows() const { return {window_weights_, kPositions * shape_.channels * kPanelOutputs, 0}; }
     const int32_t* window_fields(int64_t panel) const { return fields_ + panel * kWindowFields * kPanelOutputs; }
 
 private:

@@ -42,17 +42,16 @@ template <class T>
 class Convolution : public Step {
 public:
     // The shape is the layer's, with the sizes of the images.
-    Convolution(std::unique_ptr<const ConvLayer> layer, const ConvShape& shape, const ConvCall<T>& call)
+    Convolution(std::unique_ptr<const ConvLayer> layer, const ConvShape& shape)
         : layer_(std::move(layer)),
           shape_(shape),
-          call_(call),
           tiles_(layer_->tiles()),
           depthwise_(layer_->depthwise()),
           packed_(layer_->packed()),
           dense_(layer_->dense()),
           split_(layer_->split()),
           windowed_(layer_->windowed() && pays_in_windows()),
-          finish_(finisher_of<T>(call.residual != nullptr, layer_->activation(), layer_->in_range())) {
+          finish_(finisher_of<T>(layer_->has_residual(), layer_->activation(), layer_->in_range())) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
         // In a band, channels are filled up to whole words where all are read together.
@@ -66,6 +65,9 @@ public:
             for (int64_t c = 0; c < shape_.out.width; ++c) columns_.push_back(inside_columns(c));
         cut();
     }
+
+    // What the next runs convolve.
+    void place(const ConvCall<T>& call) { call_ = call; }
 
     int64_t tasks() const override { return units_ * parts_; }
 
@@ -138,8 +140,10 @@ private:
     // too.
     void cut() {
         const Extent out = shape_.out;
-        const int64_t pixels = std::clamp(kUnitBytes / pixel_bytes_ / shape_.stride.height / shape_.stride.width,
-                                          kMinimumUnitPixels, kUnitPixels);
+        // Of the columns and rows between windows nothing is read.
+        const int64_t read = std::min(shape_.stride.height, shape_.kernel.height) *
+                             std::min(shape_.stride.width, shape_.kernel.width) * pixel_bytes_;
+        const int64_t pixels = std::clamp(kUnitBytes / read, kMinimumUnitPixels, kUnitPixels);
         // Of nearly equal size, in whole tiles.
         const auto even = [](int64_t total, int64_t most, int64_t step) {
             const int64_t size = ceil_div(total, ceil_div(total, most));
@@ -166,9 +170,12 @@ private:
                                    ? static_cast<int64_t>(products) / kTaskProducts + 1
                                    : most;
         parts_ = std::clamp<int64_t>(ceil_div(wanted, units_), 1, layer_->blocks());
-        // A thread reads either all units for some outputs, or some units for all outputs: whatever are less bytes.
-        const int64_t weights = windowed_ ? layer_->weights_of_windows(0).bytes : layer_->weights().bytes;
-        parts_apart_ = layer_->blocks() * weights > shape_.batch * shape_.in.height * row_bytes_;
+        // A thread reads either all units for some outputs, or some units for all outputs: whatever are less bytes,
+        // of which those that another thread has written come from afar, as its neighbours' outputs do.
+        const int64_t weights = windowed_ ? layer_->weights_of_windows().bytes : layer_->weights().bytes;
+        const int64_t outputs = sizeof(T) + layer_->has_also() + layer_->has_residual();
+        parts_apart_ = layer_->blocks() * weights > 2 * shape_.batch * shape_.in.height * row_bytes_ +
+                                                        shape_.pixels() * shape_.out_channels * outputs;
     }
 
     // --- the input of a unit
@@ -430,6 +437,9 @@ private:
     void compute_windows(const Unit& unit, int64_t begin, int64_t end) const {
         const int64_t most = std::min<int64_t>(kWindowPanels, tiles_.panels), count = unit.pixels.size();
         const int64_t groups = ceil_div(count, int64_t{tiles_.pixels[most - 1]});
+        const Panels weights = layer_->weights_of_windows();
+        const int64_t start = 0;
+        const Taps positions = {&start, 1, shape_.channels / kWordChannels, kPositions, unit.plane};
         alignas(64) int32_t products[kPositions * kWindowPanels * kPanelSums];
         alignas(64) int32_t sums[2 * kWindowPanels * kPanelSums];
         for (int64_t b = begin, n; b < end; b += n) {
@@ -450,10 +460,8 @@ private:
                     for (int64_t a = 0; a < rows; ++a, pixel += shape_.out.width)
                         prefetch_outputs(unit.call, pixel, pixels, b, b + n);
                 });
-                Panels panels = layer_->weights_of_windows(b);
-                panels.count = static_cast<int>(n);
-                tiles_.windows(&unit.pixels[window], static_cast<int>(last - window), unit.plane,
-                               shape_.channels / kWordChannels, panels, products);
+                tiles_.dot(&unit.pixels[window], static_cast<int>(last - window), 0, positions, 0,
+                           {weights.weights + b * weights.bytes, weights.bytes, static_cast<int>(n)}, products);
                 each_run([&](int64_t w, int run, const Place& at, int64_t rows, int64_t pixel, int pixels) {
                     transform_products(products + (w - window) * kPanelOutputs, run, n, layer_->window_fields(b),
                                        unit.codes + w, sums);
@@ -520,7 +528,7 @@ private:
 
     std::unique_ptr<const ConvLayer> layer_;
     ConvShape shape_;
-    ConvCall<T> call_;
+    ConvCall<T> call_{};
     const Tiles& tiles_;
     bool depthwise_, packed_, dense_, split_, windowed_, direct_;
     Finisher<T> finish_;

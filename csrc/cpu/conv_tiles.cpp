@@ -6,25 +6,21 @@ namespace {
 
 void dot_tile(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t,
               const Panels& panels, int32_t* sums) {
-    for (int p = 0; p < count; ++p, sums += kPanelOutputs) {
-        std::fill_n(sums, kPanelOutputs, 0);
-        const int8_t* w = panels.weights;
-        for (int64_t t = 0; t < taps.count; ++t) {
-            const uint8_t* x = pixels[p] + channel + taps.offsets[t];
-            for (int64_t i = 0; i < taps.words; ++i, x += kWordChannels)
-                for (int o = 0; o < kPanelOutputs; ++o)
-                    for (int c = 0; c < kWordChannels; ++c) sums[o] += x[c] * *w++;
+    const int8_t* weights = panels.weights;
+    for (int64_t plane = 0; plane < taps.planes; ++plane, channel += taps.plane, sums += kPanelSums) {
+        for (int p = 0; p < count; ++p) {
+            int32_t* of_pixel = sums + p * kPanelOutputs;
+            std::fill_n(of_pixel, kPanelOutputs, 0);
+            const int8_t* w = weights;
+            for (int64_t t = 0; t < taps.count; ++t) {
+                const uint8_t* x = pixels[p] + channel + taps.offsets[t];
+                for (int64_t i = 0; i < taps.words; ++i, x += kWordChannels)
+                    for (int o = 0; o < kPanelOutputs; ++o)
+                        for (int c = 0; c < kWordChannels; ++c) of_pixel[o] += x[c] * *w++;
+            }
         }
+        weights += taps.count * taps.words * kPanelOutputs * kWordChannels;
     }
-}
-
-void window_tile(const uint8_t* const* windows, int count, int64_t plane, int64_t words, const Panels& panels,
-                 int32_t* products) {
-    const int64_t offset = 0, of_position = words * kPanelOutputs * kWordChannels;
-    for (int position = 0; position < kPositions; ++position)
-        for (int b = 0; b < panels.count; ++b, products += kPanelSums)
-            dot_tile(windows, count, position * plane, {&offset, 1, words}, 0,
-                     {panels.weights + b * panels.bytes + position * of_position, 0, 1}, products);
 }
 
 void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,
@@ -43,8 +39,8 @@ void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, co
 
 }  // namespace
 
-const Tiles kTiles = {dot_tile,       false,       dot_tile, 4,     1,     {12, 12, 12, 12},
-                      depthwise_tile, kTilePanels, 4,        false, false, window_tile};
+const Tiles kTiles = {dot_tile,       false,       dot_tile, 4,     1,    {12, 12, 12, 12},
+                      depthwise_tile, kTilePanels, 4,        false, false};
 
 const Tiles& best_tiles() {
 #if defined(__x86_64__)

@@ -21,9 +21,12 @@ constexpr int kPanelSums = kTilePixels * kPanelOutputs;  // sums are [panels][kT
 // Structs go by reference: a copy of what has just been written piece by piece would wait for the writes.
 
 // What one pixel reads: `count` stretches of `words` 32-bit words each, at these bytes from the pixel's address.
+// There may be more planes, so many bytes apart, with weights and sums of their own (conv_winograd.h), but not where
+// sums are narrow.
 struct Taps {
     const int64_t* offsets;
     int64_t count, words;
+    int64_t planes = 1, plane = 0;
 };
 
 // The weights of the panels of a tile.
@@ -33,7 +36,7 @@ struct Panels {
     int count;
 };
 
-// Computes sums[b][p][o] of `count` pixels, from a channel on. The sums have 16 bits for `span` steps.
+// Computes sums[plane][b][p][o] of `count` pixels, from a channel on. The sums have 16 bits for `span` steps.
 using DotTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, const Taps& taps, int64_t span,
                          const Panels& panels, int32_t* sums);
 
@@ -48,13 +51,6 @@ struct TapGroups {
 };
 using DepthwiseTile = void (*)(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,
                                const int8_t* weights, int64_t channels, int32_t* sums);
-
-// The products of windows that are transformed (conv_winograd.h): in each of 16 positions, `plane` bytes apart,
-// `count` windows meet some panels, as pixels do. Computes
-// products[position][b][p][o]; the weights of a panel's positions follow each other.
-using WindowTile = void (*)(const uint8_t* const* windows, int count, int64_t plane, int64_t words,
-                            const Panels& panels, int32_t* products);
-constexpr int kPositions = 16;  // of a window, row by row
 
 constexpr int64_t place_in_block(int64_t channel, int panels) {
     return channel % kPanelOutputs / 4 * 4 * panels + channel / kPanelOutputs * 4 + channel % 4;
@@ -71,7 +67,6 @@ struct Tiles {
     int depthwise_panels, depthwise_taps;  // of a block, of a group; the weights of a group fill a word
     bool whole_blocks;                     // a depthwise block of less channels is slow
     bool block_order;                      // sums of a depthwise block are in the order of place_in_block
-    WindowTile windows;                    // or nullptr: sums of 16 bits would overflow
 };
 
 // For any processor, and for those with each instruction set.

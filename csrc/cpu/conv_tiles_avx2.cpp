@@ -174,8 +174,7 @@ const Tiles kTilesAvx2 = {dot_tile_avx2,
                           2,
                           2,
                           true,
-                          true,
-                          nullptr};
+                          true};
 
 }  // namespace ptq4cuda
 #endif

@@ -135,8 +135,7 @@ const Tiles kTilesAvx512 = {dot_tile_avx512,
                             2,
                             2,
                             true,
-                            true,
-                            nullptr};
+                            true};
 
 }  // namespace ptq4cuda
 #endif

@@ -19,45 +19,40 @@
 namespace ptq4cuda {
 namespace {
 
-// Adds the products of words side by side, from byte `at` to `end` of each pixel, and goes on to the weights behind.
-template <int P, int B>
-PTQ_VNNI_INLINE void add_products(const uint8_t* const (&x)[P], int64_t at, int64_t end, const int8_t*& weights,
-                                  int64_t panel_bytes, __m512i (&sum)[P][B]) {
-    for (; at < end; at += kWordChannels, weights += 64) {
-        __m512i w[B];
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) w[b] = _mm512_loadu_si512(weights + b * panel_bytes);
-#pragma GCC unroll 12
-        for (int p = 0; p < P; ++p) {
-            int32_t word;
-            std::memcpy(&word, x[p] + at, sizeof word);
-            const __m512i codes = _mm512_set1_epi32(word);
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b) sum[p][b] = _mm512_dpbusd_epi32(sum[p][b], codes, w[b]);
-        }
-    }
-}
-
 template <int P, int B>
 PTQ_TARGET_VNNI void dot_tile_vnni(const uint8_t* const* pixels, int64_t channel, const Taps& taps,
                                    const Panels& panels, int32_t* sums) {
-    __m512i sum[P][B];
     const uint8_t* x[P];
 #pragma GCC unroll 12
-    for (int p = 0; p < P; ++p) {
-        x[p] = pixels[p];
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) sum[p][b] = _mm512_setzero_si512();
-    }
+    for (int p = 0; p < P; ++p) x[p] = pixels[p];
     const int8_t* weights = panels.weights;
-    for (int64_t t = 0; t < taps.count; ++t) {
-        const int64_t at = channel + taps.offsets[t];
-        add_products(x, at, at + taps.words * kWordChannels, weights, panels.bytes, sum);
-    }
+    for (int64_t plane = 0; plane < taps.planes; ++plane, channel += taps.plane, sums += B * kPanelSums) {
+        __m512i sum[P][B];
 #pragma GCC unroll 12
-    for (int p = 0; p < P; ++p)
+        for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) _mm512_storeu_si512(sums + b * kPanelSums + p * kPanelOutputs, sum[p][b]);
+            for (int b = 0; b < B; ++b) sum[p][b] = _mm512_setzero_si512();
+        for (int64_t t = 0; t < taps.count; ++t) {
+            int64_t at = channel + taps.offsets[t];
+            for (int64_t i = 0; i < taps.words; ++i, at += kWordChannels, weights += 64) {
+                __m512i w[B];
+#pragma GCC unroll 4
+                for (int b = 0; b < B; ++b) w[b] = _mm512_loadu_si512(weights + b * panels.bytes);
+#pragma GCC unroll 12
+                for (int p = 0; p < P; ++p) {
+                    int32_t word;
+                    std::memcpy(&word, x[p] + at, sizeof word);
+                    const __m512i codes = _mm512_set1_epi32(word);
+#pragma GCC unroll 4
+                    for (int b = 0; b < B; ++b) sum[p][b] = _mm512_dpbusd_epi32(sum[p][b], codes, w[b]);
+                }
+            }
+        }
+#pragma GCC unroll 12
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) _mm512_storeu_si512(sums + b * kPanelSums + p * kPanelOutputs, sum[p][b]);
+    }
 }
 
 // Pixels of a tile of so many panels: their sums fill 24 registers, or less where there is one panel.
@@ -68,35 +63,6 @@ inline void dot_tile_vnni(const uint8_t* const* pixels, int count, int64_t chann
     with_constant<kTilePanels>(panels.count, [&](auto b) {
         with_constant<kVnniPixels[b - 1]>(count,
                                           [&](auto p) { dot_tile_vnni<p, b>(pixels, channel, taps, panels, sums); });
-    });
-}
-
-template <int P, int B>
-PTQ_TARGET_VNNI void window_tile_vnni(const uint8_t* const* windows, int64_t plane, int64_t words,
-                                      const Panels& panels, int32_t* products) {
-    const int8_t* weights = panels.weights;
-    for (int64_t position = 0; position < kPositions; ++position, products += B * kPanelSums) {
-        __m512i sum[P][B];
-        const uint8_t* x[P];
-#pragma GCC unroll 12
-        for (int p = 0; p < P; ++p) {
-            x[p] = windows[p] + position * plane;
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b) sum[p][b] = _mm512_setzero_si512();
-        }
-        add_products(x, 0, words * kWordChannels, weights, panels.bytes, sum);
-#pragma GCC unroll 12
-        for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b) _mm512_store_si512(products + b * kPanelSums + p * kPanelOutputs, sum[p][b]);
-    }
-}
-
-inline void window_tile_vnni(const uint8_t* const* windows, int count, int64_t plane, int64_t words,
-                             const Panels& panels, int32_t* products) {
-    with_constant<kTilePanels>(panels.count, [&](auto b) {
-        with_constant<kVnniPixels[b - 1]>(
-            count, [&](auto p) { window_tile_vnni<p, b>(windows, plane, words, panels, products); });
     });
 }
 
@@ -220,8 +186,7 @@ const Tiles kTilesVnni = {dot_tile_vnni,
                           kTilePanels,
                           4,
                           false,
-                          true,
-                          window_tile_vnni};
+                          true};
 
 }  // namespace ptq4cuda
 #endif

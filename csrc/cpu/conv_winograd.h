@@ -25,6 +25,7 @@
 
 namespace ptq4cuda {
 
+constexpr int kPositions = 16;                 // of a window, row by row
 constexpr int64_t kWindowChannels = 16;        // whose windows are transformed together, at least
 constexpr int64_t kMostWindowChannels = 2048;  // whose codes add up in 16 bits, 32 of them each
 constexpr int kWindowCode = 63;                // the largest code

@@ -1,12 +1,18 @@
 // prepare_layer and run_layers: the integer part of a network as one operator. Its steps are executed one after
 // another without a word of Python, values lie in one block of memory that is planned before, and threads are entered
-// once (steps.h).
+// once (steps.h). keep_layers and run_layers.kept: the same for one that is called again and again, whose steps are
+// made once for inputs of some sizes.
 //
 // The steps come as numbers (ptq4cuda/ops/layers.py writes and explains them), which may be anything: whatever they
 // say, nothing is read or written outside of the tensors.
+#include <pthread.h>
+
+#include <algorithm>
 #include <array>
 #include <deque>
+#include <functional>
 #include <map>
+#include <mutex>
 #include <span>
 
 #include "chain_step.h"
@@ -31,6 +37,7 @@ struct Value {
     std::array<int64_t, 4> images{};                // N, C, H, W
     const std::vector<int64_t>* leading = nullptr;  // of features: their sizes but for the last
     size_t made = 0, last = 0;                      // the step that makes it, the last that reads it
+    bool given = false;                             // is an input or a result: has its place
     bool between = false;                           // the convolutions of a chain: has no place of its own
     uint8_t* data = nullptr;
 
@@ -60,6 +67,7 @@ struct Value {
         Value v = *this;
         v.images = {images[0], channels, size.height, size.width};
         v.dtype = ScalarType::Byte;
+        v.given = false;
         v.data = nullptr;
         return v;
     }
@@ -90,8 +98,8 @@ struct Interleave {
 template <class T>
 class QuantizeStep : public Step {
 public:
-    QuantizeStep(const T* x, bool beside, const Value& y, const QuantizerTable& table)
-        : x_(x), y_(y.data), channels_(y.channels()), pixels_(y.rows()) {
+    QuantizeStep(bool beside, const Value& y, const QuantizerTable& table)
+        : channels_(y.channels()), pixels_(y.rows()) {
         if (beside || channels_ == 1) {
             whole_.emplace_back(ChannelLayout{pixels_, channels_, 1}, table);
         } else {
@@ -100,6 +108,11 @@ public:
         }
         pixels_per_task_ = std::max<int64_t>(kTaskCodes / channels_, 1);
         tasks_ = plane_ ? pixels_ / plane_ * ceil_div(plane_, pixels_per_task_) : ceil_div(pixels_, pixels_per_task_);
+    }
+
+    void place(const Value& x, const Value& y) {
+        x_ = reinterpret_cast<const T*>(x.data);
+        y_ = y.data;
     }
 
     int64_t tasks() const override { return tasks_; }
@@ -126,8 +139,8 @@ public:
 private:
     static constexpr int64_t kTaskCodes = 1 << 14;
 
-    const T* x_;
-    uint8_t* y_;
+    const T* x_ = nullptr;
+    uint8_t* y_ = nullptr;
     int64_t channels_, pixels_;
     int64_t plane_ = 0;  // pixels of an image, where channels come apart
     int64_t pixels_per_task_, tasks_;
@@ -137,13 +150,13 @@ private:
 // Copies rows of bytes: what each source has of a pixel to its place in the pixel.
 class ConcatenateStep : public Step {
 public:
-    struct Source {
-        const uint8_t* data;
-        int64_t channels;
-    };
-    ConcatenateStep(std::vector<Source> sources, const Value& y)
-        : sources_(std::move(sources)), y_(y.data), channels_(y.channels()), pixels_(y.rows()) {
+    explicit ConcatenateStep(const Value& y) : channels_(y.channels()), pixels_(y.rows()) {
         pixels_per_task_ = kTaskCodes / channels_ + 1;
+    }
+
+    void place(std::vector<const Value*> sources, const Value& y) {
+        sources_ = std::move(sources);
+        y_ = y.data;
     }
 
     int64_t tasks() const override { return ceil_div(pixels_, pixels_per_task_); }
@@ -152,10 +165,11 @@ public:
         for (int64_t task; (task = tasks.take()) >= 0;) {
             const int64_t begin = task * pixels_per_task_, end = std::min(pixels_, begin + pixels_per_task_);
             int64_t at = 0;
-            for (const Source& source : sources_) {
+            for (const Value* source : sources_) {
+                const int64_t channels = source->channels();
                 for (int64_t p = begin; p < end; ++p)
-                    std::memcpy(y_ + p * channels_ + at, source.data + p * source.channels, source.channels);
-                at += source.channels;
+                    std::memcpy(y_ + p * channels_ + at, source->data + p * channels, channels);
+                at += channels;
             }
         }
     }
@@ -163,16 +177,20 @@ public:
 private:
     static constexpr int64_t kTaskCodes = 1 << 16;
 
-    std::vector<Source> sources_;
-    uint8_t* y_;
+    std::vector<const Value*> sources_;
+    uint8_t* y_ = nullptr;
     int64_t channels_, pixels_, pixels_per_task_;
 };
 
 // [N, pixels, C] to [N, C, pixels].
 class FlattenStep : public Step {
 public:
-    FlattenStep(const Value& x, const Value& y)
-        : x_(x.data), y_(y.data), images_(x.images[0]), channels_(x.channels()), pixels_(x.size().area()) {}
+    explicit FlattenStep(const Value& x) : images_(x.images[0]), channels_(x.channels()), pixels_(x.size().area()) {}
+
+    void place(const Value& x, const Value& y) {
+        x_ = x.data;
+        y_ = y.data;
+    }
 
     int64_t tasks() const override { return images_; }
 
@@ -187,8 +205,8 @@ public:
     }
 
 private:
-    const uint8_t* x_;
-    uint8_t* y_;
+    const uint8_t* x_ = nullptr;
+    uint8_t* y_ = nullptr;
     int64_t images_, channels_, pixels_;
 };
 
@@ -216,23 +234,73 @@ private:
     int64_t size_ = 0;
 };
 
+struct Program {
+    std::vector<Tensor> constants;
+    std::vector<int64_t> code;
+    ScalarType dtype;  // of values
+};
+
+// What a program does with inputs of some sizes.
 class Execution {
 public:
-    Execution(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
-              const std::vector<int64_t>& code, ScalarType dtype)
-        : inputs_(inputs), constants_(constants), code_(code), dtype_(dtype) {}
+    Execution(std::shared_ptr<const Program> program, const std::vector<Tensor>& inputs)
+        : program_(std::move(program)), threads_(torch::stable::get_num_threads()) {
+        values_.resize(bounded(next(), kMostValues));
+        results_ = list();
+        for (size_t i = 0; i < inputs.size(); ++i) describe_input(i, inputs[i]);
+        steps_.reserve((code().size() - at_) / kLeastNumbers + 1);
+        while (at_ < code().size()) plan_step();
+        for (int64_t r : results_) {
+            Value& v = value(r);
+            STD_TORCH_CHECK(!v.given, kOp, ": value ", r, " is an input, or returned twice");
+            v.given = true;
+            v.last = steps_.size();
+        }
+        plan();
+        images_ = images_of_all();
+        whole_ = arena_.size() <= kArenaBytes || images_ < 2;
+    }
 
-    std::vector<Tensor> run() {
-        const std::vector<Tensor> outputs = begin();
-        for_images([&] { execute(); });
+    // Whether it is one for these inputs, too, and its steps can be kept for them.
+    bool suits(const std::vector<Tensor>& inputs) const {
+        if (!whole_ || inputs.size() != inputs_.size() || threads_ != torch::stable::get_num_threads()) return false;
+        for (size_t i = 0; i < inputs.size(); ++i)
+            if (!(inputs[i].is_cpu() && inputs[i].scalar_type() == values_[i].dtype &&
+                  std::ranges::equal(inputs[i].sizes(), inputs_[i].sizes)))
+                return false;
+        return true;
+    }
+    bool whole() const { return whole_; }
+
+    std::vector<Tensor> run(const std::vector<Tensor>& inputs) {
+        std::vector<Tensor> held, outputs;
+        bool remake = !ready_;
+        for (size_t i = 0; i < inputs.size(); ++i) {
+            auto [x, beside] = laid_out(inputs[i], i);
+            remake |= std::exchange(inputs_[i].beside, beside) != beside;
+            held.push_back(std::move(x));
+            values_[i].data = static_cast<uint8_t*>(held.back().data_ptr());
+        }
+        for (int64_t r : results_) {
+            Value& v = values_[r];
+            outputs.push_back(empty_strided(v.sizes(), v.strides(), v.dtype, held.at(0)));
+            v.data = static_cast<uint8_t*>(outputs.back().data_ptr());
+        }
+        if (whole_) {
+            execute(held.at(0), remake);
+        } else {
+            for_images([&] { execute(held.at(0), true); });
+        }
         return outputs;
     }
 
     // Bytes of the memory that values lie in meanwhile.
     int64_t memory() {
-        const std::vector<Tensor> outputs = begin();
-        int64_t most = 0;
-        for_images([&] { most = std::max(most, arena_.size()); });
+        int64_t most = arena_.size();
+        if (!whole_) {
+            most = 0;
+            for_images([&] { most = std::max(most, arena_.size()); });
+        }
         return most;
     }
 
@@ -253,33 +321,12 @@ private:
         };
     };
 
-    // Reads the code, and returns what there will be results in.
-    std::vector<Tensor> begin() {
-        values_.resize(bounded(next(), kMostValues));
-        const Numbers results = list();
-        for (size_t i = 0; i < inputs_.size(); ++i) take_input(i);
-        steps_.reserve((code_.size() - at_) / kLeastNumbers + 1);
-        while (at_ < code_.size()) plan_step();
-        std::vector<Tensor> outputs;
-        for (int64_t r : results) {
-            Value& v = value(r);
-            STD_TORCH_CHECK(r >= static_cast<int64_t>(inputs_.size()) && v.last < steps_.size(), kOp, ": value ", r,
-                            " is an input, or returned twice");
-            v.last = steps_.size();
-        }
-        for (int64_t r : results) {
-            Value& v = value(r);
-            outputs.push_back(empty_strided(v.sizes(), v.strides(), v.dtype, inputs_.at(0)));
-            v.data = static_cast<uint8_t*>(outputs.back().data_ptr());
-        }
-        return outputs;
-    }
-
     // --- reading numbers
 
+    const std::vector<int64_t>& code() const { return program_->code; }
     int64_t next() {
-        STD_TORCH_CHECK(at_ < code_.size(), kOp, ": the code ends within a step");
-        return code_[at_++];
+        STD_TORCH_CHECK(at_ < code().size(), kOp, ": the code ends within a step");
+        return code()[at_++];
     }
     static int64_t bounded(int64_t number, int64_t limit) {
         STD_TORCH_CHECK(0 <= number && number < limit, kOp, ": ", number, " in the code must be less than ", limit);
@@ -287,14 +334,14 @@ private:
     }
     Numbers list() {
         const int64_t count = next();
-        at_ += bounded(count, static_cast<int64_t>(code_.size() - at_) + 1);
-        return {code_.data() + at_ - count, static_cast<size_t>(count)};
+        at_ += bounded(count, static_cast<int64_t>(code().size() - at_) + 1);
+        return {code().data() + at_ - count, static_cast<size_t>(count)};
     }
     // So many numbers that follow.
     const int64_t* fields(size_t count) {
-        STD_TORCH_CHECK(count <= code_.size() - at_, kOp, ": the code ends within a step");
+        STD_TORCH_CHECK(count <= code().size() - at_, kOp, ": the code ends within a step");
         at_ += count;
-        return code_.data() + at_ - count;
+        return code().data() + at_ - count;
     }
     Value& value(int64_t number) {
         Value& v = values_[bounded(number, static_cast<int64_t>(values_.size()))];
@@ -307,7 +354,8 @@ private:
         return v;
     }
     const Tensor& constant(int64_t number, ScalarType type) {
-        const Tensor& t = constants_[bounded(number, static_cast<int64_t>(constants_.size()))];
+        const std::vector<Tensor>& constants = program_->constants;
+        const Tensor& t = constants[bounded(number, static_cast<int64_t>(constants.size()))];
         STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type && t.is_contiguous(), kOp, ": constant ", number,
                         " must be ", name_of(type), " and contiguous on the CPU, got ", described(t));
         return t;
@@ -315,14 +363,14 @@ private:
 
     // --- what values there will be
 
-    void take_input(size_t i) {
-        Tensor x = inputs_[i];
+    void describe_input(size_t i, const Tensor& x) {
         STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, kOp, ": input ", i, " must be on the CPU, got ", described(x));
         Value& v = values_[bounded(i, static_cast<int64_t>(values_.size()))];
         const bool features = next() != 0;
         STD_TORCH_CHECK(features || x.dim() == 3 || x.dim() == 4, kOp, ": input ", i, " has the shape ", shape_of(x));
         v.form = features ? Form::features : x.dim() == 3 ? Form::sequences : Form::images;
         v.dtype = x.scalar_type();
+        v.given = true;
         STD_TORCH_CHECK(v.codes() || is_floating(v.dtype), kOp, ": input ", i, " is ", described(x));
         if (features) {
             leading_.push_back({x.sizes().begin(), x.sizes().end() - 1});
@@ -333,16 +381,21 @@ private:
         } else {
             v.images = {x.size(0), x.size(1), x.dim() == 3 ? 1 : x.size(2), x.size(x.dim() - 1)};
         }
-        // Codes must have their channels beside each other; so may values, or else lie as they usually do.
+        inputs_.push_back({{x.sizes().begin(), x.sizes().end()}, true});
+    }
+
+    // An input as steps read it, and whether its channels lie beside each other. Codes must; values may, or else lie
+    // as they usually do.
+    std::pair<Tensor, bool> laid_out(Tensor x, size_t i) const {
+        const Value& v = values_[i];
+        const bool features = v.form == Form::features;
         bool beside = features ? x.is_contiguous() : is_channels_last(x);
         if (!beside && (v.codes() || !x.is_contiguous())) {
             x = torch::stable::contiguous(x);
             beside = features || v.codes();
             if (!features && v.codes()) x = beside_each_other(x, v);
         }
-        beside_.push_back(beside);
-        held_.push_back(x);
-        v.data = static_cast<uint8_t*>(x.data_ptr());
+        return {x, beside};
     }
 
     static Tensor beside_each_other(const Tensor& x, const Value& v) {
@@ -400,7 +453,7 @@ private:
                     STD_TORCH_CHECK(read(c.residual).images == y.images, kOp, ": value ", c.residual,
                                     " has another shape than what it is added to");
                 if (c.also >= 0) put(c.also, y);
-                if (c.values) y.dtype = dtype_;
+                if (c.values) y.dtype = program_->dtype;
                 return put(c.out, y);
             }
             case kMaxPool: {
@@ -519,9 +572,13 @@ private:
         for (size_t i = chain.first; i <= chain.last; ++i) {
             const Convolving& c = convolving(steps_[i]);
             const bool also = i < chain.last && convolving(steps_[i + 1]).source == c.also;
-            links.push_back({convolution(c, steps_[i].shape, value(c.out).data), also});
+            links.push_back({convolution<uint8_t>(c, steps_[i].shape), also});
         }
-        made_.push_back(std::make_unique<Chain>(std::move(links), chain.rows, chain.memory));
+        make(std::make_unique<Chain>(std::move(links), chain.rows), [this, &chain](Chain& step) {
+            std::vector<ConvCall<uint8_t>> calls;
+            for (size_t i = chain.first; i <= chain.last; ++i) calls.push_back(call<uint8_t>(convolving(steps_[i])));
+            step.place(calls, chain.memory);
+        });
     }
 
     // --- places
@@ -541,37 +598,45 @@ private:
                     torch::stable::get_num_threads() * Chain::bytes_of(shapes_of(chain), chain.rows);
                 places_.emplace_back(&chain.memory, arena_.place(bytes, chain.first, chain.last));
             }
-            if (!v.data && !v.between) places_.emplace_back(&v.data, arena_.place(v.bytes(), v.made, v.last));
+            if (!v.given && !v.between) places_.emplace_back(&v.data, arena_.place(v.bytes(), v.made, v.last));
         }
     }
 
-    void execute() {
-        const int64_t bytes = arena_.size() + simd::kLine;
-        if (!memory_ || memory_->numel() < bytes) memory_ = empty_vector(bytes, ScalarType::Byte, inputs_.at(0));
-        uint8_t* begin = memory_->mutable_data_ptr<uint8_t>();
+    void execute(const Tensor& like, bool remake) {
+        if (remake) {
+            made_.clear();
+            placing_.clear();
+            for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1)
+                chains_[i].last > i ? make_chain(chains_[i]) : make_step(steps_[i]);
+            ready_.emplace(std::exchange(made_, {}));
+        }
+        const Tensor memory = empty_vector(arena_.size() + simd::kLine, ScalarType::Byte, like);
+        uint8_t* begin = memory.mutable_data_ptr<uint8_t>();
         begin += -reinterpret_cast<uintptr_t>(begin) & (simd::kLine - 1);
         for (const auto& [data, at] : places_) *data = begin + at;
-        made_.reserve(steps_.size());
-        for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1)
-            chains_[i].last > i ? make_chain(chains_[i]) : make_step(steps_[i]);
-        Steps(std::exchange(made_, {})).run();
+        for (const auto& place : placing_) place();
+        ready_->run();
+    }
+
+    // Takes a step, and how it is told where values lie.
+    template <class S, class F>
+    void make(std::unique_ptr<S> step, const F& place) {
+        placing_.push_back([place, to = step.get()] { place(*to); });
+        made_.push_back(std::move(step));
     }
 
     // --- images some at a time
 
-    // Plans all images, or some after the others, and calls f for each plan.
+    // Plans some images after the others, and calls f for each plan.
     template <class F>
     void for_images(const F& f) {
         const std::vector<Value> values = values_;
         const std::vector<Planned> steps = steps_;
-        plan();
-        const int64_t images = images_of_all();
-        if (arena_.size() <= kArenaBytes || images < 2) return f();
-        const int64_t times = ceil_div(images, std::max<int64_t>(1, images * kArenaBytes / arena_.size()));
+        const int64_t times = ceil_div(images_, std::max<int64_t>(1, images_ * kArenaBytes / arena_.size()));
         for (int64_t i = 0; i < times; ++i) {
             values_ = values;
             steps_ = steps;
-            take_images(images * i / times, images * (i + 1) / times);
+            take_images(images_ * i / times, images_ * (i + 1) / times);
             plan();
             f();
         }
@@ -588,7 +653,7 @@ private:
     // Lets values and steps be those of some images.
     void take_images(int64_t begin, int64_t end) {
         for (Value& v : values_) {
-            if (v.data) v.data += v.bytes() / v.images[0] * begin;
+            if (v.given && v.data) v.data += v.bytes() / v.images[0] * begin;
             v.images[0] = end - begin;
         }
         for (Planned& step : steps_) {
@@ -620,35 +685,42 @@ private:
             case kMaxPool: return pool(pooling(step), step.pool);
             case kConcatenate: {
                 const Value& y = value(step.fields[0]);
-                std::vector<ConcatenateStep::Source> sources;
+                if (y.numel() == 0) return;
+                std::vector<const Value*> sources;
                 for (const int64_t* s = step.fields + 2; s < step.fields + 2 + step.fields[1]; ++s)
-                    sources.push_back({value(*s).data, value(*s).channels()});
-                if (y.numel() > 0) made_.push_back(std::make_unique<ConcatenateStep>(std::move(sources), y));
-                return;
+                    sources.push_back(&value(*s));
+                return make(std::make_unique<ConcatenateStep>(y),
+                            [sources, &y](ConcatenateStep& made) { made.place(sources, y); });
             }
             default: {
                 const Value &x = value(step.fields[0]), &y = value(step.fields[1]);
-                if (y.numel() > 0) made_.push_back(std::make_unique<FlattenStep>(x, y));
+                if (y.numel() > 0)
+                    make(std::make_unique<FlattenStep>(x), [&x, &y](FlattenStep& made) { made.place(x, y); });
             }
         }
     }
 
     void quantize(const Quantizing& q) {
         const Value &x = value(q.source), &y = value(q.out);
-        const QuantizerArguments arguments(kOp, inputs_.at(0), constant(q.constant, ScalarType::Float),
-                                           constant(q.constant + 1, ScalarType::Int),
+        const Tensor& scale = constant(q.constant, ScalarType::Float);
+        const QuantizerArguments arguments(kOp, scale, scale, constant(q.constant + 1, ScalarType::Int),
                                            constant(q.constant + 2, ScalarType::Byte), y.channels());
-        const bool beside = q.source < static_cast<int64_t>(beside_.size()) ? beside_[q.source] : true;
+        const bool beside = q.source < static_cast<int64_t>(inputs_.size()) ? inputs_[q.source].beside : true;
         if (y.numel() == 0) return;
         dispatch_floating(x.dtype, [&](auto type) {
-            using T = decltype(type);
-            made_.push_back(
-                std::make_unique<QuantizeStep<T>>(reinterpret_cast<const T*>(x.data), beside, y, arguments.table()));
+            using Made = QuantizeStep<decltype(type)>;
+            make(std::make_unique<Made>(beside, y, arguments.table()), [&x, &y](Made& made) { made.place(x, y); });
         });
     }
 
     template <class T>
-    std::unique_ptr<const Convolution<T>> convolution(const Convolving& c, const ConvShape& shape, T* y) {
+    ConvCall<T> call(const Convolving& c) const {
+        const auto data = [&](int64_t number) { return number >= 0 ? values_[number].data : nullptr; };
+        return {data(c.source), data(c.residual), reinterpret_cast<T*>(data(c.out)), data(c.also)};
+    }
+
+    template <class T>
+    std::unique_ptr<Convolution<T>> convolution(const Convolving& c, const ConvShape& shape) {
         const Tensor &weight = constant(c.weight, ScalarType::Char), &bytes = constant(c.prepared, ScalarType::Byte);
         const std::array<int64_t, 4> panels = {shape.groups * shape.panels_per_group(), shape.panel_words(),
                                                kPanelOutputs, kWordChannels};
@@ -664,56 +736,152 @@ private:
         STD_TORCH_CHECK(layer->returns_codes() == (c.values == 0) && layer->has_also() == (c.also >= 0) &&
                             layer->has_residual() == (c.residual >= 0),
                         kOp, ": a layer was prepared for other outputs");
-        return std::make_unique<Convolution<T>>(
-            std::move(layer), shape,
-            ConvCall<T>{value(c.source).data, c.residual >= 0 ? value(c.residual).data : nullptr, y,
-                        c.also >= 0 ? value(c.also).data : nullptr});
+        return std::make_unique<Convolution<T>>(std::move(layer), shape);
     }
 
     void convolve(const Convolving& c, const ConvShape& shape) {
-        const Value& y = value(c.out);
-        const auto make = [&](auto* to) {
-            if (auto step = convolution(c, shape, to)) made_.push_back(std::move(step));
-        };
-        if (!c.values) return make(y.data);
-        dispatch_floating(y.dtype, [&](auto type) { make(reinterpret_cast<decltype(type)*>(y.data)); });
+        dispatch_output(value(c.out).dtype, [&](auto type) {
+            using Made = Convolution<decltype(type)>;
+            if (auto step = convolution<decltype(type)>(c, shape))
+                make(std::move(step), [this, &c](Made& made) { made.place(call<decltype(type)>(c)); });
+        });
+    }
+    template <class F>
+    static void dispatch_output(ScalarType dtype, const F& f) {
+        dtype == ScalarType::Byte ? f(uint8_t{}) : dispatch_floating(dtype, f);
     }
 
-    void pool(const Pooling& p, PoolProblem problem) {
-        problem.x = value(p.source).data;
-        problem.y = value(p.out).data;
-        if (value(p.out).numel() > 0) made_.push_back(std::make_unique<MaxPool>(problem));
+    void pool(const Pooling& p, const PoolProblem& problem) {
+        const Value &x = value(p.source), &y = value(p.out);
+        if (y.numel() > 0)
+            make(std::make_unique<MaxPool>(problem), [&x, &y](MaxPool& made) { made.place(x.data, y.data); });
     }
 
-    const std::vector<Tensor>&inputs_, &constants_;
-    const std::vector<int64_t>& code_;
-    const ScalarType dtype_;
-    size_t at_ = 0;  // the next number
+    struct Input {
+        std::vector<int64_t> sizes;
+        bool beside;  // whether its channels lie beside each other
+    };
+
+    const std::shared_ptr<const Program> program_;
+    const int64_t threads_;
+    size_t at_ = 0;  // the next number of the code
     std::vector<Value> values_;
+    Numbers results_;  // which values are
+    std::vector<Input> inputs_;
     std::deque<std::vector<int64_t>> leading_;  // sizes that features share
     std::vector<int64_t> order_;                // in which values are made
     std::vector<Planned> steps_;
     std::vector<Chained> chains_;  // that each step belongs to
-    std::vector<bool> beside_;     // whether the channels of an input lie beside each other
-    std::vector<Tensor> held_;     // what inputs lie in
     Arena arena_;
     std::vector<std::pair<uint8_t**, int64_t>> places_;  // in it
-    std::optional<Tensor> memory_;                       // that it is
+    int64_t images_ = 0;                                 // that all values have
+    bool whole_ = true;                                  // they are executed together
     std::vector<std::unique_ptr<const Step>> made_;
+    std::vector<std::function<void()>> placing_;  // tells each where values lie
+    std::optional<Steps> ready_;
 };
+
+// Programs that are called again and again. What one does with inputs of some sizes is kept, too, for a few of them.
+class KeptPrograms {
+public:
+    static KeptPrograms& all() {
+        static KeptPrograms programs;
+        return programs;
+    }
+
+    int64_t keep(std::shared_ptr<const Program> program) {
+        const std::lock_guard lock(mutex_);
+        kept_.emplace(++last_, Kept{std::move(program), {}});
+        return last_;
+    }
+    void drop(int64_t number) {
+        const Kept dropped = [&] {
+            const std::lock_guard lock(mutex_);
+            auto found = kept_.extract(number);
+            return found ? std::move(found.mapped()) : Kept{};
+        }();
+    }
+
+    // An execution is for one thread at a time: it is taken, and given back.
+    std::unique_ptr<Execution> take(int64_t number, const std::vector<Tensor>& inputs) {
+        std::shared_ptr<const Program> program;
+        {
+            const std::lock_guard lock(mutex_);
+            const auto found = kept_.find(number);
+            STD_TORCH_CHECK(found != kept_.end(), "run_layers: no layers are kept by the number ", number);
+            auto& idle = found->second.idle;
+            for (size_t i = idle.size(); i-- > 0;)
+                if (idle[i]->suits(inputs)) {
+                    auto execution = std::move(idle[i]);
+                    idle.erase(idle.begin() + static_cast<std::ptrdiff_t>(i));
+                    return execution;
+                }
+            program = found->second.program;
+        }
+        return std::make_unique<Execution>(std::move(program), inputs);
+    }
+    void give_back(int64_t number, std::unique_ptr<Execution> execution) {
+        std::unique_ptr<Execution> oldest;
+        const std::lock_guard lock(mutex_);
+        const auto found = kept_.find(number);
+        if (found == kept_.end()) return;
+        auto& idle = found->second.idle;
+        idle.push_back(std::move(execution));
+        if (idle.size() <= kMostIdle) return;
+        oldest = std::move(idle.front());
+        idle.erase(idle.begin());
+    }
+
+private:
+    struct Kept {
+        std::shared_ptr<const Program> program;
+        std::vector<std::unique_ptr<Execution>> idle;  // those that were used last at the end
+    };
+    static constexpr size_t kMostIdle = 8;
+
+    // A process that is forked while another thread holds the lock would wait for it for ever.
+    KeptPrograms() {
+        pthread_atfork([] { all().mutex_.lock(); }, [] { all().mutex_.unlock(); }, [] { all().mutex_.unlock(); });
+    }
+
+    std::mutex mutex_;
+    std::map<int64_t, Kept> kept_;
+    int64_t last_ = 0;
+};
+
+std::shared_ptr<const Program> program_of(std::vector<Tensor> constants, std::vector<int64_t> code, int64_t dtype) {
+    return std::make_shared<const Program>(std::move(constants), std::move(code), floating_type(kOp, dtype));
+}
 
 std::vector<Tensor> run_layers(std::vector<Tensor> inputs, std::vector<Tensor> constants, std::vector<int64_t> code,
                                int64_t dtype) {
     STD_TORCH_CHECK(!inputs.empty(), kOp, ": there is no input");
-    return Execution(inputs, constants, code, floating_type(kOp, dtype)).run();
+    return Execution(program_of(std::move(constants), std::move(code), dtype), inputs).run(inputs);
 }
 
 // The bytes that run_layers takes with these arguments beside them and its results.
 int64_t memory_of_layers(std::vector<Tensor> inputs, std::vector<Tensor> constants, std::vector<int64_t> code,
                          int64_t dtype) {
     STD_TORCH_CHECK(!inputs.empty(), kOp, ": there is no input");
-    return Execution(inputs, constants, code, floating_type(kOp, dtype)).memory();
+    return Execution(program_of(std::move(constants), std::move(code), dtype), inputs).memory();
 }
+
+// Keeps what run_layers takes beside its inputs, and returns the number it is kept by.
+int64_t keep_layers(std::vector<Tensor> constants, std::vector<int64_t> code, int64_t dtype) {
+    return KeptPrograms::all().keep(program_of(std::move(constants), std::move(code), dtype));
+}
+
+// run_layers of what is kept by a number.
+std::vector<Tensor> run_kept_layers(std::vector<Tensor> inputs, int64_t number) {
+    STD_TORCH_CHECK(!inputs.empty(), kOp, ": there is no input");
+    auto execution = KeptPrograms::all().take(number, inputs);
+    std::vector<Tensor> outputs = execution->run(inputs);
+    if (execution->whole()) KeptPrograms::all().give_back(number, std::move(execution));
+    return outputs;
+}
+
+// Lets go of what is kept by the number that a tensor holds.
+void drop_layers(const Tensor& number) { KeptPrograms::all().drop(number.const_data_ptr<int64_t>()[0]); }
 
 // What run_layers needs of a call of conv2d_integer but for its weight: as bytes. Of x the first pixel counts: the
 // largest codes that the channels may have.
@@ -744,6 +912,9 @@ STABLE_TORCH_LIBRARY_IMPL(ptq4cuda, CPU, m) {
     m.impl("prepare_layer", TORCH_BOX(&prepare_layer));
     m.impl("run_layers", TORCH_BOX(&run_layers));
     m.impl("memory_of_layers", TORCH_BOX(&memory_of_layers));
+    m.impl("keep_layers", TORCH_BOX(&keep_layers));
+    m.impl("run_layers.kept", TORCH_BOX(&run_kept_layers));
+    m.impl("drop_layers", TORCH_BOX(&drop_layers));
 }
 
 }  // namespace ptq4cuda

@@ -64,6 +64,12 @@ public:
         rows_per_task_ = kPooledCodes / std::max<int64_t>(codes, 1) + 1;
     }
 
+    // What the next runs pool.
+    void place(const uint8_t* x, uint8_t* y) {
+        problem_.x = x;
+        problem_.y = y;
+    }
+
     int64_t tasks() const override { return ceil_div(rows_, rows_per_task_); }
 
     void run(Tasks& tasks, Scratch&) const override {

@@ -75,14 +75,16 @@ class Steps {
 public:
     explicit Steps(std::vector<std::unique_ptr<const Step>> steps) : steps_(std::move(steps)) {}
 
+    // May be called again, by one thread at a time.
     void run() {
+        failed_ = false;
         int64_t most = 0;
         for (const auto& step : steps_) most = std::max(most, step->tasks());
         const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), most);
         taken_ = std::vector<Tasks::Count>(steps_.size() * threads);
         done_ = std::vector<Tasks::Count>(steps_.size());
         torch::stable::parallel_for(0, threads, 1, [&](int64_t own, int64_t) { go_through(own, threads); });
-        if (failure_) std::rethrow_exception(failure_);
+        if (failed_) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
 private:

@@ -8,6 +8,7 @@ other devices, and where somebody watches a layer with a hook, its steps are cal
 from __future__ import annotations
 
 import operator
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq4cuda import _native, ops
-from ptq4cuda.compat import HOOKS, has_forward_hooks
+from ptq4cuda.compat import HOOKS, has_forward_hooks, is_recorded
 from ptq4cuda.execute import program as steps
 from ptq4cuda.execute.engines import (
     IntegerConv2d,
@@ -52,6 +53,23 @@ class Call:
     done: tuple[int, ...]
 
 
+class _Kept:
+    """The number by which the operator keeps a region's layers for as long as this lives. A copy gets its own."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def number_for(self, region: Region) -> int:
+        if self.number is None:
+            number = torch.ops.ptq4cuda.keep_layers(region.constants, region._numbers, region._dtype)
+            weakref.finalize(self, torch.ops.ptq4cuda.drop_layers, torch.tensor(number)).atexit = False
+            self.number = number
+        return self.number
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
 class Region(nn.Module):
     """Steps in integers that are executed at a stretch.
 
@@ -74,6 +92,7 @@ class Region(nn.Module):
     def _prepare(self) -> None:
         """Write the code of the operator, for layers as they are."""
         self._numbers: list[int] | None = None
+        self._kept = _Kept()
         self.constants: list[Tensor] = []
         self._build = _build()
         layers = [e.convolution if isinstance(e, IntegerLayer) else e for e in self.engines]
@@ -112,7 +131,10 @@ class Region(nn.Module):
         return self._one_by_one(inputs)
 
     def _at_a_stretch(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return torch.ops.ptq4cuda.run_layers(inputs, self.constants, self._numbers, self._dtype)  # type: ignore[no-any-return]
+        run = torch.ops.ptq4cuda.run_layers
+        if torch.compiler.is_compiling() or is_recorded(inputs):
+            return run.default(inputs, self.constants, self._numbers, self._dtype)  # type: ignore[no-any-return]
+        return run.kept(inputs, self._kept.number_for(self))  # type: ignore[no-any-return]
 
     def _one_by_one(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         values: dict[int, Tensor] = dict(enumerate(inputs))

@@ -46,6 +46,9 @@ SCHEMAS = (
 CPU_SCHEMAS = (
     f"prepare_layer({_CONVOLUTION}) -> Tensor",
     "run_layers(Tensor[] inputs, Tensor[] constants, int[] code, int dtype) -> Tensor[]",
+    "keep_layers(Tensor[] constants, int[] code, int dtype) -> int",
+    "run_layers.kept(Tensor[] inputs, int number) -> Tensor[]",
+    "drop_layers(Tensor number) -> ()",
     "memory_of_layers(Tensor[] inputs, Tensor[] constants, int[] code, int dtype) -> int",
 )
 

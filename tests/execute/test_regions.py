@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -218,6 +219,37 @@ def test_many_threads_call_one_network(network: nn.Module, pictures: Tensor) -> 
     assert all(same(expected[i % 5], y) for i, y in enumerate(found))
 
 
+def test_what_is_kept_suits_its_inputs(network: nn.Module) -> None:
+    """Other numbers of images and of threads, in other formats and places, in turns, and more than are kept."""
+    (region,) = regions_of(copy.deepcopy(network))
+    run, before = torch.ops.ptq4cuda.run_layers, torch.get_num_threads()
+    try:
+        for batch in (1, 2, 1, 3, 2, *range(1, 12), 1):
+            torch.set_num_threads(1 + batch % 2)
+            x = architectures.images(batch, 16)
+            for given in (x, x.contiguous(memory_format=torch.channels_last), x.mT, x + 0):
+                expected = run.default([given], region.constants, region._numbers, region._dtype)
+                assert same(expected, region(given))
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(RuntimeError, match="run_layers: input 0 has the shape"):
+        run.kept([torch.zeros(3)], region._kept.number)
+
+
+def test_layers_are_kept_as_long_as_their_region(network: nn.Module, pictures: Tensor) -> None:
+    (region,) = regions_of(copy.deepcopy(network))
+    expected = region(pictures)
+    copied, pickled = copy.deepcopy(region), pickle.loads(pickle.dumps(region))
+    number = region._kept.number
+    del region
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"run_layers: no layers are kept by the number {number}"):
+        torch.ops.ptq4cuda.run_layers.kept([pictures], number)
+    assert same(expected, copied(pictures))
+    assert same(expected, pickled(pictures))
+    assert len({number, copied._kept.number, pickled._kept.number}) == 3
+
+
 def test_export_and_compile(network: nn.Module, pictures: Tensor) -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(network, (pictures,), dynamic_shapes={"x": {0: batch}})
@@ -236,6 +268,7 @@ def test_export_and_compile(network: nn.Module, pictures: Tensor) -> None:
 
 def test_traced_and_not_scripted(network: nn.Module, pictures: Tensor) -> None:
     traced = torch.jit.trace(network, (pictures,))
+    assert "Tensor[] constants" in str({n.schema() for n in traced.inlined_graph.nodes() if "run_layers" in n.kind()})
     assert same(network(pictures[:3]), traced(pictures[:3]))
     with pytest.raises(TypeError, match=r"^torch\.jit\.script does not take quantized layers: use torch\.export"):
         torch.jit.script(network)
