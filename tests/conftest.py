@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 
 from cuda_on_cpu import build
 from ops.backends import BACKENDS, Backend
+from ops.levels import Level
 from ptq4cuda import _native
 from ptq4cuda.calibrate import frontier
 from ptq4cuda.ops import registration
@@ -79,22 +77,20 @@ def cuda_on_cpu(libraries: dict[str, torch.library.Library], model_cache: Path) 
     return Backend("cuda_on_cpu", "ptq4cuda_on_cpu")
 
 
-@pytest.fixture
-def printed_at(tmp_path: Path) -> Callable[..., list[str]]:
+@pytest.fixture(scope="session")
+def printed_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[str]]]:
     """Run a program at an instruction set, or at the best below it that there is, and return the words it prints."""
+    processes: dict[str, Level] = {}
+    folder = tmp_path_factory.mktemp("levels")  # not the source folder, which may hold no library
 
     def run(level: str, program: str, *arguments: object) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", program, *map(str, arguments)],
-            cwd=tmp_path,  # not the source folder, which may hold no library
-            env={**os.environ, "PTQ4CUDA_SIMD": level},
-            text=True,
-            capture_output=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
+        if level not in processes:
+            processes[level] = Level(level, folder)
+        return processes[level].run(program, *map(str, arguments)).split()
 
-    return run
+    yield run
+    for process in processes.values():
+        process.end()
 
 
 @pytest.fixture
