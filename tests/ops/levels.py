@@ -24,7 +24,7 @@ for line in sys.stdin:
 
 
 class Level:
-    """A process that runs the programs of all tests at one level: importing torch would take most of the time of each.
+    """A process that runs the programs of all tests at one level; each would spend most of its time importing torch.
 
     Args:
         name: a value of PTQ4CUDA_SIMD.
