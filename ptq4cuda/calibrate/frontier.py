@@ -16,16 +16,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ptq4cuda.calibrate.allocator import resident, trim
+from ptq4cuda.calibrate.allocator import keep_little, resident, trim
 from ptq4cuda.compat import tree_map_only
 
 _T = TypeVar("_T")
 _LIBC = ctypes.CDLL(None)
 # Bytes that the heap may keep, in pieces too small for tensors to come, where there is no limit.
 _LEFT = 512 << 20
-# What the work on a batch takes, and what it leaves in the heap before that is given back, in tensors as large as the
-# largest one held.
-_WORK, _KEPT = 8, 2
+# What the work on a batch takes, what it leaves in the heap before that is given back, and the room beyond these
+# without which the heap keeps little, in tensors as large as the largest one.
+_WORK, _KEPT, _GAPS = 8, 2, 16
 FRONTIER_LIMIT = 3 << 30  # bytes of tensors between layers in host memory
 
 
@@ -71,6 +71,10 @@ class Frontier:
         beside = self._beside()
         return self.limit if self.memory.limit is None else self.limit - _WORK * self._largest - beside
 
+    def expect(self, size: int) -> None:
+        """Leave room for work on tensors of so many bytes."""
+        self._largest = max(self._largest, size)
+
     def hold(self, value: Any, to_stay: bool = False) -> Any:
         """Return a value whose tensors live on the host.
 
@@ -98,7 +102,7 @@ class Frontier:
         on_host = tensor.device.type == "cpu"
         known = on_host and self._holders[tensor.untyped_storage().data_ptr()] > 0
         size = tensor.untyped_storage().nbytes() if on_host else tensor.numel() * tensor.element_size()
-        self._largest = max(self._largest, size)
+        self.expect(size)
         if not known and tensor.numel() > 0 and not self._has_room(size, to_stay):
             held = self._spill(tensor)
             self.spilled += held.untyped_storage().nbytes()
@@ -139,11 +143,14 @@ class Frontier:
     def _beside(self) -> int:
         """Return the bytes of the process beside what is held, once free memory is given back where that is due."""
         others = resident() - self.bytes
-        kept, work = others - self._others, _WORK * self._largest
+        kept = others - self._others
         if self.memory.limit is None:
             due = kept > _LEFT
         else:
-            due = kept > _KEPT * self._largest and self.bytes + others + work > self.limit
+            left = self.limit - self.bytes - others - _WORK * self._largest
+            if left < _GAPS * self._largest:
+                keep_little()
+            due = left < 0 and kept > _KEPT * self._largest
         if due:
             trim()
             self._others = others = resident() - self.bytes

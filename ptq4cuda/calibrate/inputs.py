@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -13,6 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from ptq4cuda.calibrate.frontier import Frontier, Memory
 from ptq4cuda.compat import any_global_hook, is_script, tree_leaves, tree_map_only
@@ -207,6 +209,8 @@ def collect_inputs(
         arguments = arguments_of(model, batch, f"calibration batch {index}")
         if inputs:
             _check_arguments(arguments, index, inputs[0])
+        elif memory.limit is not None:
+            frontier.expect(_largest_tensor(model, frontier.fetch(arguments)))
         inputs.append(arguments if isinstance(batches, (list, tuple)) else frontier.hold(arguments, to_stay=True))
     if not inputs:
         raise ValueError("batches is empty: quantization needs at least one batch of calibration data")
@@ -219,6 +223,28 @@ def collect_inputs(
     collected = Inputs(inputs, frontier, processes)
     _check_arguments(inputs[0], collected.first, collected.example)
     return collected
+
+
+class _Largest(TorchFunctionMode):
+    """Notes the bytes of the largest tensor that a function returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.bytes = max([self.bytes, *(t.numel() * t.element_size() for t in tensors)])
+        return result
+
+
+def _largest_tensor(model: nn.Module, arguments: Batch) -> int:
+    """Return the bytes of the largest tensor in a forward; of a model that fails those up to there."""
+    with torch.no_grad(), _Largest() as largest, contextlib.suppress(Exception):  # who needs the result tells of it
+        call_apart(model, *arguments)
+    found: int = largest.bytes
+    return found
 
 
 def _check_arguments(batch: Batch, index: int, first: Batch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ptq4cuda import QuantConfig, quantize
 from ptq4cuda.artifact.record import record_of
 from ptq4cuda.calibrate.frontier import Frontier, Memory
+from ptq4cuda.calibrate.inputs import collect_inputs
 from small_networks import Residual
 
 CPU = torch.device("cpu")
@@ -105,6 +106,14 @@ def test_the_process_stays_within_its_limit() -> None:
     assert most <= limit
     assert frontier.bytes > 4 * tensor and frontier.spilled > 4 * tensor
     assert all(float(frontier.fetch(t)[-1]) == i for i, t in enumerate(held))
+
+
+def test_room_is_left_for_what_a_model_makes_of_small_images() -> None:
+    """Before the second batch is held: the first layer's output is 16 times as large as an image."""
+    model, limit = nn.Sequential(nn.Conv2d(1, 16, 1), nn.ReLU()), resident() + (64 << 20)
+    batches = (torch.randn(4, 1, 256, 256) for _ in range(4))  # 1 MiB
+    assert collect_inputs(model, batches, Memory(limit)).frontier.spilled == 4 << 20
+    assert collect_inputs(model, [torch.randn(1, 3, 8, 8)], Memory(limit)).frontier.spilled == 0  # on which it fails
 
 
 @pytest.mark.parametrize("kind", [Residual, Untraceable])
