@@ -171,13 +171,13 @@ class Inputs(Sequence[Batch]):
         Raises:
             ValueError: a process has none left to fit to.
         """
-        first = 3
-        if len(self.sizes) <= first:
+        if len(self.sizes) < 4:
             return self, self
         fitted: list[Batch] = []
         held_out: list[Batch] = []
         for number, batch in enumerate(self.batches, self.first):
-            (held_out if number % 8 == first else fitted).append(batch)
+            # The third of eight: the last one of all may have few samples.
+            (held_out if number % 8 == 2 else fitted).append(batch)
         if not fitted:
             raise ValueError("its only calibration batch is held out to judge on, as every eighth is: give it two")
         return tuple(  # type: ignore[return-value]

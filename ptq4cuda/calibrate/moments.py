@@ -25,8 +25,6 @@ from ptq4cuda.processes import ALONE, Processes
 from ptq4cuda.solve.blocks import BLOCK, WIDEST
 
 MAX_SAMPLES = 65536  # positions of output maps that are looked at; neighbours tell much the same
-MIN_SAMPLES = 32768
-SAMPLES_PER_INPUT = 256
 _CHUNK = 8192  # samples that are looked at together; float32 sums of their codes are exact
 _EXACT = 1 << 24  # float32 holds all whole numbers up to it
 _COLUMNS = 256  # of a symmetric product that are computed together
@@ -158,7 +156,7 @@ def layer_moments(
     width = module.weight_shape[1:].numel()
     sizes, before = processes.placed([_size_of(module, y) for y in outputs])
     positions = sum(size.positions for size in sizes)
-    count = min(positions, MAX_SAMPLES, max(MIN_SAMPLES, SAMPLES_PER_INPUT * width))
+    count = min(positions, MAX_SAMPLES)
     if width > WIDEST:
         count = min(count, max(BLOCK, _KEPT // (width + module.weight_shape[0])))
     pieces = _pick(sizes, count)[before : before + len(outputs)]

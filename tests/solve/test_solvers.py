@@ -117,8 +117,7 @@ def test_no_image_is_in_both_halves(cut: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("cut", [(8,), (1, 1, 1, 1, 1, 1, 1, 1), (3, 5)])
 def test_sampling_takes_what_is_asked_for(cut: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments_module, "MIN_SAMPLES", 200)
-    monkeypatch.setattr(moments_module, "SAMPLES_PER_INPUT", 1)
+    monkeypatch.setattr(moments_module, "MAX_SAMPLES", 200)
     _, module, x = marked(8, 20)
     a, b = layer_moments(module, x.split(cut), x.split(cut))
     assert a.count + b.count == 200  # of 3,200 positions
