@@ -144,9 +144,10 @@ def output_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         samples = max((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), key=Tensor.dim)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), samples.dtype)
         if samples.dtype != dtype:
-            reason += (
-                f": its samples are {samples.dtype} and the model is {dtype}, give it as model.to({samples.dtype})"
-            )
+            # Of integers a network computes nothing, and in float64 none is quantized.
+            fit = samples.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            remedy = f"it as model.to({samples.dtype})" if fit else f"them as samples.to({dtype})"
+            reason += f": its samples are {samples.dtype} and the model is {dtype}, give {remedy}"
         elif samples.dim() == 3:
             reason += ": its samples have three dimensions, and a batch of images has four, as torch.stack makes it"
         raise ValueError(reason) from error

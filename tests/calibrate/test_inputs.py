@@ -304,9 +304,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "single samples": (single_images(), "the model fails on the first .*got 3D input.*four, as torch.stack makes it"),
     "uint8": (
         [torch.zeros(4, 3, 12, 12, dtype=torch.uint8)],
-        r"the model fails .*samples are torch\.uint8 and the model",
+        r"the model fails .*samples are torch\.uint8 and the model.*give them as samples\.to\(torch\.float32\)$",
     ),
-    "float64": ([torch.zeros(4, 3, 12, 12).double()], r"samples are torch\.float64 and the model is torch\.float32"),
+    "float64": (
+        [torch.zeros(4, 3, 12, 12).double()],
+        r"are torch\.float64 and the model is torch\.float32, give them as samples\.to\(torch\.float32\)$",
+    ),
+    "half": (
+        [torch.zeros(4, 3, 12, 12).half()],
+        r"are torch\.float16 and the model is torch\.float32, give it as model\.to\(torch\.float16\)$",
+    ),
     "channels": ([torch.zeros(4, 1, 12, 12)], "the model fails on the first calibration batch .*to have 3 channels"),
     "images of detectors": ([[torch.rand(3, 12, 12)] * 4], "batch 0 is a list of images, as detectors take"),
     "two images": ([[torch.rand(3, 12, 12), torch.rand(3, 9, 9)]], "batch 0 is a list of images"),
