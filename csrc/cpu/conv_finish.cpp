@@ -361,6 +361,7 @@ private:
 template <bool kResidual, Course course, bool kBlock, int kVectors>
 PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8_t>& f) {
     const __mmask64 present = f.outputs < 64 ? (__mmask64{1} << f.outputs) - 1 : ~__mmask64{0};
+    const bool full = f.outputs == kVectors * kPanelOutputs;
     using Quantizer = StripQuantizer<kVectors, kBlock, course == Course::line>;
     const Quantizer out(f.parameters), also(f.also ? f.also_parameters : f.parameters);
     const __m512 slope = _mm512_set1_ps(f.activation.negative_slope);
@@ -395,9 +396,12 @@ PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8
             v[i] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_castps_si512(of(kZeroSum, i))));
             v[i] = _mm512_add_ps(_mm512_mul_ps(v[i], of(kScale, i)), of(kBias, i));
             if (kResidual) {
-                if (!kBlock)
-                    r[i] = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>(present >> 16 * i),
-                                                                     f.residual + at + i * kPanelOutputs));
+                if (!kBlock) {
+                    const uint8_t* codes = f.residual + at + i * kPanelOutputs;
+                    r[i] = _mm512_cvtepu8_epi32(
+                        full ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))
+                             : _mm_maskz_loadu_epi8(static_cast<__mmask16>(present >> 16 * i), codes));
+                }
                 const __m512 code = _mm512_sub_ps(_mm512_cvtepi32_ps(r[i]), of(kResidualZeroPoint, i));
                 v[i] = _mm512_add_ps(v[i], _mm512_mul_ps(code, of(kResidualScale, i)));
             }

@@ -229,15 +229,23 @@ private:
         const Extent in = shape_.in, out = shape_.out, stride = shape_.stride, pad = shape_.padding;
         const int64_t height = shape_.rows_read(bottom - top);
         unit.plane = height * row_bytes_ + kWordChannels;  // the last word may reach beyond the last channel
-        const int64_t size = (split_ ? 2 : 1) * unit.plane;
-        uint8_t* band = unit.scratch.at_least(size);
-        std::memset(band, 0, size);
-        for (int64_t i = 0; i < height; ++i) {
+        const int64_t planes = split_ ? 2 : 1, margin = pad.width * pixel_bytes_;
+        uint8_t* band = unit.scratch.at_least(planes * unit.plane);
+        const auto clear = [&](int64_t from, int64_t bytes) {
+            for (int64_t p = 0; p < planes; ++p) std::memset(band + p * unit.plane + from, 0, bytes);
+        };
+        for (int64_t i = 0, at = 0; i < height; ++i, at += row_bytes_) {
             const int64_t row = top * stride.height - pad.height + i;
-            if (row < 0 || row >= in.height) continue;
+            if (row < 0 || row >= in.height) {
+                clear(at, row_bytes_);
+                continue;
+            }
+            clear(at, margin);
             copy_row(unit.call.x + (n * in.height + row - unit.call.x_from) * in.width * shape_.pixel_bytes(),
-                     band + i * row_bytes_ + pad.width * pixel_bytes_, unit.plane);
+                     band + at + margin, unit.plane);
+            clear(at + row_bytes_ - margin, margin);
         }
+        clear(height * row_bytes_, kWordChannels);
         unit.first = (n * out.height + top) * out.width;
         unit.pixels.resize((bottom - top) * out.width);
         unit.inside.clear();
@@ -487,12 +495,9 @@ private:
             for (int64_t i = 0; i < n; ++i)
                 give_back_zeros(inside[p], index + i, sums + i * kPanelSums + p * kPanelOutputs);
         }
-        int64_t outputs = 0;
-        for (int64_t i = 0; i < n; ++i) outputs += layer_->panels()[index + i].outputs;
-        const int64_t stride = shape_.out_channels;
-        const auto at = [&](int64_t from) {
-            return (pixel - from * shape_.out.width) * stride + layer_->panels()[index].output;
-        };
+        const Panel &first = layer_->panels()[index], &last = layer_->panels()[index + n - 1];
+        const int64_t outputs = last.output + last.outputs - first.output, stride = shape_.out_channels;
+        const auto at = [&](int64_t from) { return (pixel - from * shape_.out.width) * stride + first.output; };
         finish_(sums, {count, outputs, stride, layer_->block_order(), call.residual ? call.residual + at(0) : nullptr,
                        call.y + at(call.y_from), layer_->parameters(index),
                        call.also ? call.also + at(call.also_from) : nullptr,
