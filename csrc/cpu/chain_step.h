@@ -11,6 +11,7 @@
 namespace ptq4cuda {
 
 constexpr int64_t kChainBytes = 192 << 10;    // between the convolutions, of a thread, if that is more than a row
+constexpr int64_t kTaskPixels = 24;           // that could be computed while a task begins
 constexpr int64_t kChainWeights = 128 << 10;  // of all of them, at most: they pass by in each task
 
 class Chain : public Step {
@@ -23,13 +24,20 @@ public:
 
     static int64_t tasks_wanted() { return torch::stable::get_num_threads() * kTasksPerThread; }
 
-    // Rows of the last outputs that make a task: few enough for all threads to have some, and for the cache.
+    // Rows of the last outputs that make a task: few enough for the cache, and for threads to have as much to do as
+    // each other; as few as that allows, but a task takes its time beside its pixels.
     static int64_t rows_of(const std::vector<const ConvShape*>& shapes) {
         const ConvShape& last = *shapes.back();
-        const int64_t most = std::min(last.out.height, last.batch * last.out.height / tasks_wanted());
+        const auto pixels_in_turn = [&](int64_t rows) {
+            const int64_t tasks = last.batch * ceil_div(last.out.height, rows);
+            return ceil_div(tasks, int64_t{torch::stable::get_num_threads()}) * (rows * last.out.width + kTaskPixels);
+        };
+        int64_t most = 1, least = pixels_in_turn(1);
+        while (most < last.out.height && bytes_of(shapes, most + 1) <= kChainBytes)
+            least = std::min(least, pixels_in_turn(++most));
         int64_t rows = 1;
-        while (rows < most && bytes_of(shapes, rows + 1) <= kChainBytes) ++rows;
-        return ceil_div(last.out.height, ceil_div(last.out.height, rows));
+        while (20 * pixels_in_turn(rows) > 21 * least) ++rows;
+        return rows;
     }
 
     // What a thread holds between them for so many rows of the last outputs.
