@@ -12,25 +12,15 @@ Curve curve_of(const Activation& act) {
     return act.negative_slope == 1.0f ? Curve::identity : act.negative_slope == 0.0f ? Curve::relu : Curve::other;
 }
 
-// What the size of a sum is less than, and of all that is subtracted from it.
-float largest_sum(const ConvProblem& problem, int64_t o) {
-    const ConvShape& shape = problem.shape;
-    float sum = 255.0f * 128.0f * static_cast<float>(shape.kernel.area() * shape.group_channels());
-    for (int64_t t = 0; problem.zero_sums && t < shape.kernel.area(); ++t)
-        sum += std::abs(static_cast<float>(problem.zero_sums[t * shape.out_channels + o]));
-    return sum;
-}
-
 // The line of an output of a problem that stays in range, without a residual. Its exact codes are a staircase over
 // the sums, and so are those of a line: they are the same if they rise at the same sums. Each rise bounds the offset,
 // and the middle of all bounds is as far from all of them as can be. Where they leave no room, a factor beside may
 // have some. There may be no line: where values lie in the middle between codes for many sums, ties go both ways.
-std::optional<Line> line_of(const ConvProblem& problem, int64_t o) {
+std::optional<Line> line_of(const ConvProblem& problem, int64_t o, float bound) {
     constexpr int kTries = 16, kFactors = 9;  // sums about where a rise must be; factors that follow each other
     const std::array<float, kFields> p = parameters_of(problem, problem.out_quantizer, o);
     const Quantizer q = problem.out_quantizer[o];
     const int32_t zero_sum = simd::reinterpret<int32_t>(p[kZeroSum]);
-    const float bound = largest_sum(problem, o);
     if (!(p[kScale] >= 0.0f && bound < 0x1p30f)) return std::nullopt;
     const auto limited = [&](float code) { return std::clamp(code, p[kLowest], p[kHighest]); };
     const auto exact = [&](int64_t sum) {
@@ -482,12 +472,39 @@ std::array<float, kFields> parameters_of(const ConvProblem& problem, const Quant
             NAN};
 }
 
-bool stays_in_range(const ConvProblem& problem) {
+std::vector<float> largest_sums(const ConvProblem& problem, bool of_these) {
+    const ConvShape& shape = problem.shape;
+    const int64_t taps = shape.kernel.area(), channels = shape.group_channels();
+    std::vector<float> largest(shape.out_channels);
+    for (int64_t o = 0; o < shape.out_channels; ++o) {
+        const int64_t group = o / shape.group_outputs(), in_group = o % shape.group_outputs();
+        const int64_t panel = group * shape.panels_per_group() + in_group / kPanelOutputs;
+        const uint8_t* codes = problem.x + group * channels;
+        int64_t sum = of_these ? 0 : 255 * 128 * taps * channels;
+        for (int64_t t = 0; of_these && t < taps; ++t) {
+            const int64_t word = panel * shape.panel_words() + t * shape.words_per_tap();
+            const int8_t* weights =
+                problem.weight + (word * kPanelOutputs + in_group % kPanelOutputs) * kWordChannels;
+            for (int64_t c = 0; c < channels; ++c) {
+                const int weight =
+                    shape.depthwise()
+                        ? problem.weight[t * shape.channels + o]
+                        : weights[c / kWordChannels * kPanelOutputs * kWordChannels + c % kWordChannels];
+                sum += std::abs(weight) * codes[c];
+            }
+        }
+        for (int64_t t = 0; problem.zero_sums && t < taps; ++t)
+            sum += std::abs(int64_t{problem.zero_sums[t * shape.out_channels + o]});
+        largest[o] = std::nextafter(static_cast<float>(sum), INFINITY);
+    }
+    return largest;
+}
+
+bool stays_in_range(const ConvProblem& problem, const std::vector<float>& largest_sums) {
     constexpr float kMostOfWord = 0x1p30f, kMostZeroPoint = 32000.0f;
     const float slope = std::max(1.0f, std::abs(problem.activation.negative_slope));
     for (int64_t o = 0; o < problem.shape.out_channels; ++o) {
-        float largest =
-            std::abs(problem.scale[o]) * std::min(largest_sum(problem, o), 0x1p31f) + std::abs(problem.bias[o]);
+        float largest = std::abs(problem.scale[o]) * std::min(largest_sums[o], 0x1p31f) + std::abs(problem.bias[o]);
         if (problem.residual) {
             const Quantizer q = problem.residual_quantizer[o];
             largest += (255.0f + std::abs(q.zero_point)) * q.scale;
@@ -503,11 +520,12 @@ bool stays_in_range(const ConvProblem& problem) {
     return true;
 }
 
-std::vector<std::optional<Line>> lines_of(const ConvProblem& problem) {
+std::vector<std::optional<Line>> lines_of(const ConvProblem& problem, const std::vector<float>& largest_sums) {
     const float slope = problem.activation.negative_slope;
     std::vector<std::optional<Line>> lines(problem.shape.out_channels);
     if (problem.out_quantizer.scale && !problem.residual && !problem.also && (slope == 0.0f || slope == 1.0f))
-        for (size_t o = 0; o < lines.size(); ++o) lines[o] = line_of(problem, static_cast<int64_t>(o));
+        for (size_t o = 0; o < lines.size(); ++o)
+            lines[o] = line_of(problem, static_cast<int64_t>(o), largest_sums[o]);
     return lines;
 }
 

@@ -55,8 +55,12 @@ using Finisher = void (*)(const int32_t* sums, const Finishing<T>&);
 // The parameters of output channel o of a problem, one for each field, for an output with a quantizer or without.
 std::array<float, kFields> parameters_of(const ConvProblem& problem, const QuantizerTable& quantizer, int64_t o);
 
+// What the size of each output's sum is less than, and of all that is subtracted from it: of any codes and weights,
+// or of those of the problem, whose x has the largest codes of the channels in its first pixel.
+std::vector<float> largest_sums(const ConvProblem& problem, bool of_these);
+
 // Whether all values are finite, and all codes before their limits integers of 32 bits, whatever the sums are.
-bool stays_in_range(const ConvProblem& problem);
+bool stays_in_range(const ConvProblem& problem, const std::vector<float>& largest_sums);
 
 // The codes of an output as rint(factor * sum + offset), rounded once before rint, between their limits.
 struct Line {
@@ -64,7 +68,7 @@ struct Line {
 };
 
 // The line of each output of a problem that stays in range, where its codes are on one.
-std::vector<std::optional<Line>> lines_of(const ConvProblem& problem);
+std::vector<std::optional<Line>> lines_of(const ConvProblem& problem, const std::vector<float>& largest_sums);
 
 // The fastest on this processor, for codes (uint8_t) or values. `in_range`: see stays_in_range.
 template <class T>

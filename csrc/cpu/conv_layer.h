@@ -50,9 +50,10 @@ class ConvLayer {
 public:
     // Lays out what the arguments of the operator hold, for one call, or to be kept: then it may take longer.
     ConvLayer(const ConvProblem& problem, bool kept) : ConvLayer(problem.shape, problem.span) {
-        const bool in_range = stays_in_range(problem);
+        const std::vector<float> largest = largest_sums(problem, kept);
+        const bool in_range = stays_in_range(problem, largest);
         std::vector<std::optional<Line>> lines(problem.shape.out_channels);
-        if (kept && in_range) lines = lines_of(problem);
+        if (kept && in_range) lines = lines_of(problem, largest);
         std::optional<WindowWeights> windows;
         if (kept && is_windowed(problem.shape) && !tiles_.narrow_sums)
             windows = window_weights(problem.shape, problem.weight, problem.x);

@@ -495,9 +495,12 @@ private:
             for (int64_t i = 0; i < n; ++i)
                 give_back_zeros(inside[p], index + i, sums + i * kPanelSums + p * kPanelOutputs);
         }
-        const Panel &first = layer_->panels()[index], &last = layer_->panels()[index + n - 1];
-        const int64_t outputs = last.output + last.outputs - first.output, stride = shape_.out_channels;
-        const auto at = [&](int64_t from) { return (pixel - from * shape_.out.width) * stride + first.output; };
+        int64_t outputs = 0;
+        for (int64_t i = 0; i < n; ++i) outputs += layer_->panels()[index + i].outputs;
+        const int64_t stride = shape_.out_channels;
+        const auto at = [&](int64_t from) {
+            return (pixel - from * shape_.out.width) * stride + layer_->panels()[index].output;
+        };
         finish_(sums, {count, outputs, stride, layer_->block_order(), call.residual ? call.residual + at(0) : nullptr,
                        call.y + at(call.y_from), layer_->parameters(index),
                        call.also ? call.also + at(call.also_from) : nullptr,
