@@ -61,8 +61,7 @@ public:
                                 : shape_.channels;
         row_bytes_ = (shape_.in.width + (direct_ ? 0 : 2 * shape_.padding.width)) * pixel_bytes_;
         find_taps();
-        if (layer_->zeros())
-            for (int64_t c = 0; c < shape_.out.width; ++c) columns_.push_back(inside_columns(c));
+        if (layer_->zeros()) sum_zeros();
         cut();
     }
 
@@ -180,10 +179,6 @@ private:
 
     // --- the input of a unit
 
-    // Taps of a pixel that are inside of the image: [top, bottom) x [left, right).
-    struct Inside {
-        int64_t top, bottom, left, right;
-    };
     // Rows of outputs of an image and of those after it, cut into windows of 2x2 (conv_winograd.h) row by row.
     struct Area {
         int64_t image, top, bottom;
@@ -192,7 +187,7 @@ private:
         const ConvCall<T>& call;
         int64_t first = 0;                    // output pixel; the others follow
         std::vector<const uint8_t*>& pixels;  // where each of them reads its first tap
-        std::vector<Inside> inside;           // of each of them, if zero points have a share that padding changes
+        std::vector<const int32_t*> zeros;    // see zeros_of; of each of them, if zero points have a share
         Scratch& scratch;                     // holds the band
         int64_t plane = 0;              // bytes from the high nibbles to the low ones, from position to position
         Area area{};                    // of windows: `first` and the others
@@ -248,14 +243,13 @@ private:
         clear(height * row_bytes_, kWordChannels);
         unit.first = (n * out.height + top) * out.width;
         unit.pixels.resize((bottom - top) * out.width);
-        unit.inside.clear();
+        unit.zeros.clear();
         for (int64_t r = 0; r < bottom - top; ++r) {
             const uint8_t* row = band + r * stride.height * row_bytes_;
             for (int64_t c = 0; c < out.width; ++c)
                 unit.pixels[r * out.width + c] = row + c * stride.width * pixel_bytes_;
             if (!layer_->zeros()) continue;
-            const auto [first, end] = inside_rows(top + r);
-            for (const auto& [left, right] : columns_) unit.inside.push_back({first, end, left, right});
+            for (int64_t c = 0; c < out.width; ++c) unit.zeros.push_back(zeros_of(top + r, c));
         }
     }
 
@@ -349,19 +343,55 @@ private:
         if (split_) std::memcpy(to + plane, &low, sizeof low);
     }
 
+    // --- the share of zero points
+
     // Which of `count` taps, the first of them at `first` in the padded image, are inside of an image of this size.
-    static std::pair<int64_t, int64_t> inside(int64_t first, int64_t pad, int64_t size, int64_t step, int64_t count) {
+    using Taken = std::pair<int64_t, int64_t>;
+    static Taken inside(int64_t first, int64_t pad, int64_t size, int64_t step, int64_t count) {
         const int64_t before = std::clamp<int64_t>(ceil_div(pad - first, step), 0, count);
         const int64_t end = std::clamp<int64_t>(ceil_div(pad + size - first, step), before, count);
         return {before, end};
     }
-    std::pair<int64_t, int64_t> inside_rows(int64_t row) const {
-        return inside(row * shape_.stride.height, shape_.padding.height, shape_.in.height, shape_.dilation.height,
-                      shape_.kernel.height);
+
+    // Finishing subtracts the share of the zero points in all taps. That of the taps outside of the image is to be
+    // added again, and is the same for all outputs whose rows and columns of taps are cut alike.
+    void sum_zeros() {
+        const auto kinds = [](int64_t outputs, int64_t stride, int64_t pad, int64_t size, int64_t step, int64_t count,
+                              std::vector<int64_t>& kind_of) {
+            std::vector<Taken> found = {{0, count}};  // first of all, nothing is cut
+            for (int64_t i = 0; i < outputs; ++i) {
+                const Taken taken = inside(i * stride, pad, size, step, count);
+                const auto at = std::find(found.begin(), found.end(), taken);
+                kind_of.push_back(at - found.begin());
+                if (at == found.end()) found.push_back(taken);
+            }
+            return found;
+        };
+        const Extent k = shape_.kernel, in = shape_.in, out = shape_.out, d = shape_.dilation, pad = shape_.padding;
+        const auto rows =
+            kinds(out.height, shape_.stride.height, pad.height, in.height, d.height, k.height, row_kind_);
+        const auto columns =
+            kinds(out.width, shape_.stride.width, pad.width, in.width, d.width, k.width, column_kind_);
+        const int64_t panels = static_cast<int64_t>(layer_->panels().size());
+        column_kinds_ = static_cast<int64_t>(columns.size());
+        for (const auto& [top, bottom] : rows)
+            for (const auto& [left, right] : columns) {
+                const size_t first = zeros_.size();
+                zeros_.resize(first + panels * kPanelOutputs);
+                const int32_t* of_tap = layer_->zeros();
+                for (int64_t i = 0; i < panels; ++i)
+                    for (int64_t r = 0; r < k.height; ++r)
+                        for (int64_t s = 0; s < k.width; ++s, of_tap += kPanelOutputs) {
+                            if (top <= r && r < bottom && left <= s && s < right) continue;
+                            for (int o = 0; o < kPanelOutputs; ++o)
+                                zeros_[first + i * kPanelOutputs + o] += of_tap[o];
+                        }
+            }
     }
-    std::pair<int64_t, int64_t> inside_columns(int64_t column) const {
-        return inside(column * shape_.stride.width, shape_.padding.width, shape_.in.width, shape_.dilation.width,
-                      shape_.kernel.width);
+    // What an output's sums lack, [panels][16]; nullptr: nothing.
+    const int32_t* zeros_of(int64_t row, int64_t column) const {
+        const int64_t kind = row_kind_[row] * column_kinds_ + column_kind_[column];
+        return kind ? &zeros_[kind * static_cast<int64_t>(layer_->panels().size()) * kPanelOutputs] : nullptr;
     }
 
     // --- the outputs of a unit
@@ -417,12 +447,12 @@ private:
         const int64_t index = b * layer_->block_panels(), channel = layer_->panels()[index].channel;
         const int8_t* weights = layer_->weights().weights + b * layer_->weights().bytes;
         alignas(64) int32_t sums[kTilePanels * kPanelSums];
-        const Inside* inside = layer_->zeros() ? &unit.inside[begin] : nullptr;
+        const int32_t* const* zeros = layer_->zeros() ? &unit.zeros[begin] : nullptr;
         if (depthwise_) {
             const int64_t block = layer_->block_panels() * kPanelOutputs;
             tiles_.depthwise(pixels, count, channel, tap_groups_, weights, std::min(block, shape_.channels - channel),
                              sums);
-            return put(unit.call, unit.first + begin, inside, count, index, layer_->block_panels(), sums);
+            return put(unit.call, unit.first + begin, zeros, count, index, layer_->block_panels(), sums);
         }
         const auto dot = [&](DotTile f, int64_t from, const Taps& taps, int64_t word, int32_t* to) {
             const int8_t* first = weights + word * kPanelOutputs * kWordChannels;
@@ -438,7 +468,7 @@ private:
                 for (int j = 0; j < count * kPanelOutputs; ++j)
                     sums[i * kPanelSums + j] += high[i * kPanelSums + j] * 16;
         }
-        put(unit.call, unit.first + begin, inside, count, index, n, sums);
+        put(unit.call, unit.first + begin, zeros, count, index, n, sums);
     }
 
     // Panels begin to end for all windows of a unit: products position by position, and what these make.
@@ -474,11 +504,11 @@ private:
                     transform_products(products + (w - window) * kPanelOutputs, run, n, layer_->window_fields(b),
                                        unit.codes + w, sums);
                     for (int64_t a = 0; a < rows; ++a, pixel += shape_.out.width) {
-                        Inside inside[kTilePixels];
-                        const auto [top, bottom] = inside_rows(at.row + a);
+                        const int32_t* zeros[kTilePixels];
                         for (int64_t p = 0; layer_->zeros() && p < pixels; ++p)
-                            inside[p] = {top, bottom, columns_[at.column + p].first, columns_[at.column + p].second};
-                        put(unit.call, pixel, inside, pixels, b, n, sums + a * n * kPanelSums);
+                            zeros[p] = zeros_of(at.row + a, at.column + p);
+                        put(unit.call, pixel, layer_->zeros() ? zeros : nullptr, pixels, b, n,
+                            sums + a * n * kPanelSums);
                     }
                 });
                 window = last;
@@ -487,14 +517,13 @@ private:
     }
 
     // Finishes the sums of a tile: panels that follow each other, of outputs from a pixel on.
-    void put(const ConvCall<T>& call, int64_t pixel, const Inside* inside, int count, int64_t index, int64_t n,
+    void put(const ConvCall<T>& call, int64_t pixel, const int32_t* const* zeros, int count, int64_t index, int64_t n,
              int32_t* sums) const {
         if (depthwise_ && tiles_.block_order && !layer_->block_order()) put_in_order(count, n, sums);
-        for (int p = 0; layer_->zeros() && p < count; ++p) {
-            if (is_whole(inside[p])) continue;
-            for (int64_t i = 0; i < n; ++i)
-                give_back_zeros(inside[p], index + i, sums + i * kPanelSums + p * kPanelOutputs);
-        }
+        for (int p = 0; zeros && p < count; ++p)
+            for (int64_t i = 0; zeros[p] && i < n; ++i)
+                for (int o = 0; o < kPanelOutputs; ++o)
+                    sums[i * kPanelSums + p * kPanelOutputs + o] += zeros[p][(index + i) * kPanelOutputs + o];
         int64_t outputs = 0;
         for (int64_t i = 0; i < n; ++i) outputs += layer_->panels()[index + i].outputs;
         const int64_t stride = shape_.out_channels;
@@ -519,21 +548,6 @@ private:
         }
     }
 
-    bool is_whole(const Inside& w) const {
-        return w.bottom - w.top == shape_.kernel.height && w.right - w.left == shape_.kernel.width;
-    }
-
-    // Finishing subtracts the share of the zero points in all taps: adds that of the taps outside of the image.
-    void give_back_zeros(const Inside& w, int64_t index, int32_t* sums) const {
-        const Extent kernel = shape_.kernel;
-        const int32_t* of_tap = layer_->zeros() + index * kernel.area() * kPanelOutputs;
-        for (int64_t r = 0; r < kernel.height; ++r)
-            for (int64_t s = 0; s < kernel.width; ++s, of_tap += kPanelOutputs) {
-                if (w.top <= r && r < w.bottom && w.left <= s && s < w.right) continue;
-                for (int o = 0; o < kPanelOutputs; ++o) sums[o] += of_tap[o];
-            }
-    }
-
     std::unique_ptr<const ConvLayer> layer_;
     ConvShape shape_;
     ConvCall<T> call_{};
@@ -544,9 +558,11 @@ private:
     std::vector<int64_t> offsets_;     // of the taps from a pixel's address
     Taps taps_{}, high_taps_{};        // of all codes; of the low and of the high nibbles, where these are apart
     TapGroups tap_groups_{};
-    std::vector<std::pair<int64_t, int64_t>> columns_;  // taps inside of the image, of each column of the output
-    bool parts_apart_;                                  // tasks: part by part, or else unit by unit
-    int64_t unit_size_, units_, parts_;                 // pixels or rows of a unit; parts of the output channels
+    std::vector<int64_t> row_kind_, column_kind_;  // how the taps of each row and column of outputs are cut
+    int64_t column_kinds_ = 0;
+    std::vector<int32_t> zeros_;         // see zeros_of, kind by kind
+    bool parts_apart_;                   // tasks: part by part, or else unit by unit
+    int64_t unit_size_, units_, parts_;  // pixels or rows of a unit; parts of the output channels
 };
 
 }  // namespace ptq4cuda

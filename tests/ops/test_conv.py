@@ -705,7 +705,8 @@ for channels, outputs, groups, bits in (
         # Kept: one multiplication, where it gives the same codes.
         shape, whole = ((3, 3), (1, 1), (1, 1), (1, 1), groups), torch.empty(0, dtype=torch.int32)
         prepared = torch.ops.ptq4cuda.prepare_layer(
-            x.amax((0, 2, 3), keepdim=True).expand_as(x), weight, zeros, scale, bias, *shape, 0, span, slope, upper, None, None, None,
+            x.amax((0, 2, 3), keepdim=True).expand_as(x), weight, zeros, scale, bias, *shape, 0, span, slope, upper,
+            None, None, None,
             [scale * 99], [zeros[2].contiguous() % 7], [bits], [whole], [0], None)
         code = Code([False])
         (out,) = code.convolve(
