@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ptq4cuda.graph.copying import copy_sharing, held_modules
 from ptq4cuda.graph.layers import BATCH_NORM_OF_RANK, BATCH_NORMS, is_concatenation, leave, quantized_spec
+from ptq4cuda.graph.network import Network
 from ptq4cuda.graph.readers import is_number, readers
 from ptq4cuda.graph.shapes import DROPOUTS, Shapes, infer_shapes
 from ptq4cuda.nn import SPECS, LayerSpec, spec_of
@@ -59,10 +60,11 @@ def canonicalize(network: fx.GraphModule) -> None:
 
 
 def drop_unused(network: fx.GraphModule) -> None:
-    """Remove nodes, modules, parameters and buffers that the output does not need, and recompile."""
+    """Remove nodes, modules, parameters and buffers that the output does not need any more, and recompile."""
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()
     used = {str(node.target) for node in network.graph.nodes if node.op in ("get_attr", "call_module")}
+    used.update(network.unread if isinstance(network, Network) else ())
     tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
     for name, _ in tensors:
         if used.isdisjoint(_prefixes(name)):

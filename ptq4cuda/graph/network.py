@@ -11,7 +11,7 @@ import copy
 import inspect
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
@@ -36,6 +36,7 @@ class _Model:
         lost: names of attributes that hold layers.
         parts: names of its modules and tensors.
         functions: modules without weights, by name.
+        unread: names of its own tensors that its forward does not read.
         constants: arguments of its forward for whose values alone it was traced.
     """
 
@@ -44,6 +45,7 @@ class _Model:
     lost: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     functions: dict[str, nn.Module] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
     constants: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -72,7 +74,22 @@ class Network(fx.GraphModule):
         network = cls(model, graph, type(model).__name__)
         own = {name for part in parts_of(network) for name in part}
         vars(network).update({name: value for name, value in kept.items() if name not in own})
+        known.unread = [name for tensors in parts_of(model)[1:] for name in tensors if name not in own]
+        network._take_unread(model)
         return network
+
+    def _take_unread(self, model: nn.Module) -> None:
+        _, parameters, buffers = parts_of(model)
+        for name in self.unread:
+            if name in parameters:
+                self.register_parameter(name, parameters[name])
+            else:
+                self.register_buffer(name, buffers[name], persistent=name not in vars(model)[NON_PERSISTENT])
+
+    @property
+    def unread(self) -> Sequence[str]:
+        """Names of the model's own parameters and buffers that its forward does not read, as a mean of the data."""
+        return self._model.unread
 
     @property
     def constants(self) -> Mapping[str, Any]:
@@ -100,6 +117,11 @@ class Network(fx.GraphModule):
         # torch.fx copies what it knows, and no hooks.
         missing = {name: value for name, value in vars(self).items() if name not in vars(copied) or name in HOOKS}
         vars(copied).update(copy.deepcopy(missing, memo))
+        unread = nn.Module()
+        vars(unread).update(
+            copy.deepcopy({name: vars(self)[name] for name in (PARAMETERS, BUFFERS, NON_PERSISTENT)}, memo)
+        )
+        copied._take_unread(unread)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:

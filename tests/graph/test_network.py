@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import linecache
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,35 @@ def test_the_code_of_a_network_goes_with_it(images: Tensor, tmp_path: Path) -> N
     del copied
     gc.collect()
     assert written() <= before
+
+
+class Unread(nn.Sequential):
+    """Has tensors that its forward does not read; `graph` is a name that torch.fx uses itself."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        self.scale = nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("mean", torch.arange(3.0))
+        self.register_buffer("graph", torch.ones(1))
+        self.register_buffer("passing", torch.ones(2), persistent=False)
+        self.register_buffer("missing", None)
+
+    def normalized(self, x: Tensor) -> Tensor:
+        return self(x - self.mean[:, None, None])
+
+
+def test_tensors_that_its_forward_does_not_read(images: Tensor, tmp_path: Path) -> None:
+    images, model = images[:8], Unread().eval()
+    network = quantize(model, [images], CONFIG, progress=False)
+    ptq4cuda.save(network, tmp_path / "network")
+    model.mean += 1  # of the network loaded: that of the file
+    loaded = ptq4cuda.load(tmp_path / "network", model)
+    for own in (network, loaded, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(own.normalized(images), network(images - torch.arange(3.0)[:, None, None]))
+        assert {name for name in own.state_dict() if name in ("scale", "mean", "graph_", "passing")} == {
+            "scale",
+            "mean",
+            "graph_",
+        }
+        assert own.passing.tolist() == [1, 1] and own.missing is None and isinstance(own.scale, nn.Parameter)
+    assert network.to(torch.float16).mean.dtype is torch.float16
