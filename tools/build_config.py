@@ -31,6 +31,8 @@ DEFAULT_ARCHITECTURES = "7.5;8.0;9.0+PTX"
 # The macro hides everything from torch's headers that torch 2.10 does not have, so that one build runs on
 # every later release.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# Messages name their place in the source, whoever built it where.
+OWN_PATHS = f"-ffile-prefix-map={Path(__file__).resolve().parents[1]}/="
 # No fused multiply-add: reference, CPU and CUDA must round alike.
 CXX_FLAGS = [
     "-std=c++20",
@@ -43,6 +45,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wno-uninitialized",  # GCC 12 finds hundreds in its own headers of AVX-512
     "-Wno-maybe-uninitialized",
+    OWN_PATHS,
     STABLE_ABI,
 ]
 NVCC_FLAGS = [
@@ -51,7 +54,7 @@ NVCC_FLAGS = [
     "-fmad=false",
     "--expt-relaxed-constexpr",
     "-lineinfo",
-    "-Xcompiler=-ffp-contract=off,-fvisibility=hidden",
+    f"-Xcompiler=-ffp-contract=off,-fvisibility=hidden,{OWN_PATHS}",
     STABLE_ABI,
     "-DUSE_CUDA",
 ]
