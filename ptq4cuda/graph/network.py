@@ -79,12 +79,9 @@ class Network(fx.GraphModule):
         return network
 
     def _take_unread(self, model: nn.Module) -> None:
-        _, parameters, buffers = parts_of(model)
-        for name in self.unread:
-            if name in parameters:
-                self.register_parameter(name, parameters[name])
-            else:
-                self.register_buffer(name, buffers[name], persistent=name not in vars(model)[NON_PERSISTENT])
+        for own, tensors in zip(parts_of(self)[1:], parts_of(model)[1:], strict=True):
+            own.update({name: tensors[name] for name in self.unread if name in tensors})
+        vars(self)[NON_PERSISTENT].update(name for name in self.unread if name in vars(model)[NON_PERSISTENT])
 
     @property
     def unread(self) -> Sequence[str]:
