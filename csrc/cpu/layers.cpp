@@ -784,8 +784,9 @@ private:
 // Programs that are called again and again. What one does with inputs of some sizes is kept, too, for a few of them.
 class KeptPrograms {
 public:
+    // Never destroyed: at its end a process may have no Python left, which tensors belong to.
     static KeptPrograms& all() {
-        static KeptPrograms programs;
+        static KeptPrograms& programs = *new KeptPrograms;
         return programs;
     }
 
