@@ -473,8 +473,6 @@ def conv2d_integer(
         if not isinstance(number, int):
             raise TypeError(f"{name} must be an int, got {type(number).__name__}")
     outputs = scale.numel() if isinstance(scale, Tensor) else 0
-    check_vector("scale", scale, torch.float32, outputs, x)
-    check_vector("bias", bias, torch.float32, outputs, x)
     channels, rows, columns = x.shape[1], x.shape[2], x.shape[3]
     if low_bytes and (not 0 < low_bytes <= channels or low_bytes % 4 or channels % 4 or groups != 1):
         raise ValueError(f"x {list(x.shape)} with {low_bytes} low bytes and {groups} groups holds no packed codes")
@@ -500,6 +498,8 @@ def conv2d_integer(
             f"x {list(x.shape)} with the padding {list(padding)}, the kernel {list(kernel_size)} with the dilation "
             f"{list(dilation)} or {outputs} outputs are too large"
         )
+    check_vector("scale", scale, torch.float32, outputs, x)
+    check_vector("bias", bias, torch.float32, outputs, x)
 
     shape = panels.shape_of_panels(outputs, kernel_size, codes // groups, groups)
     _check_tensor("weight", weight, torch.int8, shape, x)
