@@ -455,8 +455,8 @@ std::array<float, kFields> parameters_of(const ConvProblem& problem, const Quant
     const auto [slope, upper] = problem.activation;
     // Rounding keeps order, as a product with a positive number does: limits of values are limits of codes.
     float lowest = 0.0f, highest = out.qmax;
-    if (upper != INFINITY) highest = float_code(upper, out);
-    if (slope == 0.0f) lowest = std::min(float_code(0.0f, out), highest);
+    if (quantizer.scale && upper != INFINITY) highest = float_code(upper, out);
+    if (quantizer.scale && slope == 0.0f) lowest = std::min(float_code(0.0f, out), highest);
     return {simd::reinterpret<float>(zero_sum),
             problem.scale[o],
             problem.bias[o],
