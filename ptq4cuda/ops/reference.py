@@ -85,10 +85,12 @@ def unpack_dequantize(
     packed: Tensor, scale: Tensor, zero_point: Tensor, axis: int, channels: int, dtype: int | torch.dtype
 ) -> Tensor:
     """Packed 4-bit codes, uint8 [N, *spatial, ceil(C / 2)], to values [N, C, *spatial], channels innermost."""
+    out = packed.new_empty((*packed.shape[:-1], channels), dtype=checks.floating_dtype(dtype)).movedim(-1, 1)
+    if not out.numel():  # sizes that are not zero may have no double
+        return out
     codes = torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2)[..., :channels].movedim(-1, 1)
     axis = axis % codes.dim()
     values = (codes.float() - _along(zero_point, codes, axis).float()) * _along(scale, codes, axis)
-    out = packed.new_empty((*packed.shape[:-1], channels), dtype=checks.floating_dtype(dtype)).movedim(-1, 1)
     return out.copy_(values)
 
 
