@@ -73,11 +73,11 @@ struct Finish {
     static void any(const int32_t* sums, const Finishing<T>& f) {
         const int64_t full = f.outputs / kPanelOutputs, rest = f.outputs % kPanelOutputs;
         if (full > 0) simd::run<Finish>(sums, &f, full);
-        if (rest > 0) part(sums + full * kPanelSums, f, full * kPanelOutputs, rest);
+        if (rest > 0) part(sums + full * f.panel_sums, f, full * kPanelOutputs, rest);
     }
 
     static PTQ_INLINE void run(const int32_t* sums, const Finishing<T>* f, int64_t panels) {
-        for (int64_t i = 0; i < panels; ++i, sums += kPanelSums)
+        for (int64_t i = 0; i < panels; ++i, sums += f->panel_sums)
             for (int64_t p = 0; p < f->pixels; ++p) {
                 const int64_t at = p * f->stride + i * kPanelOutputs;
                 of_pixel(sums + p * kPanelOutputs, kResidual ? f->residual + at : nullptr, f->y + at,
@@ -89,8 +89,9 @@ struct Finish {
 private:
     // Less than a panel: by way of a full one.
     static void part(const int32_t* sums, const Finishing<T>& f, int64_t first, int64_t outputs) {
-        uint8_t residual[kPanelSums] = {}, also[kPanelSums];
-        T y[kPanelSums];
+        constexpr int64_t kMost = std::max(kTilePixels, kMatrixPixels) * kPanelOutputs;
+        uint8_t residual[kMost] = {}, also[kMost];
+        T y[kMost];
         const auto copy = [&](auto* into, int64_t into_stride, const auto* from, int64_t from_stride) {
             for (int p = 0; p < f.pixels; ++p)
                 std::memcpy(static_cast<void*>(into + p * into_stride), from + p * from_stride,
@@ -257,7 +258,7 @@ PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t>&
     const float* parameters = f.parameters + skipped * kPanelParameters;
     using Quantizer = StripQuantizerAvx2<kVectors, kBlock, course == Course::line>;
     const Quantizer out(parameters), also(f.also ? f.also_parameters + skipped * kPanelParameters : parameters);
-    sums += skipped * kPanelSums;
+    sums += skipped * f.panel_sums;
     for (int64_t p = 0, at = first; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
         __m256 v[kVectors];
         __m256i r[4];
@@ -267,7 +268,7 @@ PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t>&
             const auto of = [&](Field field) PTQ_TARGET_AVX2 {
                 return _mm256_loadu_ps(parameters + i / 2 * kPanelParameters + field * kPanelOutputs + i % 2 * 8);
             };
-            const __m256i sum = simd::load_bytes(sums + i / 2 * kPanelSums + i % 2 * 8);
+            const __m256i sum = simd::load_bytes(sums + i / 2 * f.panel_sums + i % 2 * 8);
             if constexpr (course == Course::line) {
                 v[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), of(kFactor), of(kOffset));
                 continue;
@@ -378,7 +379,7 @@ PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8
         }
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) {
-            const __m512i sum = _mm512_loadu_si512(sums + i * kPanelSums);
+            const __m512i sum = _mm512_loadu_si512(sums + i * f.panel_sums);
             if constexpr (course == Course::line) {
                 v[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor[i], offset[i]);
                 continue;

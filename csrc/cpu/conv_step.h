@@ -22,6 +22,7 @@ constexpr int64_t kUnitPixels = 1024;       // at most
 constexpr int64_t kMinimumUnitPixels = 24;  // less does not pay for reading all weights
 constexpr int64_t kBandBytes = 64 << 20;    // of more than one row of outputs, at most
 constexpr int64_t kPanelBytes = 16 << 10;   // of weights that meet a tile before the next tile
+constexpr int64_t kMatrixPanelBytes = 1 << 20;
 constexpr int64_t kTaskProducts = 1 << 17;  // worth a task
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTransformedBytes = 256 << 10;  // of the transformed windows of a unit
@@ -50,7 +51,8 @@ public:
           packed_(layer_->packed()),
           dense_(layer_->dense()),
           split_(layer_->split()),
-          windowed_(layer_->windowed() && pays_in_windows()),
+          matrices_(pays_in_matrices() ? tiles_.matrices : nullptr),
+          windowed_(!matrices_ && layer_->windowed() && pays_in_windows()),
           finish_(finisher_of<T>(layer_->has_residual(), layer_->activation(), layer_->in_range())) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
         direct_ = whole_words && !split_ && !packed_ && shape_.padding.height + shape_.padding.width == 0;
@@ -61,6 +63,7 @@ public:
                                 : shape_.channels;
         row_bytes_ = (shape_.in.width + (direct_ ? 0 : 2 * shape_.padding.width)) * pixel_bytes_;
         find_taps();
+        if (matrices_) chunks_ = Chunks(taps_);
         if (layer_->zeros()) sum_zeros();
         cut();
     }
@@ -154,7 +157,7 @@ private:
             unit_size_ = even(windows, std::clamp<int64_t>(most, kTilePixels, kUnitPixels), 1);
             units_ = ceil_div(windows, unit_size_);
         } else if (direct_) {
-            unit_size_ = even(shape_.pixels(), pixels, kTilePixels);
+            unit_size_ = even(shape_.pixels(), pixels, matrices_ ? kMatrixPixels : kTilePixels);
             units_ = ceil_div(shape_.pixels(), unit_size_);
         } else {
             // However far apart rows of outputs are, their band must not outgrow memory.
@@ -258,6 +261,9 @@ private:
     int64_t windows_of(const Area& area) const { return ceil_div(area.bottom - area.top, 2) * windows_across(); }
     // Where outputs are few, much of their windows is outside of the image.
     bool pays_in_windows() const { return 5 * kPositions * windows_of(whole()) < 4 * 9 * shape_.out.area(); }
+
+    // A panel alone, as groups of few channels have, fills a fourth of the sums that there are.
+    bool pays_in_matrices() const { return !depthwise_ && !packed_ && shape_.panels_per_group() > 1; }
 
     // The image, and the output that is the first of a window.
     struct Place {
@@ -400,6 +406,7 @@ private:
     // their weights stay in cache, and a tile's outputs share lines of memory.
     void compute(const Unit& unit, int64_t begin, int64_t end) const {
         if (windowed_) return compute_windows(unit, begin, end);
+        if (matrices_) return compute_matrices(unit, begin, end);
         const int64_t count = unit.pixels.size();
         // Panels that are shared out evenly: a tile of few has more pixels.
         const int64_t most = depthwise_ ? 1 : ceil_div(end - begin, ceil_div(end - begin, int64_t{tiles_.panels}));
@@ -414,10 +421,7 @@ private:
                                  std::min(most_pixels, count - pixel - pixels), first * layer_->block_panels(),
                                  last * layer_->block_panels());
                 for (int64_t b = first, n; b < last; b += n) {
-                    // Blocks of a tile read the same channels.
-                    for (n = 1; n < std::min(most, last - b) &&
-                                layer_->panels()[b + n].channel == layer_->panels()[b].channel;)
-                        ++n;
+                    n = together_at(b, std::min(most, last - b));
                     tile(unit, pixel, pixels, b, n);
                 }
                 pixel += pixels;
@@ -471,6 +475,44 @@ private:
         put(unit.call, unit.first + begin, zeros, count, index, n, sums);
     }
 
+    // The same in matrices: those of a tile's codes meet as many panels as stay in the second-level cache.
+    void compute_matrices(const Unit& unit, int64_t begin, int64_t end) const {
+        const int64_t count = unit.pixels.size(), tiles = ceil_div(count, int64_t{kMatrixPixels});
+        const Panels weights = layer_->weights();
+        const int64_t together =
+            std::max<int64_t>(kTilePanels, kMatrixPanelBytes / weights.bytes / kTilePanels * kTilePanels);
+        alignas(simd::kLine) int32_t sums[kTilePanels * kMatrixPanelSums];
+        uint8_t* memory = unit.scratch.at_least(unit.scratch.rows, chunks_.bytes());
+        matrices_->begin(chunks_.words);
+        for (int64_t first = begin; first < end; first += together)
+            for (int64_t t = 0; t < tiles; ++t) {
+                const int64_t pixel = t * kMatrixPixels, last = std::min(first + together, end);
+                const int pixels = static_cast<int>(std::min<int64_t>(kMatrixPixels, count - pixel));
+                const int32_t* const* zeros = layer_->zeros() ? &unit.zeros[pixel] : nullptr;
+                Matrices matrices[2];
+                int64_t channel = -1;  // of what has been gathered
+                for (int64_t b = first, n; b < last; b += n) {
+                    n = together_at(b, std::min<int64_t>(kTilePanels, last - b));
+                    if (channel != layer_->panels()[b].channel) {
+                        channel = layer_->panels()[b].channel;
+                        matrices_->gather(&unit.pixels[pixel], pixels, channel, chunks_, memory, matrices);
+                    }
+                    matrices_->multiply(matrices, pixels, chunks_,
+                                        {weights.weights + b * weights.bytes, weights.bytes, static_cast<int>(n)},
+                                        sums);
+                    put(unit.call, unit.first + pixel, zeros, pixels, b, n, sums, kMatrixPanelSums);
+                }
+            }
+        matrices_->end();
+    }
+
+    // How many blocks from one on, of at most so many, read the same channels.
+    int64_t together_at(int64_t block, int64_t most) const {
+        int64_t n = 1;
+        while (n < most && layer_->panels()[block + n].channel == layer_->panels()[block].channel) ++n;
+        return n;
+    }
+
     // Panels begin to end for all windows of a unit: products position by position, and what these make.
     void compute_windows(const Unit& unit, int64_t begin, int64_t end) const {
         const int64_t most = std::min<int64_t>(kWindowPanels, tiles_.panels), count = unit.pixels.size();
@@ -518,19 +560,19 @@ private:
 
     // Finishes the sums of a tile: panels that follow each other, of outputs from a pixel on.
     void put(const ConvCall<T>& call, int64_t pixel, const int32_t* const* zeros, int count, int64_t index, int64_t n,
-             int32_t* sums) const {
+             int32_t* sums, int64_t panel_sums = kPanelSums) const {
         if (depthwise_ && tiles_.block_order && !layer_->block_order()) put_in_order(count, n, sums);
         for (int p = 0; zeros && p < count; ++p)
             for (int64_t i = 0; zeros[p] && i < n; ++i)
                 for (int o = 0; o < kPanelOutputs; ++o)
-                    sums[i * kPanelSums + p * kPanelOutputs + o] += zeros[p][(index + i) * kPanelOutputs + o];
+                    sums[i * panel_sums + p * kPanelOutputs + o] += zeros[p][(index + i) * kPanelOutputs + o];
         int64_t outputs = 0;
         for (int64_t i = 0; i < n; ++i) outputs += layer_->panels()[index + i].outputs;
         const int64_t stride = shape_.out_channels;
         const auto at = [&](int64_t from) {
             return (pixel - from * shape_.out.width) * stride + layer_->panels()[index].output;
         };
-        finish_(sums, {count, outputs, stride, layer_->block_order(), call.residual ? call.residual + at(0) : nullptr,
+        finish_(sums, {count, outputs, stride, panel_sums, layer_->block_order(), call.residual ? call.residual + at(0) : nullptr,
                        call.y + at(call.y_from), layer_->parameters(index),
                        call.also ? call.also + at(call.also_from) : nullptr,
                        call.also ? layer_->also_parameters(index) : nullptr, layer_->activation()});
@@ -552,10 +594,13 @@ private:
     ConvShape shape_;
     ConvCall<T> call_{};
     const Tiles& tiles_;
-    bool depthwise_, packed_, dense_, split_, windowed_, direct_;
+    bool depthwise_, packed_, dense_, split_;
+    const MatrixTiles* matrices_;  // nullptr: other tiles are faster
+    bool windowed_, direct_;
     Finisher<T> finish_;
     int64_t pixel_bytes_, row_bytes_;  // of the image or of a band
     std::vector<int64_t> offsets_;     // of the taps from a pixel's address
+    Chunks chunks_;                    // of the same, in matrices
     Taps taps_{}, high_taps_{};        // of all codes; of the low and of the high nibbles, where these are apart
     TapGroups tap_groups_{};
     std::vector<int64_t> row_kind_, column_kind_;  // how the taps of each row and column of outputs are cut

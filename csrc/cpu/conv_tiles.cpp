@@ -42,9 +42,41 @@ void depthwise_tile(const uint8_t* const* pixels, int count, int64_t channel, co
 const Tiles kTiles = {dot_tile,       false,       dot_tile, 4,     1,    {12, 12, 12, 12},
                       depthwise_tile, kTilePanels, 4,        false, false};
 
+Chunks::Chunks(const Taps& taps) {
+    const int64_t all = taps.count * taps.words, most = kMatrixBytes / kWordChannels;
+    words = static_cast<int>(std::min(all, most));
+    bool whole = true;
+    for (int64_t done = 0; done < all; done += words) {
+        // The last chunk may begin with words of the one before, without their codes.
+        const int64_t first = std::min(done, all - words);
+        gathered.push_back(count() * kMatrixRows * kMatrixBytes);
+        weights.push_back(first * kWordChannels * kPanelOutputs);
+        first_piece.push_back(static_cast<int64_t>(pieces.size()));
+        for (int64_t word = done, n; word < first + words; word += n) {
+            const int64_t in_tap = word % taps.words;
+            n = std::min(first + words - word, taps.words - in_tap);
+            const int64_t begin = (word - first) * kWordChannels, bytes = n * kWordChannels;
+            pieces.push_back({taps.offsets[word / taps.words] + in_tap * kWordChannels - begin,
+                              (bytes < kMatrixBytes ? (uint64_t{1} << bytes) - 1 : ~uint64_t{0}) << begin});
+            whole = whole && bytes == kMatrixBytes && pieces.back().offset % simd::kLine == 0;
+        }
+    }
+    first_piece.push_back(static_cast<int64_t>(pieces.size()));
+    if (whole)
+        for (const Piece& piece : pieces) in_place.push_back(piece.offset);
+}
+
 const Tiles& best_tiles() {
 #if defined(__x86_64__)
     switch (simd::level()) {
+        case simd::Level::amx: {
+            static const Tiles tiles = [] {
+                Tiles t = kTilesVnni;
+                t.matrices = &kTilesAmx;
+                return t;
+            }();
+            return tiles;
+        }
         case simd::Level::avx512_vnni: return kTilesVnni;
         case simd::Level::avx512: return kTilesAvx512;
         case simd::Level::avx_vnni: return kTilesAvxVnni;

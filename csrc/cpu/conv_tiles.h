@@ -1,6 +1,6 @@
 // The inner loops of conv2d_integer on the CPU: integer sums of a few pixels and a few panels of 16 outputs. What an
 // instruction set computes with is a Tiles: conv_tiles.cpp has those for any processor, conv_tiles_avx2.cpp,
-// conv_tiles_avx_vnni.cpp, conv_tiles_avx512.cpp and conv_tiles_vnni.cpp the others.
+// conv_tiles_avx_vnni.cpp, conv_tiles_avx512.cpp, conv_tiles_vnni.cpp and conv_tiles_amx.cpp the others.
 //
 // Two kinds of layers have a tile of their own, as most of a word of channels would be empty: depthwise ones, whose
 // sums are over taps alone, and dense ones, the first of a network, where a pixel has less channels than a word.
@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstring>
+#include <vector>
 
 #include "../conv.h"
 #include "simd.h"
@@ -56,6 +57,52 @@ constexpr int64_t place_in_block(int64_t channel, int panels) {
     return channel % kPanelOutputs / 4 * 4 * panels + channel / kPanelOutputs * 4 + channel % 4;
 }
 
+// AMX multiplies a matrix of 64 codes of each of 16 pixels by one of their weights for a panel (conv_tiles_amx.cpp).
+constexpr int kMatrixRows = 16, kMatrixBytes = 64;
+constexpr int kMatrixPixels = 2 * kMatrixRows;                    // of a tile
+constexpr int kMatrixPanelSums = kMatrixPixels * kPanelOutputs;  // of which sums are [panels][kMatrixPixels][16]
+
+// What a pixel reads, cut into chunks of as many bytes as a row of a matrix has: all of kMatrixBytes, or a single one.
+struct Chunks {
+    // Bytes of a chunk that follow each other in memory: which, and how far from the pixel's address the chunk began
+    // if all of it lay with them.
+    struct Piece {
+        int64_t offset;
+        uint64_t bytes;  // a bit each
+    };
+    std::vector<Piece> pieces;
+    std::vector<int64_t> first_piece;  // of each chunk, and the end
+    std::vector<int64_t> weights;      // where those of each begin, from the beginning of a panel's
+    std::vector<int64_t> in_place;     // where each begins, from the pixel's address, if all are whole lines
+    std::vector<int64_t> gathered;     // where each begins in memory where rows have been gathered
+    int words = 0;                     // of a chunk
+
+    Chunks() = default;
+    explicit Chunks(const Taps& taps);
+    int64_t count() const { return static_cast<int64_t>(weights.size()); }
+    // What gathering takes for a tile.
+    int64_t bytes() const { return count() * kMatrixPixels * kMatrixBytes; }
+};
+
+// The matrices of 16 pixels: rows so many bytes apart, and where each chunk begins.
+struct Matrices {
+    const uint8_t* rows;
+    int64_t stride;
+    const int64_t* chunks;
+};
+
+struct MatrixTiles {
+    // Before and after the others, on the same thread.
+    void (*begin)(int words);
+    void (*end)();
+    // The matrices of up to kMatrixPixels pixels, from a channel on: where they lie, or gathered in memory.
+    void (*gather)(const uint8_t* const* pixels, int count, int64_t channel, const Chunks& chunks, uint8_t* memory,
+                   Matrices (&matrices)[2]);
+    // Computes the sums of so many pixels.
+    void (*multiply)(const Matrices (&matrices)[2], int count, const Chunks& chunks, const Panels& panels,
+                     int32_t* sums);
+};
+
 struct Tiles {
     DotTile dot;
     bool narrow_sums;  // of 16 bits: needs a span, and nibbles where codes leave none
@@ -67,12 +114,14 @@ struct Tiles {
     int depthwise_panels, depthwise_taps;  // of a block, of a group; the weights of a group fill a word
     bool whole_blocks;                     // a depthwise block of less channels is slow
     bool block_order;                      // sums of a depthwise block are in the order of place_in_block
+    const MatrixTiles* matrices = nullptr;  // which are faster, where there are any
 };
 
 // For any processor, and for those with each instruction set.
 extern const Tiles kTiles;
 #if defined(__x86_64__)
 extern const Tiles kTilesAvx2, kTilesAvxVnni, kTilesAvx512, kTilesVnni;
+extern const MatrixTiles kTilesAmx;
 
 // Which they have, too, but for AVX-512 with VNNI.
 void depthwise_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,

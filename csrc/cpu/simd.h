@@ -16,6 +16,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "../numerics.h"
@@ -27,10 +31,11 @@ template <class T>
 constexpr int64_t kLineOf = kLine / sizeof(T);  // values
 
 // From the slowest to the fastest. Each has all that the one before has, but that AVX-512 has no VNNI of 256 bits.
-enum class Level { baseline, avx2, avx_vnni, avx512, avx512_vnni };
+enum class Level { baseline, avx2, avx_vnni, avx512, avx512_vnni, amx };
 
 inline const char* name(Level level) {
     switch (level) {
+        case Level::amx: return "amx";
         case Level::avx512_vnni: return "avx512_vnni";
         case Level::avx512: return "avx512";
         case Level::avx_vnni: return "avx_vnni";
@@ -40,12 +45,15 @@ inline const char* name(Level level) {
 }
 
 #if defined(__x86_64__)
-constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx_vnni, Level::avx512, Level::avx512_vnni};
+constexpr Level kLevels[] = {Level::baseline, Level::avx2,        Level::avx_vnni,
+                             Level::avx512,   Level::avx512_vnni, Level::amx};
 
 #define PTQ_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define PTQ_TARGET_AVX_VNNI __attribute__((target("avxvnni,avx2,fma,f16c")))
 #define PTQ_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define PTQ_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define PTQ_TARGET_AMX \
+    __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
 #define PTQ_AVX2_INLINE PTQ_TARGET_AVX2 inline __attribute__((always_inline))
 #define PTQ_AVX_VNNI_INLINE PTQ_TARGET_AVX_VNNI inline __attribute__((always_inline))
@@ -54,12 +62,25 @@ constexpr Level kLevels[] = {Level::baseline, Level::avx2, Level::avx_vnni, Leve
 
 PTQ_AVX2_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
+// The system saves the registers of AMX only for a process that has asked for them.
+inline bool has_amx() {
+#if defined(__linux__)
+    constexpr long kAskForComponent = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a = 0, b, c, d = 0;
+    const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);  // tiles, of bytes
+    return there && syscall(SYS_arch_prctl, kAskForComponent, kTiles) == 0;
+#else
+    return false;
+#endif
+}
+
 inline bool has(Level level) {
     const bool avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     switch (level) {
+        case Level::amx: return has(Level::avx512_vnni) && has_amx();
         case Level::avx512_vnni: return avx512 && __builtin_cpu_supports("avx512vnni");
         case Level::avx512: return avx512;
         case Level::avx_vnni: {  // which not every compiler knows by name
@@ -71,7 +92,7 @@ inline bool has(Level level) {
     }
 }
 
-// PTQ4CUDA_SIMD=baseline|avx2|avx_vnni|avx512|avx512_vnni lowers the level, for tests and bug reports.
+// PTQ4CUDA_SIMD=baseline|avx2|avx_vnni|avx512|avx512_vnni|amx lowers the level, for tests and bug reports.
 inline Level detect() {
     const char* most = std::getenv("PTQ4CUDA_SIMD");
     Level level = Level::baseline;
@@ -105,6 +126,7 @@ template <class Kernel, class... Args>
 void run(Args... args) {
 #if defined(__x86_64__)
     switch (level()) {
+        case Level::amx:
         case Level::avx512_vnni:
         case Level::avx512: return run_avx512<Kernel>(args...);
         case Level::avx_vnni:

@@ -16,13 +16,14 @@ namespace ptq4cuda {
 
 // Memory of a thread that steps may use as they like; what one leaves there means nothing to the next.
 struct Scratch {
-    simd::Vector<uint8_t> bytes;
+    simd::Vector<uint8_t> bytes, rows;
     std::vector<const uint8_t*> pointers;
 
     // At least so many bytes, with any values.
-    uint8_t* at_least(int64_t size) {
-        if (static_cast<int64_t>(bytes.size()) < size) bytes.resize(size);
-        return bytes.data();
+    uint8_t* at_least(int64_t size) { return at_least(bytes, size); }
+    static uint8_t* at_least(simd::Vector<uint8_t>& memory, int64_t size) {
+        if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+        return memory.data();
     }
 };
 

@@ -719,7 +719,7 @@ print(_native.build_info["simd_level"], digest.hexdigest())
 
 def test_the_instruction_set_does_not_matter(printed_at: Callable[..., list[str]]) -> None:
     digests = dict(
-        printed_at(level, FINGERPRINT) for level in ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+        printed_at(level, FINGERPRINT) for level in ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
     )
     assert "baseline" in digests
     assert len(set(digests.values())) == 1, digests
@@ -810,7 +810,7 @@ print(_native.build_info["simd_level"], used)
 """
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx_vnni", "avx512_vnni"])
+@pytest.mark.parametrize("level", ["baseline", "avx_vnni", "avx512_vnni", "amx"])
 def test_windows_add_up_to_the_same_sums(level: str, printed_at: Callable[..., list[str]]) -> None:
     """Transformed windows of codes and weights, and products of these, lose nothing."""
     reached, used = printed_at(level, WINDOWS)
