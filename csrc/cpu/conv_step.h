@@ -64,6 +64,8 @@ public:
         row_bytes_ = (shape_.in.width + (direct_ ? 0 : 2 * shape_.padding.width)) * pixel_bytes_;
         find_taps();
         if (matrices_) chunks_ = Chunks(taps_);
+        grid_ = !direct_ && !chunks_.in_place.empty() && shape_.stride.area() == 1 &&
+                shape_.group_channels() % simd::kLine == 0 && pixel_bytes_ % simd::kLine == 0;
         if (layer_->zeros()) sum_zeros();
         cut();
     }
@@ -228,7 +230,7 @@ private:
         const int64_t height = shape_.rows_read(bottom - top);
         unit.plane = height * row_bytes_ + kWordChannels;  // the last word may reach beyond the last channel
         const int64_t planes = split_ ? 2 : 1, margin = pad.width * pixel_bytes_;
-        uint8_t* band = unit.scratch.at_least(planes * unit.plane);
+        uint8_t* band = unit.scratch.at_least(planes * unit.plane + (grid_ ? kMatrixPixels * pixel_bytes_ : 0));
         const auto clear = [&](int64_t from, int64_t bytes) {
             for (int64_t p = 0; p < planes; ++p) std::memset(band + p * unit.plane + from, 0, bytes);
         };
@@ -477,7 +479,9 @@ private:
 
     // The same in matrices: those of a tile's codes meet as many panels as stay in the second-level cache.
     void compute_matrices(const Unit& unit, int64_t begin, int64_t end) const {
-        const int64_t count = unit.pixels.size(), tiles = ceil_div(count, int64_t{kMatrixPixels});
+        const int64_t count = unit.pixels.size(), across = grid_ ? row_bytes_ / pixel_bytes_ : count;
+        const int64_t width = grid_ ? shape_.out.width : count;  // pixels of a row; there may be places behind them
+        const int64_t places = count + (count / width - 1) * (across - width);
         const Panels weights = layer_->weights();
         const int64_t together =
             std::max<int64_t>(kTilePanels, kMatrixPanelBytes / weights.bytes / kTilePanels * kTilePanels);
@@ -485,22 +489,32 @@ private:
         uint8_t* memory = unit.scratch.at_least(unit.scratch.rows, chunks_.bytes());
         matrices_->begin(chunks_.words);
         for (int64_t first = begin; first < end; first += together)
-            for (int64_t t = 0; t < tiles; ++t) {
-                const int64_t pixel = t * kMatrixPixels, last = std::min(first + together, end);
-                const int pixels = static_cast<int>(std::min<int64_t>(kMatrixPixels, count - pixel));
-                const int32_t* const* zeros = layer_->zeros() ? &unit.zeros[pixel] : nullptr;
+            for (int64_t place = 0; place < places; place += kMatrixPixels) {
+                const int64_t stop = std::min(place + kMatrixPixels, places), last = std::min(first + together, end);
                 Matrices matrices[2];
                 int64_t channel = -1;  // of what has been gathered
                 for (int64_t b = first, n; b < last; b += n) {
                     n = together_at(b, std::min<int64_t>(kTilePanels, last - b));
-                    if (channel != layer_->panels()[b].channel) {
+                    if (grid_) {
+                        const uint8_t* rows = unit.pixels[0] + place * pixel_bytes_ + layer_->panels()[b].channel;
+                        matrices[0] = {rows, pixel_bytes_, chunks_.in_place.data()};
+                        matrices[1] = {rows + kMatrixRows * pixel_bytes_, pixel_bytes_, chunks_.in_place.data()};
+                    } else if (channel != layer_->panels()[b].channel) {
                         channel = layer_->panels()[b].channel;
-                        matrices_->gather(&unit.pixels[pixel], pixels, channel, chunks_, memory, matrices);
+                        matrices_->gather(&unit.pixels[place], static_cast<int>(stop - place), channel, chunks_, memory,
+                                          matrices);
                     }
-                    matrices_->multiply(matrices, pixels, chunks_,
+                    matrices_->multiply(matrices, static_cast<int>(stop - place), chunks_,
                                         {weights.weights + b * weights.bytes, weights.bytes, static_cast<int>(n)},
                                         sums);
-                    put(unit.call, unit.first + pixel, zeros, pixels, b, n, sums, kMatrixPanelSums);
+                    for (int64_t row = place / across; row * across < stop; ++row) {
+                        const int64_t from = std::max(place, row * across), to = std::min(stop, row * across + width);
+                        if (from >= to) continue;
+                        const int64_t pixel = row * width + from - row * across;
+                        put(unit.call, unit.first + pixel, layer_->zeros() ? &unit.zeros[pixel] : nullptr,
+                            static_cast<int>(to - from), b, n, sums + (from - place) * kPanelOutputs,
+                            kMatrixPanelSums);
+                    }
                 }
             }
         matrices_->end();
@@ -597,6 +611,7 @@ private:
     bool depthwise_, packed_, dense_, split_;
     const MatrixTiles* matrices_;  // nullptr: other tiles are faster
     bool windowed_, direct_;
+    bool grid_ = false;  // the pixels of a band, with those around the image, are rows of matrices as they lie
     Finisher<T> finish_;
     int64_t pixel_bytes_, row_bytes_;  // of the image or of a band
     std::vector<int64_t> offsets_;     // of the taps from a pixel's address

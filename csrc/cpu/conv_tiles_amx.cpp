@@ -116,15 +116,33 @@ void multiply(const Matrices (&matrices)[2], int count, const Chunks& chunks, co
                              : multiply_pair<1>(matrices, chunks, weights, panels.bytes, sums);
 }
 
-// A chunk of some pixels, piece by piece.
-PTQ_TARGET_AMX void gather_chunk(const uint8_t* const* pixels, int count, int64_t channel, const Chunks::Piece* piece,
-                                 const Chunks::Piece* end, uint8_t* to) {
-    for (int p = 0; p < count; ++p) {
-        const uint8_t* x = pixels[p] + channel;
-        __m512i codes = _mm512_maskz_loadu_epi8(piece->bytes, x + piece->offset);
-        for (const Chunks::Piece* more = piece + 1; more < end; ++more)
-            codes = _mm512_mask_loadu_epi8(codes, more->bytes, x + more->offset);
-        _mm512_store_si512(to + p * kMatrixBytes, codes);
+// A chunk of some pixels, in so many pieces.
+template <int kPieces>
+PTQ_TARGET_AMX void gather_chunk(const uint8_t* const* pixels, int count, int64_t channel, const Chunks::Piece* pieces,
+                                 uint8_t* to) {
+    __mmask64 bytes[kPieces];
+    int64_t at[kPieces];
+#pragma GCC unroll 4
+    for (int i = 0; i < kPieces; ++i) {
+        bytes[i] = pieces[i].bytes;
+        at[i] = channel + pieces[i].offset;
+    }
+    for (int p = 0; p < count; ++p, to += kMatrixBytes) {
+        __m512i codes = _mm512_maskz_loadu_epi8(bytes[0], pixels[p] + at[0]);
+#pragma GCC unroll 4
+        for (int i = 1; i < kPieces; ++i) codes = _mm512_mask_loadu_epi8(codes, bytes[i], pixels[p] + at[i]);
+        _mm512_store_si512(to, codes);
+    }
+}
+
+// Of any number of pieces.
+PTQ_TARGET_AMX void gather_pieces(const uint8_t* const* pixels, int count, int64_t channel,
+                                  const Chunks::Piece* pieces, int64_t number, uint8_t* to) {
+    for (int p = 0; p < count; ++p, to += kMatrixBytes) {
+        __m512i codes = _mm512_setzero_si512();
+        for (int64_t i = 0; i < number; ++i)
+            codes = _mm512_mask_loadu_epi8(codes, pieces[i].bytes, pixels[p] + channel + pieces[i].offset);
+        _mm512_store_si512(to, codes);
     }
 }
 
@@ -140,9 +158,16 @@ void gather(const uint8_t* const* pixels, int count, int64_t channel, const Chun
             continue;
         }
         const int n = std::min(count, kMatrixRows);
-        for (int64_t c = 0; c < chunks.count(); ++c)
-            gather_chunk(pixels, n, channel, &chunks.pieces[chunks.first_piece[c]],
-                         chunks.pieces.data() + chunks.first_piece[c + 1], memory + chunks.gathered[c]);
+        for (int64_t c = 0; c < chunks.count(); ++c) {
+            const Chunks::Piece* pieces = &chunks.pieces[chunks.first_piece[c]];
+            const int64_t number = chunks.first_piece[c + 1] - chunks.first_piece[c];
+            uint8_t* to = memory + chunks.gathered[c];
+            if (number > 4)
+                gather_pieces(pixels, n, channel, pieces, number, to);
+            else
+                with_constant<4>(static_cast<int>(number),
+                                 [&](auto k) { gather_chunk<k>(pixels, n, channel, pieces, to); });
+        }
         matrices[i] = {memory, kMatrixBytes, chunks.gathered.data()};
     }
 }
