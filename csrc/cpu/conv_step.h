@@ -24,7 +24,7 @@ constexpr int64_t kBandBytes = 64 << 20;    // of more than one row of outputs, 
 constexpr int64_t kPanelBytes = 16 << 10;   // of weights that meet a tile before the next tile
 constexpr int64_t kMatrixPanelBytes = 1 << 20;
 constexpr int64_t kTaskProducts = 1 << 17;  // worth a task
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTasksPerThread = 2;
 constexpr int64_t kTransformedBytes = 256 << 10;  // of the transformed windows of a unit
 constexpr int64_t kWindowPanels = 2;              // that meet them together: products of all positions stay in cache
 
@@ -491,6 +491,13 @@ private:
         for (int64_t first = begin; first < end; first += together)
             for (int64_t place = 0; place < places; place += kMatrixPixels) {
                 const int64_t stop = std::min(place + kMatrixPixels, places), last = std::min(first + together, end);
+                // Pixels of a row: the first one's place in the tile and in the unit, and how many they are.
+                const auto each_row = [&](const auto& f) {
+                    for (int64_t row = place / across; row * across < stop; ++row) {
+                        const int64_t from = std::max(place, row * across), to = std::min(stop, row * across + width);
+                        if (from < to) f(from - place, row * width + from - row * across, to - from);
+                    }
+                };
                 Matrices matrices[2];
                 int64_t channel = -1;  // of what has been gathered
                 for (int64_t b = first, n; b < last; b += n) {
@@ -504,17 +511,16 @@ private:
                         matrices_->gather(&unit.pixels[place], static_cast<int>(stop - place), channel, chunks_, memory,
                                           matrices);
                     }
+                    each_row([&](int64_t, int64_t pixel, int64_t pixels) {
+                        prefetch_outputs(unit.call, unit.first + pixel, pixels, b, b + n);
+                    });
                     matrices_->multiply(matrices, static_cast<int>(stop - place), chunks_,
                                         {weights.weights + b * weights.bytes, weights.bytes, static_cast<int>(n)},
                                         sums);
-                    for (int64_t row = place / across; row * across < stop; ++row) {
-                        const int64_t from = std::max(place, row * across), to = std::min(stop, row * across + width);
-                        if (from >= to) continue;
-                        const int64_t pixel = row * width + from - row * across;
+                    each_row([&](int64_t from, int64_t pixel, int64_t pixels) {
                         put(unit.call, unit.first + pixel, layer_->zeros() ? &unit.zeros[pixel] : nullptr,
-                            static_cast<int>(to - from), b, n, sums + (from - place) * kPanelOutputs,
-                            kMatrixPanelSums);
-                    }
+                            static_cast<int>(pixels), b, n, sums + from * kPanelOutputs, kMatrixPanelSums);
+                    });
                 }
             }
         matrices_->end();
