@@ -488,16 +488,18 @@ private:
         alignas(simd::kLine) int32_t sums[kTilePanels * kMatrixPanelSums];
         uint8_t* memory = unit.scratch.at_least(unit.scratch.rows, chunks_.bytes());
         matrices_->begin(chunks_.words);
+        // Pixels of a tile that are in a row: the first one's place in the tile and in the unit, and how many they are.
+        const auto each_row = [&](int64_t place, const auto& f) {
+            const int64_t stop = std::min(place + kMatrixPixels, places);
+            for (int64_t row = place / across; row * across < stop; ++row) {
+                const int64_t from = std::max(place, row * across), to = std::min(stop, row * across + width);
+                if (from < to) f(from - place, row * width + from - row * across, to - from);
+            }
+        };
         for (int64_t first = begin; first < end; first += together)
             for (int64_t place = 0; place < places; place += kMatrixPixels) {
-                const int64_t stop = std::min(place + kMatrixPixels, places), last = std::min(first + together, end);
-                // Pixels of a row: the first one's place in the tile and in the unit, and how many they are.
-                const auto each_row = [&](const auto& f) {
-                    for (int64_t row = place / across; row * across < stop; ++row) {
-                        const int64_t from = std::max(place, row * across), to = std::min(stop, row * across + width);
-                        if (from < to) f(from - place, row * width + from - row * across, to - from);
-                    }
-                };
+                const int pixels = static_cast<int>(std::min<int64_t>(kMatrixPixels, places - place));
+                const int64_t last = std::min(first + together, end);
                 Matrices matrices[2];
                 int64_t channel = -1;  // of what has been gathered
                 for (int64_t b = first, n; b < last; b += n) {
@@ -508,18 +510,20 @@ private:
                         matrices[1] = {rows + kMatrixRows * pixel_bytes_, pixel_bytes_, chunks_.in_place.data()};
                     } else if (channel != layer_->panels()[b].channel) {
                         channel = layer_->panels()[b].channel;
-                        matrices_->gather(&unit.pixels[place], static_cast<int>(stop - place), channel, chunks_, memory,
-                                          matrices);
+                        matrices_->gather(&unit.pixels[place], pixels, channel, chunks_, memory, matrices);
                     }
-                    each_row([&](int64_t, int64_t pixel, int64_t pixels) {
-                        prefetch_outputs(unit.call, unit.first + pixel, pixels, b, b + n);
+                    const bool same = b + n < last;  // the next outputs are those of the same pixels
+                    const int64_t next = same ? b + n : first;
+                    each_row(same ? place : place + kMatrixPixels, [&](int64_t, int64_t pixel, int64_t count_in_row) {
+                        prefetch_outputs(unit.call, unit.first + pixel, count_in_row, next,
+                                         std::min<int64_t>(next + kTilePanels, last));
                     });
-                    matrices_->multiply(matrices, static_cast<int>(stop - place), chunks_,
+                    matrices_->multiply(matrices, pixels, chunks_,
                                         {weights.weights + b * weights.bytes, weights.bytes, static_cast<int>(n)},
                                         sums);
-                    each_row([&](int64_t from, int64_t pixel, int64_t pixels) {
+                    each_row(place, [&](int64_t from, int64_t pixel, int64_t count_in_row) {
                         put(unit.call, unit.first + pixel, layer_->zeros() ? &unit.zeros[pixel] : nullptr,
-                            static_cast<int>(pixels), b, n, sums + from * kPanelOutputs, kMatrixPanelSums);
+                            static_cast<int>(count_in_row), b, n, sums + from * kPanelOutputs, kMatrixPanelSums);
                     });
                 }
             }
