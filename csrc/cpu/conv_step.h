@@ -431,6 +431,8 @@ private:
     }
 
     // The outputs of the next tile, and its residual: their lines lie too far apart to be foreseen.
+    // (Products of matrices take no time to speak of: what is asked for during some need not be in the first cache.)
+    template <bool kForMatrices = false>
     void prefetch_outputs(const ConvCall<T>& call, int64_t pixel, int64_t count, int64_t first, int64_t last) const {
         const int64_t begin = layer_->panels()[first].output,
                       end = layer_->panels()[last - 1].output + layer_->panels()[last - 1].outputs;
@@ -439,7 +441,7 @@ private:
                 row += (p - from_row * shape_.out.width) * shape_.out_channels;
                 const char* from = reinterpret_cast<const char*>(row + begin);
                 for (const char* stop = reinterpret_cast<const char*>(row + end); from < stop; from += simd::kLine)
-                    __builtin_prefetch(from, 1);
+                    __builtin_prefetch(from, kForMatrices ? 0 : 1, kForMatrices ? 2 : 3);
             };
             ask(call.y, call.y_from);
             if (call.residual) ask(call.residual, 0);
@@ -502,6 +504,9 @@ private:
                 const int64_t last = std::min(first + together, end);
                 Matrices matrices[2];
                 int64_t channel = -1;  // of what has been gathered
+                each_row(place + kMatrixPixels, [&](int64_t, int64_t pixel, int64_t count_in_row) {
+                    prefetch_outputs<true>(unit.call, unit.first + pixel, count_in_row, first, last);
+                });
                 for (int64_t b = first, n; b < last; b += n) {
                     n = together_at(b, std::min<int64_t>(kTilePanels, last - b));
                     if (grid_) {
@@ -512,12 +517,6 @@ private:
                         channel = layer_->panels()[b].channel;
                         matrices_->gather(&unit.pixels[place], pixels, channel, chunks_, memory, matrices);
                     }
-                    const bool same = b + n < last;  // the next outputs are those of the same pixels
-                    const int64_t next = same ? b + n : first;
-                    each_row(same ? place : place + kMatrixPixels, [&](int64_t, int64_t pixel, int64_t count_in_row) {
-                        prefetch_outputs(unit.call, unit.first + pixel, count_in_row, next,
-                                         std::min<int64_t>(next + kTilePanels, last));
-                    });
                     matrices_->multiply(matrices, pixels, chunks_,
                                         {weights.weights + b * weights.bytes, weights.bytes, static_cast<int>(n)},
                                         sums);
