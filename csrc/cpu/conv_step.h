@@ -22,7 +22,7 @@ constexpr int64_t kUnitPixels = 1024;       // at most
 constexpr int64_t kMinimumUnitPixels = 24;  // less does not pay for reading all weights
 constexpr int64_t kBandBytes = 64 << 20;    // of more than one row of outputs, at most
 constexpr int64_t kPanelBytes = 16 << 10;   // of weights that meet a tile before the next tile
-constexpr int64_t kMatrixPanelBytes = 1 << 20;
+constexpr int64_t kMatrixWeights = 1 << 20;  // bytes of a part of the output channels, in matrices
 constexpr int64_t kTaskProducts = 1 << 17;  // worth a task
 constexpr int64_t kTasksPerThread = 2;
 constexpr int64_t kTransformedBytes = 256 << 10;  // of the transformed windows of a unit
@@ -173,10 +173,12 @@ private:
         const int64_t wanted = products < static_cast<double>(most * kTaskProducts)
                                    ? static_cast<int64_t>(products) / kTaskProducts + 1
                                    : most;
-        parts_ = std::clamp<int64_t>(ceil_div(wanted, units_), 1, layer_->blocks());
+        const int64_t weights = windowed_ ? layer_->weights_of_windows().bytes : layer_->weights().bytes;
+        // The weights that meet one tile of matrices after the other must stay in the second-level cache meanwhile.
+        const int64_t shares = matrices_ ? ceil_div(layer_->blocks() * weights, kMatrixWeights) : 1;
+        parts_ = std::clamp<int64_t>(std::max(ceil_div(wanted, units_), shares), 1, layer_->blocks());
         // A thread reads either all units for some outputs, or some units for all outputs: whatever are less bytes,
         // of which those that another thread has written come from afar, as its neighbours' outputs do.
-        const int64_t weights = windowed_ ? layer_->weights_of_windows().bytes : layer_->weights().bytes;
         const int64_t outputs = sizeof(T) + layer_->has_also() + layer_->has_residual();
         parts_apart_ = layer_->blocks() * weights > 2 * shape_.batch * shape_.in.height * row_bytes_ +
                                                         shape_.pixels() * shape_.out_channels * outputs;
@@ -479,53 +481,48 @@ private:
         put(unit.call, unit.first + begin, zeros, count, index, n, sums);
     }
 
-    // The same in matrices: those of a tile's codes meet as many panels as stay in the second-level cache.
+    // The same in matrices: those of the codes of a tile meet all panels.
     void compute_matrices(const Unit& unit, int64_t begin, int64_t end) const {
         const int64_t count = unit.pixels.size(), across = grid_ ? row_bytes_ / pixel_bytes_ : count;
         const int64_t width = grid_ ? shape_.out.width : count;  // pixels of a row; there may be places behind them
         const int64_t places = count + (count / width - 1) * (across - width);
-        const Panels weights = layer_->weights();
-        const int64_t together =
-            std::max<int64_t>(kTilePanels, kMatrixPanelBytes / weights.bytes / kTilePanels * kTilePanels);
-        alignas(simd::kLine) int32_t sums[kTilePanels * kMatrixPanelSums];
-        uint8_t* memory = unit.scratch.at_least(unit.scratch.rows, chunks_.bytes());
-        matrices_->begin(chunks_.words);
         // Pixels of a tile that are in a row: the first one's place in the tile and in the unit, and how many they are.
         const auto each_row = [&](int64_t place, const auto& f) {
             const int64_t stop = std::min(place + kMatrixPixels, places);
             for (int64_t row = place / across; row * across < stop; ++row) {
                 const int64_t from = std::max(place, row * across), to = std::min(stop, row * across + width);
-                if (from < to) f(from - place, row * width + from - row * across, to - from);
+                if (from < to) f(from - place, row * width + from - row * across, static_cast<int>(to - from));
             }
         };
-        for (int64_t first = begin; first < end; first += together)
-            for (int64_t place = 0; place < places; place += kMatrixPixels) {
-                const int pixels = static_cast<int>(std::min<int64_t>(kMatrixPixels, places - place));
-                const int64_t last = std::min(first + together, end);
-                Matrices matrices[2];
-                int64_t channel = -1;  // of what has been gathered
-                each_row(place + kMatrixPixels, [&](int64_t, int64_t pixel, int64_t count_in_row) {
-                    prefetch_outputs<true>(unit.call, unit.first + pixel, count_in_row, first, last);
-                });
-                for (int64_t b = first, n; b < last; b += n) {
-                    n = together_at(b, std::min<int64_t>(kTilePanels, last - b));
-                    if (grid_) {
-                        const uint8_t* rows = unit.pixels[0] + place * pixel_bytes_ + layer_->panels()[b].channel;
-                        matrices[0] = {rows, pixel_bytes_, chunks_.in_place.data()};
-                        matrices[1] = {rows + kMatrixRows * pixel_bytes_, pixel_bytes_, chunks_.in_place.data()};
-                    } else if (channel != layer_->panels()[b].channel) {
-                        channel = layer_->panels()[b].channel;
-                        matrices_->gather(&unit.pixels[place], pixels, channel, chunks_, memory, matrices);
-                    }
-                    matrices_->multiply(matrices, pixels, chunks_,
-                                        {weights.weights + b * weights.bytes, weights.bytes, static_cast<int>(n)},
-                                        sums);
-                    each_row(place, [&](int64_t from, int64_t pixel, int64_t count_in_row) {
-                        put(unit.call, unit.first + pixel, layer_->zeros() ? &unit.zeros[pixel] : nullptr,
-                            static_cast<int>(count_in_row), b, n, sums + from * kPanelOutputs, kMatrixPanelSums);
-                    });
+        const Panels weights = layer_->weights();
+        alignas(simd::kLine) int32_t sums[kTilePanels * kMatrixPanelSums];
+        uint8_t* memory = grid_ ? nullptr : unit.scratch.at_least(unit.scratch.rows, chunks_.bytes());
+        matrices_->begin(chunks_.words);
+        for (int64_t place = 0; place < places; place += kMatrixPixels) {
+            const int pixels = static_cast<int>(std::min<int64_t>(kMatrixPixels, places - place));
+            each_row(place + kMatrixPixels, [&](int64_t, int64_t pixel, int count_in_row) {
+                prefetch_outputs<true>(unit.call, unit.first + pixel, count_in_row, begin, end);
+            });
+            Matrices matrices[2];
+            int64_t channel = -1;  // of what has been gathered
+            for (int64_t b = begin, n; b < end; b += n) {
+                n = together_at(b, std::min<int64_t>(kTilePanels, end - b));
+                if (grid_) {
+                    const uint8_t* rows = unit.pixels[0] + place * pixel_bytes_ + layer_->panels()[b].channel;
+                    matrices[0] = {rows, pixel_bytes_, chunks_.in_place.data()};
+                    matrices[1] = {rows + kMatrixRows * pixel_bytes_, pixel_bytes_, chunks_.in_place.data()};
+                } else if (channel != layer_->panels()[b].channel) {
+                    channel = layer_->panels()[b].channel;
+                    matrices_->gather(&unit.pixels[place], pixels, channel, chunks_, memory, matrices);
                 }
+                matrices_->multiply(matrices, pixels, chunks_,
+                                    {weights.weights + b * weights.bytes, weights.bytes, static_cast<int>(n)}, sums);
+                each_row(place, [&](int64_t from, int64_t pixel, int count_in_row) {
+                    put(unit.call, unit.first + pixel, layer_->zeros() ? &unit.zeros[pixel] : nullptr, count_in_row,
+                        b, n, sums + from * kPanelOutputs, kMatrixPanelSums);
+                });
             }
+        }
         matrices_->end();
     }
 
