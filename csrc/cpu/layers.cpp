@@ -37,6 +37,7 @@ struct Value {
     std::array<int64_t, 4> images{};                // N, C, H, W
     const std::vector<int64_t>* leading = nullptr;  // of features: their sizes but for the last
     size_t made = 0, last = 0;                      // the step that makes it, the last that reads it
+    size_t from = 0, until = 0;                     // the steps that it has its place from and until
     bool given = false;                             // is an input or a result: has its place
     bool between = false;                           // the convolutions of a chain: has no place of its own
     uint8_t* data = nullptr;
@@ -538,6 +539,7 @@ private:
     // Joins what has most between first.
     void find_chains() {
         for (size_t i = 0; i < steps_.size(); ++i) chains_.push_back({i, i});
+        for (Value& v : values_) v.from = v.made, v.until = v.last, v.between = false;
         std::vector<std::pair<int64_t, size_t>> links;
         for (size_t i = 0; i + 1 < steps_.size(); ++i)
             if (linked(i)) links.emplace_back(-values_[convolving(steps_[i + 1]).source].bytes(), i);
@@ -553,9 +555,9 @@ private:
                 const Convolving& c = convolving(steps_[j]);
                 values_[c.source].between = j > first;
                 for (int64_t read : {c.source, c.residual})
-                    if (read >= 0) values_[read].last = std::max(values_[read].last, last);
+                    if (read >= 0) values_[read].until = std::max(values_[read].until, last);
                 for (int64_t made : {c.out, c.also})
-                    if (made >= 0) values_[made].made = first;
+                    if (made >= 0) values_[made].from = first;
             }
             if (first < last) chains_[i].rows = Chain::rows_of(shapes_of(chains_[i]));
         }
@@ -591,14 +593,14 @@ private:
         size_t next = 0;  // step whose chain has no memory yet
         for (int64_t number : order_) {
             Value& v = values_[number];
-            for (; next <= v.made; next = chains_[next].last + 1) {
+            for (; next <= v.from; next = chains_[next].last + 1) {
                 Chained& chain = chains_[next];
                 if (chain.first == chain.last) continue;
                 const int64_t bytes =
                     torch::stable::get_num_threads() * Chain::bytes_of(shapes_of(chain), chain.rows);
                 places_.emplace_back(&chain.memory, arena_.place(bytes, chain.first, chain.last));
             }
-            if (!v.given && !v.between) places_.emplace_back(&v.data, arena_.place(v.bytes(), v.made, v.last));
+            if (!v.given && !v.between) places_.emplace_back(&v.data, arena_.place(v.bytes(), v.from, v.until));
         }
     }
 

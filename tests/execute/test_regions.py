@@ -135,6 +135,22 @@ def test_many_images_are_executed_some_at_a_time(network: nn.Module, pictures: T
     assert of_few < of_many <= 28 << 20 < of_few * copies
 
 
+def test_chains_of_many_images() -> None:
+    """Chains are the same whether images are executed together or some at a time."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 3, 1, 1), *(m for _ in range(4) for m in (nn.ReLU(), nn.Conv2d(64, 64, 1)))]
+    network = quantize(
+        nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 1024, 2)).eval(),
+        [torch.randn(2, 3, 32, 32)],
+        FAST,
+        progress=False,
+    )
+    (region,) = regions_of(network)
+    x = torch.randn(3, 3, 32, 32).repeat(200, 1, 1, 1)
+    memory = torch.ops.ptq4cuda.memory_of_layers([x], region.constants, region._numbers, region._dtype)
+    assert memory <= 28 << 20 and same(one_by_one(network, x), network(x))
+
+
 @pytest.mark.parametrize("batch", [0, 1, 5])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_at_a_stretch_as_one_by_one(network: nn.Module, pictures: Tensor, batch: int, threads: int) -> None:
