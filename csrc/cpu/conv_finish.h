@@ -42,7 +42,7 @@ template <class T>
 struct Finishing {
     int64_t pixels, outputs, stride;
     int64_t panel_sums;  // from those of a panel to those of the next
-    bool block_order;  // of the sums and the parameters: see place_in_block
+    bool block_order;    // of the sums and the parameters: see place_in_block
     const uint8_t* residual;
     T* y;
     const float* parameters;  // of the first panel

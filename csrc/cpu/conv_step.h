@@ -17,13 +17,13 @@
 
 namespace ptq4cuda {
 
-constexpr int64_t kUnitBytes = 64 << 10;    // of input
-constexpr int64_t kUnitPixels = 1024;       // at most
-constexpr int64_t kMinimumUnitPixels = 24;  // less does not pay for reading all weights
-constexpr int64_t kBandBytes = 64 << 20;    // of more than one row of outputs, at most
-constexpr int64_t kPanelBytes = 16 << 10;   // of weights that meet a tile before the next tile
+constexpr int64_t kUnitBytes = 64 << 10;     // of input
+constexpr int64_t kUnitPixels = 1024;        // at most
+constexpr int64_t kMinimumUnitPixels = 24;   // less does not pay for reading all weights
+constexpr int64_t kBandBytes = 64 << 20;     // of more than one row of outputs, at most
+constexpr int64_t kPanelBytes = 16 << 10;    // of weights that meet a tile before the next tile
 constexpr int64_t kMatrixWeights = 1 << 20;  // bytes of a part of the output channels, in matrices
-constexpr int64_t kTaskProducts = 1 << 17;  // worth a task
+constexpr int64_t kTaskProducts = 1 << 17;   // worth a task
 constexpr int64_t kTasksPerThread = 2;
 constexpr int64_t kTransformedBytes = 256 << 10;  // of the transformed windows of a unit
 constexpr int64_t kWindowPanels = 2;              // that meet them together: products of all positions stay in cache
@@ -486,7 +486,8 @@ private:
         const int64_t count = unit.pixels.size(), across = grid_ ? row_bytes_ / pixel_bytes_ : count;
         const int64_t width = grid_ ? shape_.out.width : count;  // pixels of a row; there may be places behind them
         const int64_t places = count + (count / width - 1) * (across - width);
-        // Pixels of a tile that are in a row: the first one's place in the tile and in the unit, and how many they are.
+        // Pixels of a tile that are in a row: the first one's place in the tile and in the unit, and how many they
+        // are.
         const auto each_row = [&](int64_t place, const auto& f) {
             const int64_t stop = std::min(place + kMatrixPixels, places);
             for (int64_t row = place / across; row * across < stop; ++row) {
@@ -592,9 +593,9 @@ private:
         const auto at = [&](int64_t from) {
             return (pixel - from * shape_.out.width) * stride + layer_->panels()[index].output;
         };
-        finish_(sums, {count, outputs, stride, panel_sums, layer_->block_order(), call.residual ? call.residual + at(0) : nullptr,
-                       call.y + at(call.y_from), layer_->parameters(index),
-                       call.also ? call.also + at(call.also_from) : nullptr,
+        finish_(sums, {count, outputs, stride, panel_sums, layer_->block_order(),
+                       call.residual ? call.residual + at(0) : nullptr, call.y + at(call.y_from),
+                       layer_->parameters(index), call.also ? call.also + at(call.also_from) : nullptr,
                        call.also ? layer_->also_parameters(index) : nullptr, layer_->activation()});
     }
 

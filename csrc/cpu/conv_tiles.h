@@ -59,10 +59,11 @@ constexpr int64_t place_in_block(int64_t channel, int panels) {
 
 // AMX multiplies a matrix of 64 codes of each of 16 pixels by one of their weights for a panel (conv_tiles_amx.cpp).
 constexpr int kMatrixRows = 16, kMatrixBytes = 64;
-constexpr int kMatrixPixels = 2 * kMatrixRows;                    // of a tile
+constexpr int kMatrixPixels = 2 * kMatrixRows;                   // of a tile
 constexpr int kMatrixPanelSums = kMatrixPixels * kPanelOutputs;  // of which sums are [panels][kMatrixPixels][16]
 
-// What a pixel reads, cut into chunks of as many bytes as a row of a matrix has: all of kMatrixBytes, or a single one.
+// What a pixel reads, cut into chunks of as many bytes as a row of a matrix has: all of kMatrixBytes, or a single
+// one.
 struct Chunks {
     // Bytes of a chunk that follow each other in memory: which, and how far from the pixel's address the chunk began
     // if all of it lay with them.
@@ -111,9 +112,9 @@ struct Tiles {
     int panels;               // that dot and dense take at a time, at most
     int pixels[kTilePanels];  // of a tile of one panel, of two...
     DepthwiseTile depthwise;
-    int depthwise_panels, depthwise_taps;  // of a block, of a group; the weights of a group fill a word
-    bool whole_blocks;                     // a depthwise block of less channels is slow
-    bool block_order;                      // sums of a depthwise block are in the order of place_in_block
+    int depthwise_panels, depthwise_taps;   // of a block, of a group; the weights of a group fill a word
+    bool whole_blocks;                      // a depthwise block of less channels is slow
+    bool block_order;                       // sums of a depthwise block are in the order of place_in_block
     const MatrixTiles* matrices = nullptr;  // which are faster, where there are any
 };
 

@@ -21,7 +21,7 @@ namespace {
 // Registers: sums 0 to 3, codes 4 and 5, weights 6 and 7. Their names are parts of instructions, so they cannot be
 // counted. (The compiler does not know what loads and stores of them read and write.)
 #define PTQ_TILE_LOAD(tile, from, stride) \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(stride) : "memory")
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(from), "r"(stride) : "memory")
 #define PTQ_TILE_STORE(tile, to) \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"(kSumStride) : "memory")
 
@@ -108,9 +108,8 @@ PTQ_TARGET_AMX void multiply_single(const Matrices& m, const Chunks& chunks, con
 void multiply(const Matrices (&matrices)[2], int count, const Chunks& chunks, const Panels& panels, int32_t* sums) {
     const int8_t* weights = panels.weights;
     if (count <= kMatrixRows)
-        return with_constant<kTilePanels>(panels.count, [&](auto b) {
-            multiply_single<b>(matrices[0], chunks, weights, panels.bytes, sums);
-        });
+        return with_constant<kTilePanels>(
+            panels.count, [&](auto b) { multiply_single<b>(matrices[0], chunks, weights, panels.bytes, sums); });
     for (int b = 0; b < panels.count; b += 2, weights += 2 * panels.bytes, sums += 2 * kMatrixPanelSums)
         panels.count - b > 1 ? multiply_pair<2>(matrices, chunks, weights, panels.bytes, sums)
                              : multiply_pair<1>(matrices, chunks, weights, panels.bytes, sums);
@@ -118,8 +117,8 @@ void multiply(const Matrices (&matrices)[2], int count, const Chunks& chunks, co
 
 // A chunk of some pixels, in so many pieces.
 template <int kPieces>
-PTQ_TARGET_AMX void gather_chunk(const uint8_t* const* pixels, int count, int64_t channel, const Chunks::Piece* pieces,
-                                 uint8_t* to) {
+PTQ_TARGET_AMX void gather_chunk(const uint8_t* const* pixels, int count, int64_t channel,
+                                 const Chunks::Piece* pieces, uint8_t* to) {
     __mmask64 bytes[kPieces];
     int64_t at[kPieces];
 #pragma GCC unroll 4

@@ -257,9 +257,14 @@ public:
             v.given = true;
             v.last = steps_.size();
         }
-        plan();
         images_ = images_of_all();
+        plan();
+        find_front();
         whole_ = arena_.size() <= kArenaBytes || images_ < 2;
+        if (!whole_ && front_ > 0) {
+            set_front(0, images_);
+            plan();
+        }
     }
 
     // Whether it is one for these inputs, too, and its steps can be kept for them.
@@ -311,6 +316,8 @@ private:
     // Images whose values take more are executed some at a time. From 32 MiB on, memory is handed out anew by the
     // system in each call, page by page, which takes as long as a fifth of a network.
     static constexpr int64_t kArenaBytes = 28 << 20;
+    static constexpr int64_t kCacheBytes = 1 << 20;  // that a thread has to itself
+    static constexpr int64_t kRunBytes = 256 << 10;  // that could be read while threads are entered once more
 
     // A step as it was read.
     struct Planned {
@@ -508,6 +515,7 @@ private:
 
     // Step i + 1 reads what step i makes, and nobody else does.
     bool linked(size_t i) const {
+        if (i + 1 == front_) return false;
         if (steps_[i].kind != kConvolve || steps_[i + 1].kind != kConvolve) return false;
         const Convolving &c = convolving(steps_[i]), &next = convolving(steps_[i + 1]);
         const Value& v = values_[next.source];
@@ -583,16 +591,93 @@ private:
         });
     }
 
+    // --- the front: steps that are executed for some images after the others
+
+    // Whatever large images are made of is many times their size, but few weights: it stays in the second-level
+    // caches if there are no more images at a time than threads. Later there are more weights than values, and these
+    // had better meet all images at once. What both take of the memory behind the caches is compared, step by step.
+    void find_front() {
+        if (!best_tiles().matrices) return;  // products take longer than memory does
+        int64_t group = std::min(images_, threads_);
+        while (group > 0 && images_ % group) --group;
+        if (group < 1 || group == images_) return;
+        const int64_t runs = images_ / group;
+        int64_t gain = 0, most = runs * kRunBytes;
+        size_t end = 0;
+        for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1) {
+            int64_t values = 0, weights = 0;
+            const auto touch = [&](int64_t number) {
+                if (number >= 0 && !values_[number].given && !values_[number].between)
+                    values += values_[number].bytes();
+            };
+            for (size_t j = i; j <= chains_[i].last; ++j) {
+                const Planned& step = steps_[j];
+                if (step.kind == kConvolve) {
+                    const Convolving& c = convolving(step);
+                    for (int64_t number : {c.source, c.residual, c.out, c.also}) touch(number);
+                    weights += step.shape.out_channels * step.shape.kernel.area() * step.shape.group_channels();
+                } else if (step.kind == kConcatenate) {
+                    for (const int64_t* s = step.fields + 2; s < step.fields + 2 + step.fields[1]; ++s) touch(*s);
+                    touch(step.fields[0]);
+                } else {
+                    for (int64_t number : {step.fields[0], step.fields[1]}) touch(number);
+                }
+            }
+            gain += std::max<int64_t>(0, values - threads_ * kCacheBytes) - (runs - 1) * weights;
+            if (gain > most) {
+                most = gain;
+                end = chains_[i].last + 1;
+            }
+        }
+        if (end == 0) return;
+        set_front(end, group);
+        plan();
+    }
+
+    void set_front(size_t end, int64_t group) {
+        for (size_t i = 0; i < std::max(front_, end); ++i) {
+            const int64_t images = i < end ? group : images_;
+            if (steps_[i].kind == kConvolve) steps_[i].shape.batch = images;
+            if (steps_[i].kind == kMaxPool) steps_[i].pool.batch = images;
+        }
+        front_ = end;
+        group_ = group;
+    }
+
+    // Whether a value is made in the front and read behind it.
+    bool crosses(const Value& v) const { return v.made < front_ && v.last >= front_; }
+
+    // Executes the front, image group by image group.
+    void execute_front() {
+        for (int64_t i = 0; i < images_ / group_; ++i) {
+            for (size_t n = 0; n < values_.size(); ++n)
+                if (values_[n].given || crosses(values_[n]))
+                    front_values_[n].data = values_[n].data + i * front_values_[n].bytes();
+            values_.swap(front_values_);
+            for (const auto& place : front_placing_) place();
+            values_.swap(front_values_);
+            front_ready_->run();
+        }
+    }
+
     // --- places
 
     void plan() {
         chains_.clear();
         find_chains();
+        front_values_.clear();
+        if (front_ > 0) front_values_ = values_;
+        for (Value& v : front_values_)
+            if (v.form != Form::none) v.images[0] = group_;
         arena_ = {};
         places_.clear();
-        size_t next = 0;  // step whose chain has no memory yet
         for (int64_t number : order_) {
             Value& v = values_[number];
+            if (crosses(v) && !v.given) places_.emplace_back(&v.data, arena_.place(v.bytes(), 0, v.until));
+        }
+        size_t next = 0;  // step whose chain has no memory yet
+        for (int64_t number : order_) {
+            Value& v = values_[number].made < front_ ? front_values_[number] : values_[number];
             for (; next <= v.from; next = chains_[next].last + 1) {
                 Chained& chain = chains_[next];
                 if (chain.first == chain.last) continue;
@@ -600,24 +685,35 @@ private:
                     torch::stable::get_num_threads() * Chain::bytes_of(shapes_of(chain), chain.rows);
                 places_.emplace_back(&chain.memory, arena_.place(bytes, chain.first, chain.last));
             }
-            if (!v.given && !v.between) places_.emplace_back(&v.data, arena_.place(v.bytes(), v.from, v.until));
+            if (!v.given && !v.between && !crosses(v))
+                places_.emplace_back(&v.data, arena_.place(v.bytes(), v.from, v.until));
         }
     }
 
     void execute(const Tensor& like, bool remake) {
         if (remake) {
-            made_.clear();
-            placing_.clear();
-            for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1)
-                chains_[i].last > i ? make_chain(chains_[i]) : make_step(steps_[i]);
+            values_.swap(front_values_);
+            make_steps(0, front_);
+            values_.swap(front_values_);
+            front_placing_ = std::exchange(placing_, {});
+            front_ready_.emplace(std::exchange(made_, {}));
+            make_steps(front_, steps_.size());
             ready_.emplace(std::exchange(made_, {}));
         }
         const Tensor memory = empty_vector(arena_.size() + simd::kLine, ScalarType::Byte, like);
         uint8_t* begin = memory.mutable_data_ptr<uint8_t>();
         begin += -reinterpret_cast<uintptr_t>(begin) & (simd::kLine - 1);
         for (const auto& [data, at] : places_) *data = begin + at;
+        if (front_ > 0) execute_front();
         for (const auto& place : placing_) place();
         ready_->run();
+    }
+
+    void make_steps(size_t begin, size_t end) {
+        made_.clear();
+        placing_.clear();
+        for (size_t i = begin; i < end; i = chains_[i].last + 1)
+            chains_[i].last > i ? make_chain(chains_[i]) : make_step(steps_[i]);
     }
 
     // Takes a step, and how it is told where values lie.
@@ -778,6 +874,11 @@ private:
     std::vector<std::pair<uint8_t**, int64_t>> places_;  // in it
     int64_t images_ = 0;                                 // that all values have
     bool whole_ = true;                                  // they are executed together
+    size_t front_ = 0;                 // the first step that is not executed for some images after the others
+    int64_t group_ = 0;                // how many at a time
+    std::vector<Value> front_values_;  // as its steps see them
+    std::vector<std::function<void()>> front_placing_;
+    std::optional<Steps> front_ready_;
     std::vector<std::unique_ptr<const Step>> made_;
     std::vector<std::function<void()>> placing_;  // tells each where values lie
     std::optional<Steps> ready_;
