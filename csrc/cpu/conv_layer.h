@@ -55,7 +55,7 @@ public:
         std::vector<std::optional<Line>> lines(problem.shape.out_channels);
         if (kept && in_range) lines = lines_of(problem, largest);
         std::optional<WindowWeights> windows;
-        if (kept && is_windowed(problem.shape) && !tiles_.narrow_sums)
+        if (kept && is_windowed(problem.shape) && !tiles_.narrow_sums && !matrices())
             windows = window_weights(problem.shape, problem.weight, problem.x);
         begin(problem.weight, {problem.activation.negative_slope, problem.activation.upper, in_range,
                                problem.zero_sums != nullptr, problem.also != nullptr, problem.residual != nullptr,
@@ -131,6 +131,11 @@ public:
     std::span<const uint8_t> bytes() const { return own_; }
 
     const Tiles& tiles() const { return tiles_; }
+    // Those that multiply this layer, if there are any. (A panel alone, as groups of few channels have, fills a
+    // fourth of the sums that they hold.)
+    const MatrixTiles* matrices() const {
+        return !depthwise_ && !packed_ && shape_.panels_per_group() > 1 ? tiles_.matrices : nullptr;
+    }
     bool depthwise() const { return depthwise_; }
     bool packed() const { return packed_; }
     bool dense() const { return dense_; }

@@ -51,7 +51,7 @@ public:
           packed_(layer_->packed()),
           dense_(layer_->dense()),
           split_(layer_->split()),
-          matrices_(pays_in_matrices() ? tiles_.matrices : nullptr),
+          matrices_(layer_->matrices()),
           windowed_(!matrices_ && layer_->windowed() && pays_in_windows()),
           finish_(finisher_of<T>(layer_->has_residual(), layer_->activation(), layer_->in_range())) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
@@ -265,9 +265,6 @@ private:
     int64_t windows_of(const Area& area) const { return ceil_div(area.bottom - area.top, 2) * windows_across(); }
     // Where outputs are few, much of their windows is outside of the image.
     bool pays_in_windows() const { return 5 * kPositions * windows_of(whole()) < 4 * 9 * shape_.out.area(); }
-
-    // A panel alone, as groups of few channels have, fills a fourth of the sums that there are.
-    bool pays_in_matrices() const { return !depthwise_ && !packed_ && shape_.panels_per_group() > 1; }
 
     // The image, and the output that is the first of a window.
     struct Place {

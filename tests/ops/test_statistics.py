@@ -188,6 +188,6 @@ print(_native.build_info["simd_level"], digest.hexdigest())
 
 
 def test_the_instruction_set_does_not_matter(printed_at: Callable[..., list[str]]) -> None:
-    digests = dict(printed_at(level, FINGERPRINT) for level in ("baseline", "avx2", "avx512", "avx512_vnni"))
+    digests = dict(printed_at(level, FINGERPRINT) for level in ("baseline", "avx2", "avx512", "avx512_vnni", "amx"))
     assert "baseline" in digests
     assert len(set(digests.values())) == 1, digests
