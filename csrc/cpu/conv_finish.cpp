@@ -146,14 +146,27 @@ private:
 // to integers rounds half to even, as rint does, and those that it cannot hold are out of the question, see
 // stays_in_range.) What is left of the activation is a slope other than 0 and 1. Packing words into bytes saturates
 // and brings outputs in block order into theirs; others are left to be put in order, four at a time. Where outputs
-// lie on a Line, all steps before the limits are one multiplication.
-enum class Course { line, plain, slope };
+// lie on a Line, all steps before the limits are one multiplication. In full strips whose zero points are 0, as those
+// of values from a ReLU are, there is nothing to subtract or to add for them.
+enum class Course { line, from_zero, plain, slope };
 
-// Whether outputs in so many panels can be finished on their lines.
-bool on_line(const Finishing<uint8_t>& f, const float* parameters, int64_t panels) {
-    bool all = f.also == nullptr;
-    for (int64_t i = 0; i < panels; ++i) all = all && parameters[i * kPanelParameters + kOnLine] != 0.0f;
+constexpr int64_t kAhead = 16;  // pixels whose residual is asked for: it was written long ago
+
+// Whether a fact holds for so many panels. (Inlined: in code of another instruction set it would cost more.)
+PTQ_INLINE bool holds(int64_t fact, const float* parameters, int64_t panels) {
+    bool all = true;
+    for (int64_t i = 0; i < panels; ++i)
+        all = all && simd::reinterpret<int32_t>(parameters[i * kPanelParameters + fact]) != 0;
     return all;
+}
+
+PTQ_INLINE bool on_line(const Finishing<uint8_t>& f, int64_t panel, int64_t panels) {
+    return f.also == nullptr && holds(kOnLine, f.parameters + panel * kPanelParameters, panels);
+}
+PTQ_INLINE bool from_zero(const Finishing<uint8_t>& f, int64_t panel, int64_t panels) {
+    return f.outputs >= (panel + panels) * kPanelOutputs &&
+           holds(kFromZero, f.parameters + panel * kPanelParameters, panels) &&
+           (!f.also || holds(kFromZero, f.also_parameters + panel * kPanelParameters, panels));
 }
 
 // Writes the first n of some bytes.
@@ -186,7 +199,7 @@ PTQ_AVX512_INLINE void store_first(__m512i bytes, uint8_t* y, int64_t n) {
 }
 
 // Two vectors of 8 outputs, or four.
-template <int kVectors, bool kBlock, bool kLine>
+template <int kVectors, bool kBlock, Course course>
 struct StripQuantizerAvx2 {
     static constexpr int64_t kSecond = kVectors > 2 ? kPanelParameters : 0;  // panel's parameters, if there is one
     const float* parameters;
@@ -208,16 +221,18 @@ struct StripQuantizerAvx2 {
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) {
             const float* inv_scale = parameters + i / 2 * kSecond + kInvScale * kPanelOutputs + i % 2 * 8;
-            const __m256 code = kLine ? values[i] : _mm256_mul_ps(values[i], _mm256_loadu_ps(inv_scale));
+            const __m256 code =
+                course == Course::line ? values[i] : _mm256_mul_ps(values[i], _mm256_loadu_ps(inv_scale));
             codes[i] = _mm256_cvtps_epi32(code);
         }
         __m256i words[2] = {_mm256_packs_epi32(codes[0], codes[1]),
                             _mm256_packs_epi32(codes[kVectors - 2], codes[kVectors - 1])};
-        if (!kLine)
+        if (course >= Course::plain)
             for (int i = 0; i < 2; ++i) words[i] = _mm256_adds_epi16(words[i], zero_points[i]);
         __m256i bytes = _mm256_packus_epi16(words[0], words[1]);
         if (!kBlock) bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        store_first(_mm256_min_epu8(_mm256_max_epu8(bytes, lowest), highest), y, n);
+        if (course != Course::from_zero) bytes = _mm256_max_epu8(bytes, lowest);
+        store_first(_mm256_min_epu8(bytes, highest), y, n);
     }
 };
 
@@ -253,13 +268,17 @@ PTQ_AVX2_INLINE void widen_bytes(__m256i bytes, __m256i (&to)[4]) {
 }
 
 template <bool kResidual, Course course, bool kBlock, int kVectors>
-PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t>& f, int64_t first) {
-    const int64_t n = std::min<int64_t>(f.outputs - first, 8 * kVectors), skipped = first / kPanelOutputs;
+PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t> f, int64_t first) {
+    constexpr int64_t kMost = 8 * kVectors;
+    constexpr bool kZero = course == Course::from_zero;
+    const int64_t n = kZero ? kMost : std::min(f.outputs - first, kMost);
+    const int64_t skipped = first / kPanelOutputs;
     const float* parameters = f.parameters + skipped * kPanelParameters;
-    using Quantizer = StripQuantizerAvx2<kVectors, kBlock, course == Course::line>;
+    using Quantizer = StripQuantizerAvx2<kVectors, kBlock, course>;
     const Quantizer out(parameters), also(f.also ? f.also_parameters + skipped * kPanelParameters : parameters);
     sums += skipped * f.panel_sums;
     for (int64_t p = 0, at = first; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
+        if (kResidual) __builtin_prefetch(f.residual + at + kAhead * f.stride);
         __m256 v[kVectors];
         __m256i r[4];
         if (kResidual) widen_bytes<kBlock>(load_first(f.residual + at, n), r);
@@ -273,10 +292,11 @@ PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t>&
                 v[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), of(kFactor), of(kOffset));
                 continue;
             }
-            v[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_castps_si256(of(kZeroSum))));
+            v[i] = _mm256_cvtepi32_ps(kZero ? sum : _mm256_sub_epi32(sum, _mm256_castps_si256(of(kZeroSum))));
             v[i] = _mm256_add_ps(_mm256_mul_ps(v[i], of(kScale)), of(kBias));
             if (kResidual) {
-                const __m256 code = _mm256_sub_ps(_mm256_cvtepi32_ps(r[i]), of(kResidualZeroPoint));
+                __m256 code = _mm256_cvtepi32_ps(r[i]);
+                if (!kZero) code = _mm256_sub_ps(code, of(kResidualZeroPoint));
                 v[i] = _mm256_add_ps(v[i], _mm256_mul_ps(code, of(kResidualScale)));
             }
             if (course == Course::slope) {
@@ -291,9 +311,12 @@ PTQ_AVX2_INLINE void finish_strip(const int32_t* sums, const Finishing<uint8_t>&
 
 template <bool kResidual, Course course, bool kBlock, int kVectors>
 PTQ_AVX2_INLINE void finish_strip_fast(const int32_t* sums, const Finishing<uint8_t>& f, int64_t first) {
+    [[maybe_unused]] const int64_t panel = first / kPanelOutputs, panels = kVectors / 2;
     if constexpr (!kResidual && course == Course::plain)
-        if (on_line(f, f.parameters + first / kPanelOutputs * kPanelParameters, kVectors / 2))
-            return finish_strip<false, Course::line, kBlock, kVectors>(sums, f, first);
+        if (on_line(f, panel, panels)) return finish_strip<false, Course::line, kBlock, kVectors>(sums, f, first);
+    if constexpr (kVectors == 4 && course == Course::plain)
+        if (from_zero(f, panel, panels))
+            return finish_strip<kResidual, Course::from_zero, kBlock, kVectors>(sums, f, first);
     finish_strip<kResidual, course, kBlock, kVectors>(sums, f, first);
 }
 
@@ -309,7 +332,7 @@ PTQ_TARGET_AVX2 void finish_avx2(const int32_t* sums, const Finishing<uint8_t>& 
 }
 
 // Some vectors of 16 outputs.
-template <int kVectors, bool kBlock, bool kLine>
+template <int kVectors, bool kBlock, Course course>
 struct StripQuantizer {
     __m512 inv_scale[kVectors];
     __m512i zero_points[2], lowest, highest;
@@ -330,16 +353,17 @@ struct StripQuantizer {
         __m512i codes[kVectors], words[2];
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i)
-            codes[i] = _mm512_cvtps_epi32(kLine ? values[i] : _mm512_mul_ps(values[i], inv_scale[i]));
+            codes[i] =
+                _mm512_cvtps_epi32(course == Course::line ? values[i] : _mm512_mul_ps(values[i], inv_scale[i]));
         pack_words(codes, words);
-        if (!kLine)
+        if (course >= Course::plain)
             for (int i = 0; i < 2; ++i) words[i] = _mm512_adds_epi16(words[i], zero_points[i]);
         __m512i bytes = _mm512_packus_epi16(words[0], words[1]);
         if (!kBlock)
             bytes = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
                                              bytes);
-        bytes = _mm512_min_epu8(_mm512_max_epu8(bytes, lowest), highest);
-        store_first(bytes, y, n);
+        if (course != Course::from_zero) bytes = _mm512_max_epu8(bytes, lowest);
+        store_first(_mm512_min_epu8(bytes, highest), y, n);
     }
 
 private:
@@ -350,10 +374,12 @@ private:
 };
 
 template <bool kResidual, Course course, bool kBlock, int kVectors>
-PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8_t>& f) {
-    const __mmask64 present = f.outputs < 64 ? (__mmask64{1} << f.outputs) - 1 : ~__mmask64{0};
-    const bool full = f.outputs == kVectors * kPanelOutputs;
-    using Quantizer = StripQuantizer<kVectors, kBlock, course == Course::line>;
+PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8_t> f) {
+    constexpr bool kZero = course == Course::from_zero;
+    const int64_t n = kZero ? kVectors * kPanelOutputs : f.outputs;
+    const __mmask64 present = n < 64 ? (__mmask64{1} << n) - 1 : ~__mmask64{0};
+    const bool full = n == kVectors * kPanelOutputs;
+    using Quantizer = StripQuantizer<kVectors, kBlock, course>;
     const Quantizer out(f.parameters), also(f.also ? f.also_parameters : f.parameters);
     const __m512 slope = _mm512_set1_ps(f.activation.negative_slope);
     const auto of = [&](Field field, int i) PTQ_TARGET_AVX512 {
@@ -366,6 +392,7 @@ PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8
         offset[i] = of(kOffset, i);
     }
     for (int64_t p = 0, at = 0; p < f.pixels; ++p, sums += kPanelOutputs, at += f.stride) {
+        if (kResidual) __builtin_prefetch(f.residual + at + kAhead * f.stride);
         __m512 v[kVectors];
         __m512i r[4];
         if (kResidual && kBlock) {
@@ -384,7 +411,7 @@ PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8
                 v[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor[i], offset[i]);
                 continue;
             }
-            v[i] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_castps_si512(of(kZeroSum, i))));
+            v[i] = _mm512_cvtepi32_ps(kZero ? sum : _mm512_sub_epi32(sum, _mm512_castps_si512(of(kZeroSum, i))));
             v[i] = _mm512_add_ps(_mm512_mul_ps(v[i], of(kScale, i)), of(kBias, i));
             if (kResidual) {
                 if (!kBlock) {
@@ -393,22 +420,25 @@ PTQ_AVX512_INLINE void finish_vectors(const int32_t* sums, const Finishing<uint8
                         full ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))
                              : _mm_maskz_loadu_epi8(static_cast<__mmask16>(present >> 16 * i), codes));
                 }
-                const __m512 code = _mm512_sub_ps(_mm512_cvtepi32_ps(r[i]), of(kResidualZeroPoint, i));
+                __m512 code = _mm512_cvtepi32_ps(r[i]);
+                if (!kZero) code = _mm512_sub_ps(code, of(kResidualZeroPoint, i));
                 v[i] = _mm512_add_ps(v[i], _mm512_mul_ps(code, of(kResidualScale, i)));
             }
             if (course == Course::slope)
                 v[i] =
                     _mm512_mask_mul_ps(v[i], _mm512_cmp_ps_mask(v[i], _mm512_setzero_ps(), _CMP_NGT_UQ), v[i], slope);
         }
-        out.put(v, f.y + at, f.outputs);
-        if (course != Course::line && f.also) also.put(v, f.also + at, f.outputs);
+        out.put(v, f.y + at, n);
+        if (course != Course::line && f.also) also.put(v, f.also + at, n);
     }
 }
 
 template <bool kResidual, Course course, bool kBlock, int kVectors>
 PTQ_AVX512_INLINE void finish_vectors_fast(const int32_t* sums, const Finishing<uint8_t>& f) {
     if constexpr (!kResidual && course == Course::plain)
-        if (on_line(f, f.parameters, kVectors)) return finish_vectors<false, Course::line, kBlock, kVectors>(sums, f);
+        if (on_line(f, 0, kVectors)) return finish_vectors<false, Course::line, kBlock, kVectors>(sums, f);
+    if constexpr (kVectors == 4 && course == Course::plain)
+        if (from_zero(f, 0, kVectors)) return finish_vectors<kResidual, Course::from_zero, kBlock, kVectors>(sums, f);
     finish_vectors<kResidual, course, kBlock, kVectors>(sums, f);
 }
 

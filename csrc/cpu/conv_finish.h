@@ -11,7 +11,8 @@ namespace ptq4cuda {
 
 // The parameters of a panel's outputs: field f of output o is parameters[16 f + o]; panels follow each other. Behind
 // the fields are the lowest and the highest codes of 64 outputs from the panel's first one on, a byte each, and
-// whether all outputs of the panel are on a Line, 1, or not, 0.
+// facts of all outputs of the panel, 1, or not, 0: that they are on a Line; that their zero points, what these have
+// in the sum, and their lowest codes are 0.
 enum Field {
     kZeroSum,  // an integer: what the zero points have in the sum, all taps together
     kScale,
@@ -34,6 +35,7 @@ constexpr int64_t kStripOutputs = 64;  // that are finished together, at most
 constexpr int64_t kLowestCodes = kFields * kPanelOutputs;
 constexpr int64_t kHighestCodes = kLowestCodes + kStripOutputs / sizeof(float);
 constexpr int64_t kOnLine = kHighestCodes + kStripOutputs / sizeof(float);
+constexpr int64_t kFromZero = kOnLine + 1;
 constexpr int64_t kPanelParameters = kOnLine + kPanelOutputs;
 
 // What a tile needs beside its sums and what comes of it. Outputs, and the residual's codes, lie `stride` apart from

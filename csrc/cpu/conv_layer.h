@@ -173,7 +173,7 @@ private:
         float negative_slope, upper;
         uint8_t in_range, zeros, also, residual, codes, windows;  // 0: no
     };
-    static constexpr uint64_t kMagic = 0x35726579616c3471;  // changes with what follows
+    static constexpr uint64_t kMagic = 0x36726579616c3471;  // changes with what follows
     struct alignas(simd::kLine) Header {
         uint64_t magic;
         int32_t tiles;  // see tile_kind
@@ -278,12 +278,16 @@ private:
         const auto put = [&](Part part, const auto& of) {
             float* to = reinterpret_cast<float*>(own_.data() + offset(part));
             std::vector<uint8_t> lowest(shape_.out_channels), highest(shape_.out_channels);
-            for (size_t i = 0; i < panels_.size(); ++i) to[i * kPanelParameters + kOnLine] = 1.0f;
+            for (size_t i = 0; i < panels_.size(); ++i)
+                for (const int64_t fact : {kOnLine, kFromZero}) to[i * kPanelParameters + fact] = 1.0f;
             each([&](size_t i, int64_t j, int64_t o) {
                 const auto values = of(o);
                 const auto [panel, lane] = place(i, j);
                 for (int f = 0; f < kFields; ++f) to[panel * kPanelParameters + f * kPanelOutputs + lane] = values[f];
                 if (std::isnan(values[kOffset])) to[panel * kPanelParameters + kOnLine] = 0.0f;
+                if (simd::reinterpret<int32_t>(values[kZeroSum]) != 0 || values[kResidualZeroPoint] != 0.0f ||
+                    values[kZeroPoint] != 0.0f || values[kLowest] != 0.0f)
+                    to[panel * kPanelParameters + kFromZero] = 0.0f;
                 lowest[o] = static_cast<uint8_t>(values[kLowest]);
                 highest[o] = static_cast<uint8_t>(values[kHighest]);
             });

@@ -762,6 +762,62 @@ def test_every_way_to_matrices(printed_at: Callable[..., list[str]]) -> None:
     assert len(set(digests.values())) == 1, digests
 
 
+# Of panels of outputs whose zero points are all 0, csrc/cpu/conv_finish.cpp leaves steps out.
+ZEROS = """
+import hashlib, itertools, torch
+from ptq4cuda import _native
+from ptq4cuda.ops import panels
+
+op, digest, facts = torch.ops.ptq4cuda, hashlib.sha256(), []
+g = torch.Generator().manual_seed(0)
+outputs, count = 176, 11
+
+def draw(low, high, *shape, dtype=torch.uint8):
+    return torch.randint(low, high, shape, dtype=dtype, generator=g).contiguous(
+        memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
+
+def scale(top):
+    return torch.rand(outputs, generator=g) * top + 1e-3
+
+for groups, slope, added, second, other in itertools.product(
+    (1, outputs), (0.0, 1.0), (False, True), (False, True), ("none", "sum", "residual", "first", "second")
+):
+    def zero_points(what, *shape):  # of an output in the fifth panel and of one in the ninth, if any
+        zeros = torch.zeros(*shape, outputs, dtype=torch.int32)
+        zeros[..., [70, 140]] = torch.tensor([7, -2], dtype=torch.int32) * (what == other)
+        return zeros
+    channels = outputs if groups > 1 else 12
+    x = draw(0, 16, 2, channels, 5, 7)
+    weight = draw(-128, 128, outputs, 3, 3, channels // groups, dtype=torch.int8)
+    weight = panels.weight_panels(weight.contiguous(), groups)
+    codes = ["first", "second"] if second else ["first"]
+    arguments = (
+        weight, zero_points("sum", 9), scale(1e-3), torch.randn(outputs, generator=g),
+        (3, 3), (1, 1), (1, 1), (1, 1), groups, 0, None, slope, float("inf"),
+        *((draw(0, 256, 2, outputs, 5, 7), scale(1e-2), zero_points("residual")) if added else (None,) * 3),
+        [scale(0.2) for _ in codes], [zero_points(what) for what in codes],
+        [draw(0, 9, outputs) for _ in codes], [torch.empty(0, dtype=torch.int32)] * len(codes), [0] * len(codes),
+        None)
+    for y in op.conv2d_integer(x, *arguments):
+        digest.update(y.contiguous().numpy().tobytes())
+    if groups == 1 and added and second and slope == 0.0:
+        one = arguments[13][:1, :, :3, :3]
+        prepared = op.prepare_layer(x[:1, :, :3, :3], *arguments[:13], one, *arguments[14:])
+        at = [64 + 1024 * panel + 964 for panel in range(2 * count)]
+        bits = [str(int(prepared[i : i + 4].view(torch.float32).item())) for i in at]
+        facts += ["".join(bits[:count]), "".join(bits[count:])]
+print(_native.build_info["simd_level"], digest.hexdigest(), *facts)
+"""
+
+
+def test_steps_that_change_nothing_are_left_out(printed_at: Callable[..., list[str]]) -> None:
+    runs = [printed_at(level, ZEROS) for level in ("baseline", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")]
+    assert len({digest for _, digest, *_ in runs}) == 1, runs
+    none, all_but_two = "1" * 11, "11110111011"
+    for _, _, *facts in runs:  # of the panels of the first output and of the second
+        assert facts == [none, none, *[all_but_two] * 4, all_but_two, none, none, all_but_two]
+
+
 # --- windows (csrc/cpu/conv_winograd.h) ---------------------------------------------------------------------------
 
 WINDOWS = """
