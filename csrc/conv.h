@@ -43,10 +43,20 @@ inline Extent extent(const char* op, const char* name, Numbers pair, int64_t lea
     return {pair[0], pair[1]};
 }
 
-struct ConvShape {
-    int64_t batch, channels, out_channels, groups;
-    int64_t low_bytes;  // of a pixel of packed codes; 0: codes are bytes
+// Images, and how the windows lie that convolutions and poolings compute outputs of.
+struct Windows {
+    int64_t batch, channels;  // of the images
     Extent in, out, kernel, stride, padding, dilation;
+
+    // Of the padded image, that so many rows of outputs are computed of.
+    PTQ_INLINE int64_t rows_read(int64_t rows) const {
+        return (rows - 1) * stride.height + dilation.height * (kernel.height - 1) + 1;
+    }
+};
+
+struct ConvShape : Windows {
+    int64_t out_channels, groups;
+    int64_t low_bytes;  // of a pixel of packed codes; 0: codes are bytes
 
     PTQ_INLINE int64_t group_channels() const { return channels / groups; }
     PTQ_INLINE int64_t group_outputs() const { return out_channels / groups; }
@@ -55,10 +65,6 @@ struct ConvShape {
     PTQ_INLINE int64_t words_per_tap() const { return ceil_div(group_channels(), kWordChannels); }
     PTQ_INLINE int64_t panel_words() const { return kernel.area() * words_per_tap(); }
     PTQ_INLINE int64_t pixels() const { return batch * out.area(); }
-    // Of the padded image, that so many rows of outputs are computed of.
-    PTQ_INLINE int64_t rows_read(int64_t rows) const {
-        return (rows - 1) * stride.height + dilation.height * (kernel.height - 1) + 1;
-    }
     PTQ_INLINE bool packed() const { return low_bytes > 0; }
     PTQ_INLINE int64_t pixel_bytes() const { return packed() ? channels / 2 : channels; }
     PTQ_INLINE int64_t high_bytes() const { return pixel_bytes() - low_bytes; }

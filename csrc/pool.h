@@ -22,11 +22,9 @@ struct Inside {
     }
 };
 
-struct PoolProblem {
+struct PoolProblem : Windows {
     const uint8_t* x;  // [N, H, W, C]
     uint8_t* y;        // [N, out H, out W, C]
-    int64_t batch, channels;
-    Extent in, out, kernel, stride, padding, dilation;
 
     PTQ_INLINE Inside rows(int64_t o) const {
         return taps(o, in.height, kernel.height, stride.height, padding.height, dilation.height);

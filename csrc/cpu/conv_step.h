@@ -13,18 +13,17 @@
 #pragma once
 
 #include "conv_layer.h"
-#include "steps.h"
+#include "link.h"
 
 namespace ptq4cuda {
 
-constexpr int64_t kUnitBytes = 64 << 10;     // of input
-constexpr int64_t kUnitPixels = 1024;        // at most
-constexpr int64_t kMinimumUnitPixels = 24;   // less does not pay for reading all weights
-constexpr int64_t kBandBytes = 64 << 20;     // of more than one row of outputs, at most
-constexpr int64_t kPanelBytes = 16 << 10;    // of weights that meet a tile before the next tile
-constexpr int64_t kMatrixWeights = 1 << 20;  // bytes of a part of the output channels, in matrices
-constexpr int64_t kTaskProducts = 1 << 17;   // worth a task
-constexpr int64_t kTasksPerThread = 2;
+constexpr int64_t kUnitBytes = 64 << 10;          // of input
+constexpr int64_t kUnitPixels = 1024;             // at most
+constexpr int64_t kMinimumUnitPixels = 24;        // less does not pay for reading all weights
+constexpr int64_t kBandBytes = 64 << 20;          // of more than one row of outputs, at most
+constexpr int64_t kPanelBytes = 16 << 10;         // of weights that meet a tile before the next tile
+constexpr int64_t kMatrixWeights = 1 << 20;       // bytes of a part of the output channels, in matrices
+constexpr int64_t kTaskProducts = 1 << 17;        // worth a task
 constexpr int64_t kTransformedBytes = 256 << 10;  // of the transformed windows of a unit
 constexpr int64_t kWindowPanels = 2;              // that meet them together: products of all positions stay in cache
 
@@ -40,7 +39,7 @@ struct ConvCall {
 };
 
 template <class T>
-class Convolution : public Step {
+class Convolution : public Link {
 public:
     // The shape is the layer's, with the sizes of the images.
     Convolution(std::unique_ptr<const ConvLayer> layer, const ConvShape& shape)
@@ -87,11 +86,18 @@ public:
         }
     }
 
-    const ConvShape& shape() const { return shape_; }
-    const ConvCall<T>& call() const { return call_; }
+    const Windows& windows() const override { return shape_; }
 
-    // Computes some rows of the outputs of image n, of and to where a call says.
-    void rows(const ConvCall<T>& call, int64_t n, int64_t top, int64_t bottom, Scratch& scratch) const {
+    void rows(const Bands& bands, int64_t n, int64_t top, int64_t bottom, Scratch& scratch) const override {
+        ConvCall<T> call = call_;
+        const auto stand_in = [](const Band& band, auto& codes, int64_t& from) {
+            if (!band.codes) return;
+            codes = reinterpret_cast<std::remove_reference_t<decltype(codes)>>(band.codes);
+            from = band.from;
+        };
+        stand_in(bands.in[0], call.x, call.x_from);
+        stand_in(bands.out[0], call.y, call.y_from);
+        stand_in(bands.out[1], call.also, call.also_from);
         Unit unit(call, scratch);
         const int64_t row = n * shape_.out.height;
         if (windowed_) {

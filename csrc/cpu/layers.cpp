@@ -16,6 +16,7 @@
 #include <span>
 
 #include "chain_step.h"
+#include "conv_step.h"
 #include "pool_step.h"
 #include "rows.h"
 
@@ -39,7 +40,7 @@ struct Value {
     size_t made = 0, last = 0;                      // the step that makes it, the last that reads it
     size_t from = 0, until = 0;                     // the steps that it has its place from and until
     bool given = false;                             // is an input or a result: has its place
-    bool between = false;                           // the convolutions of a chain: has no place of its own
+    bool between = false;                           // the links of a chain: has no place of its own
     uint8_t* data = nullptr;
 
     bool codes() const { return dtype == ScalarType::Byte; }
@@ -323,10 +324,12 @@ private:
     struct Planned {
         int64_t kind;
         const int64_t* fields;
+        const int64_t* joined = nullptr;  // of a pooling: the fields of a second one, or nullptr
         union {
             ConvShape shape;
             PoolProblem pool;
         };
+        const Windows& windows() const { return kind == kConvolve ? static_cast<const Windows&>(shape) : pool; }
     };
 
     // --- reading numbers
@@ -472,7 +475,8 @@ private:
                 step.pool = pool_problem(kOp, v.images, p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode != 0);
                 STD_TORCH_CHECK(v.form != Form::sequences || step.pool.out.height == 1, kOp,
                                 ": sequences have no rows");
-                return put(p.out, v.with(v.channels(), step.pool.out));
+                if (join_pools()) read(p.source);
+                return put(p.out, v.with(v.channels(), steps_.back().pool.out));
             }
             case kConcatenate: {
                 step.fields = fields(1);
@@ -504,7 +508,23 @@ private:
         }
     }
 
-    // --- chains of convolutions (chain_step.h)
+    // Makes one step of the last two if these pool both outputs of a convolution in the same way.
+    bool join_pools() {
+        if (steps_.size() < 3) return false;
+        const Planned &step = steps_.end()[-1], &made = steps_.end()[-3];
+        Planned& before = steps_.end()[-2];
+        if (before.kind != kMaxPool || before.joined || made.kind != kConvolve) return false;
+        const Convolving& c = convolving(made);
+        const Pooling &p = pooling(before), &other = pooling(step);
+        const bool both =
+            (p.source == c.out && other.source == c.also) || (p.source == c.also && other.source == c.out);
+        if (!both || !std::equal(p.kernel, &p.ceil_mode + 1, other.kernel)) return false;
+        before.joined = step.fields;
+        steps_.pop_back();
+        return true;
+    }
+
+    // --- chains (chain_step.h)
 
     // Steps that follow each other and are executed as one: in most cases a single one.
     struct Chained {
@@ -513,34 +533,70 @@ private:
         uint8_t* memory = nullptr;
     };
 
+    // What a convolution or a pooling reads through its windows, and what it makes.
+    static std::vector<int64_t> inputs_of(const Planned& step) {
+        if (step.kind == kConvolve) return {convolving(step).source};
+        std::vector<int64_t> inputs = {pooling(step).source};
+        if (step.joined) inputs.push_back(pooling(step.joined).source);
+        return inputs;
+    }
+    static std::vector<int64_t> outputs_of(const Planned& step) {
+        std::vector<int64_t> outputs = {step.kind == kConvolve ? convolving(step).out : pooling(step).out};
+        const int64_t second = step.kind == kConvolve ? convolving(step).also
+                               : step.joined          ? pooling(step.joined).out
+                                                      : -1;
+        if (second >= 0) outputs.push_back(second);
+        return outputs;
+    }
+    static int64_t residual_of(const Planned& step) {
+        return step.kind == kConvolve ? convolving(step).residual : -1;
+    }
+
+    // Which outputs of step i are the inputs of the next one.
+    std::vector<int64_t> passed(size_t i) const {
+        const std::vector<int64_t> outputs = outputs_of(steps_[i]);
+        std::vector<int64_t> passed;
+        for (int64_t input : inputs_of(steps_[i + 1]))
+            passed.push_back(std::find(outputs.begin(), outputs.end(), input) - outputs.begin());
+        return passed;
+    }
+
     // Step i + 1 reads what step i makes, and nobody else does.
     bool linked(size_t i) const {
         if (i + 1 == front_) return false;
-        if (steps_[i].kind != kConvolve || steps_[i + 1].kind != kConvolve) return false;
-        const Convolving &c = convolving(steps_[i]), &next = convolving(steps_[i + 1]);
-        const Value& v = values_[next.source];
-        return (next.source == c.out || next.source == c.also) && next.residual != next.source && v.last == i + 1 &&
-               !c.values && !next.values && v.numel() > 0 && values_[next.out].numel() > 0;
+        const Planned &step = steps_[i], &next = steps_[i + 1];
+        if (step.kind != kConvolve || (next.kind != kConvolve && next.kind != kMaxPool)) return false;
+        const std::vector<int64_t> made = outputs_of(step);
+        const auto has_codes = [&](int64_t v) { return values_[v].codes() && values_[v].numel() > 0; };
+        const auto is_passed = [&](int64_t v) {
+            return std::ranges::count(made, v) && v != residual_of(next) && values_[v].last == i + 1;
+        };
+        return std::ranges::all_of(made, has_codes) && std::ranges::all_of(outputs_of(next), has_codes) &&
+               std::ranges::all_of(inputs_of(next), is_passed);
     }
 
     bool makes_chain(size_t first, size_t last) const {
-        const ConvShape& outputs = steps_[last].shape;
+        const Windows& outputs = steps_[last].windows();
         int64_t weights = 0, tall = 0;
         bool read_by_others = false;  // what a step before makes
         for (size_t i = first; i <= last; ++i) {
-            const Convolving& c = convolving(steps_[i]);
-            const ConvShape& shape = steps_[i].shape;
-            weights += shape.out_channels * shape.kernel.area() * shape.group_channels();
-            tall += shape.kernel.height > 1;
+            const Planned& step = steps_[i];
+            const Windows& windows = step.windows();
+            if (step.kind == kConvolve)
+                weights += step.shape.out_channels * windows.kernel.area() * step.shape.group_channels();
+            tall += step.kind == kConvolve && windows.kernel.height > 1;
             // Rows that others read must be made once each: those that a task of the chain is for.
-            const bool exact = shape.kernel.height == 1 && shape.stride.height == 1 && shape.padding.height == 0;
+            const bool exact =
+                windows.kernel.height == 1 && windows.stride.height == 1 && windows.padding.height == 0;
             if (read_by_others && !exact) return false;
-            read_by_others |= c.also >= 0;
+            read_by_others |= i < last && outputs_of(step).size() > inputs_of(steps_[i + 1]).size();
             // The rows of a residual must be there.
-            if (i > first && c.residual >= static_cast<int64_t>(inputs_.size()) && values_[c.residual].made >= first)
+            const int64_t residual = residual_of(step);
+            if (i > first && residual >= static_cast<int64_t>(inputs_.size()) && values_[residual].made >= first)
                 return false;
         }
-        // Rows that overlap are computed twice where threads meet; every task reads all weights.
+        // Rows that overlap are computed twice where threads meet, which those before a pooling are worth; every task
+        // reads all weights.
         return tall <= 1 && weights <= kChainWeights && outputs.batch * outputs.out.height >= Chain::tasks_wanted();
     }
 
@@ -549,8 +605,12 @@ private:
         for (size_t i = 0; i < steps_.size(); ++i) chains_.push_back({i, i});
         for (Value& v : values_) v.from = v.made, v.until = v.last, v.between = false;
         std::vector<std::pair<int64_t, size_t>> links;
-        for (size_t i = 0; i + 1 < steps_.size(); ++i)
-            if (linked(i)) links.emplace_back(-values_[convolving(steps_[i + 1]).source].bytes(), i);
+        for (size_t i = 0; i + 1 < steps_.size(); ++i) {
+            if (!linked(i)) continue;
+            int64_t bytes = 0;
+            for (int64_t v : inputs_of(steps_[i + 1])) bytes += values_[v].bytes();
+            links.emplace_back(-bytes, i);
+        }
         std::sort(links.begin(), links.end());
         for (const auto& [bytes, i] : links) {
             const size_t first = chains_[i].first, last = chains_[i + 1].last;
@@ -559,36 +619,38 @@ private:
         }
         for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1) {
             const size_t first = chains_[i].first, last = chains_[i].last;
-            for (size_t j = first; j <= last && first < last; ++j) {
-                const Convolving& c = convolving(steps_[j]);
-                values_[c.source].between = j > first;
-                for (int64_t read : {c.source, c.residual})
-                    if (read >= 0) values_[read].until = std::max(values_[read].until, last);
-                for (int64_t made : {c.out, c.also})
-                    if (made >= 0) values_[made].from = first;
+            if (first == last) continue;
+            for (size_t j = first; j <= last; ++j) {
+                const auto read = [&](int64_t v) { values_[v].until = std::max(values_[v].until, last); };
+                for (int64_t v : inputs_of(steps_[j])) {
+                    read(v);
+                    values_[v].between = j > first;
+                }
+                if (residual_of(steps_[j]) >= 0) read(residual_of(steps_[j]));
+                for (int64_t v : outputs_of(steps_[j])) values_[v].from = first;
             }
-            if (first < last) chains_[i].rows = Chain::rows_of(shapes_of(chains_[i]));
+            chains_[i].rows = Chain::rows_of(readers_of(chains_[i]));
         }
     }
 
-    std::vector<const ConvShape*> shapes_of(const Chained& chain) const {
-        std::vector<const ConvShape*> shapes;
-        for (size_t i = chain.first; i <= chain.last; ++i) shapes.push_back(&steps_[i].shape);
-        return shapes;
+    std::vector<Chain::Reader> readers_of(const Chained& chain) const {
+        std::vector<Chain::Reader> readers;
+        for (size_t i = chain.first; i <= chain.last; ++i)
+            readers.push_back({&steps_[i].windows(), static_cast<int64_t>(inputs_of(steps_[i]).size())});
+        return readers;
     }
 
     void make_chain(const Chained& chain) {
-        std::vector<Chain::Link> links;
+        const size_t begin = made_.size();
+        std::vector<Chain::Part> parts;
         for (size_t i = chain.first; i <= chain.last; ++i) {
-            const Convolving& c = convolving(steps_[i]);
-            const bool also = i < chain.last && convolving(steps_[i + 1]).source == c.also;
-            links.push_back({convolution<uint8_t>(c, steps_[i].shape), also});
+            make_step(steps_[i]);
+            parts.push_back({std::unique_ptr<const Link>(dynamic_cast<const Link*>(made_.back().release())),
+                             i < chain.last ? passed(i) : std::vector<int64_t>()});
         }
-        make(std::make_unique<Chain>(std::move(links), chain.rows), [this, &chain](Chain& step) {
-            std::vector<ConvCall<uint8_t>> calls;
-            for (size_t i = chain.first; i <= chain.last; ++i) calls.push_back(call<uint8_t>(convolving(steps_[i])));
-            step.place(calls, chain.memory);
-        });
+        made_.resize(begin);
+        make(std::make_unique<Chain>(std::move(parts), chain.rows),
+             [&chain](Chain& step) { step.place(chain.memory); });
     }
 
     // --- the front: steps that are executed for some images after the others
@@ -612,10 +674,12 @@ private:
             };
             for (size_t j = i; j <= chains_[i].last; ++j) {
                 const Planned& step = steps_[j];
-                if (step.kind == kConvolve) {
-                    const Convolving& c = convolving(step);
-                    for (int64_t number : {c.source, c.residual, c.out, c.also}) touch(number);
-                    weights += step.shape.out_channels * step.shape.kernel.area() * step.shape.group_channels();
+                if (step.kind == kConvolve || step.kind == kMaxPool) {
+                    for (int64_t number : inputs_of(step)) touch(number);
+                    for (int64_t number : outputs_of(step)) touch(number);
+                    touch(residual_of(step));
+                    if (step.kind == kConvolve)
+                        weights += step.shape.out_channels * step.shape.kernel.area() * step.shape.group_channels();
                 } else if (step.kind == kConcatenate) {
                     for (const int64_t* s = step.fields + 2; s < step.fields + 2 + step.fields[1]; ++s) touch(*s);
                     touch(step.fields[0]);
@@ -682,7 +746,7 @@ private:
                 Chained& chain = chains_[next];
                 if (chain.first == chain.last) continue;
                 const int64_t bytes =
-                    torch::stable::get_num_threads() * Chain::bytes_of(shapes_of(chain), chain.rows);
+                    torch::stable::get_num_threads() * Chain::bytes_of(readers_of(chain), chain.rows);
                 places_.emplace_back(&chain.memory, arena_.place(bytes, chain.first, chain.last));
             }
             if (!v.given && !v.between && !crosses(v))
@@ -774,13 +838,14 @@ private:
     };
     static const Quantizing& quantizing(const Planned& p) { return *reinterpret_cast<const Quantizing*>(p.fields); }
     static const Convolving& convolving(const Planned& p) { return *reinterpret_cast<const Convolving*>(p.fields); }
-    static const Pooling& pooling(const Planned& p) { return *reinterpret_cast<const Pooling*>(p.fields); }
+    static const Pooling& pooling(const Planned& p) { return pooling(p.fields); }
+    static const Pooling& pooling(const int64_t* fields) { return *reinterpret_cast<const Pooling*>(fields); }
 
     void make_step(const Planned& step) {
         switch (step.kind) {
             case kQuantize: return quantize(quantizing(step));
             case kConvolve: return convolve(convolving(step), step.shape);
-            case kMaxPool: return pool(pooling(step), step.pool);
+            case kMaxPool: return pool(step);
             case kConcatenate: {
                 const Value& y = value(step.fields[0]);
                 if (y.numel() == 0) return;
@@ -817,8 +882,7 @@ private:
         return {data(c.source), data(c.residual), reinterpret_cast<T*>(data(c.out)), data(c.also)};
     }
 
-    template <class T>
-    std::unique_ptr<Convolution<T>> convolution(const Convolving& c, const ConvShape& shape) {
+    void convolve(const Convolving& c, const ConvShape& shape) {
         const Tensor &weight = constant(c.weight, ScalarType::Char), &bytes = constant(c.prepared, ScalarType::Byte);
         const std::array<int64_t, 4> panels = {shape.groups * shape.panels_per_group(), shape.panel_words(),
                                                kPanelOutputs, kWordChannels};
@@ -827,21 +891,17 @@ private:
         STD_TORCH_CHECK(std::equal(weights.begin(), weights.end(), found.begin(), found.end()), kOp,
                         ": a weight must have the shape ", list_of(weights), ", got ", shape_of(weight));
         STD_TORCH_CHECK(c.span != 0 && -kLimit <= c.span && c.span <= kLimit, kOp, ": a span is ", c.span);
-        if (value(c.out).numel() == 0) return nullptr;
+        if (value(c.out).numel() == 0) return;
         auto layer = std::make_unique<ConvLayer>(
             shape, c.span, weight.const_data_ptr<int8_t>(),
             std::span(bytes.const_data_ptr<uint8_t>(), static_cast<size_t>(bytes.numel())));
         STD_TORCH_CHECK(layer->returns_codes() == (c.values == 0) && layer->has_also() == (c.also >= 0) &&
                             layer->has_residual() == (c.residual >= 0),
                         kOp, ": a layer was prepared for other outputs");
-        return std::make_unique<Convolution<T>>(std::move(layer), shape);
-    }
-
-    void convolve(const Convolving& c, const ConvShape& shape) {
         dispatch_output(value(c.out).dtype, [&](auto type) {
             using Made = Convolution<decltype(type)>;
-            if (auto step = convolution<decltype(type)>(c, shape))
-                make(std::move(step), [this, &c](Made& made) { made.place(call<decltype(type)>(c)); });
+            make(std::make_unique<Made>(std::move(layer), shape),
+                 [this, &c](Made& made) { made.place(call<decltype(type)>(c)); });
         });
     }
     template <class F>
@@ -849,10 +909,15 @@ private:
         dtype == ScalarType::Byte ? f(uint8_t{}) : dispatch_floating(dtype, f);
     }
 
-    void pool(const Pooling& p, const PoolProblem& problem) {
-        const Value &x = value(p.source), &y = value(p.out);
-        if (y.numel() > 0)
-            make(std::make_unique<MaxPool>(problem), [&x, &y](MaxPool& made) { made.place(x.data, y.data); });
+    void pool(const Planned& step) {
+        if (value(pooling(step).out).numel() == 0) return;
+        make(std::make_unique<MaxPool>(step.pool), [this, &step](MaxPool& made) {
+            std::vector<PoolCall> calls;
+            for (const int64_t* fields : {step.fields, step.joined})
+                if (fields)
+                    calls.push_back({values_[pooling(fields).source].data, values_[pooling(fields).out].data});
+            made.place(std::move(calls));
+        });
     }
 
     struct Input {

@@ -14,6 +14,8 @@
 
 namespace ptq4cuda {
 
+constexpr int64_t kTasksPerThread = 2;  // at least, where there is enough to do
+
 // Memory of a thread that steps may use as they like; what one leaves there means nothing to the next.
 struct Scratch {
     simd::Vector<uint8_t> bytes, rows;
