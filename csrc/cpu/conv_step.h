@@ -150,10 +150,27 @@ private:
     // too.
     void cut() {
         const Extent out = shape_.out;
+        const double products = static_cast<double>(shape_.pixels()) * static_cast<double>(shape_.out_channels) *
+                                static_cast<double>(shape_.kernel.area() * shape_.group_channels());
+        const int64_t tasks = torch::stable::get_num_threads() * kTasksPerThread;
+        const int64_t wanted = products < static_cast<double>(tasks * kTaskProducts)
+                                   ? static_cast<int64_t>(products) / kTaskProducts + 1
+                                   : tasks;
+        // A thread reads either all units for some outputs, or some units for all outputs: whatever are less bytes,
+        // of which those that another thread has written come from afar, as its neighbours' outputs do.
+        const int64_t panel = windowed_ ? layer_->weights_of_windows().bytes : layer_->weights().bytes;
+        const int64_t weights = layer_->blocks() * panel;
+        const int64_t outputs = sizeof(T) + layer_->has_also() + layer_->has_residual();
+        parts_apart_ = weights > 2 * shape_.batch * shape_.in.height * row_bytes_ +
+                                     shape_.pixels() * shape_.out_channels * outputs;
         // Of the columns and rows between windows nothing is read.
         const int64_t read = std::min(shape_.stride.height, shape_.kernel.height) *
                              std::min(shape_.stride.width, shape_.kernel.width) * pixel_bytes_;
-        const int64_t pixels = std::clamp(kUnitBytes / read, kMinimumUnitPixels, kUnitPixels);
+        const int64_t tile = matrices_ ? kMatrixPixels : kTilePixels;
+        int64_t pixels = std::clamp(kUnitBytes / read, std::max(tile, kMinimumUnitPixels), kUnitPixels);
+        // What is gathered for matrices meets all panels: rather than these, pixels are shared out.
+        if (matrices_ && !parts_apart_)
+            pixels = std::clamp(ceil_div(ceil_div(shape_.pixels(), wanted), tile) * tile, tile, pixels);
         // Of nearly equal size, in whole tiles.
         const auto even = [](int64_t total, int64_t most, int64_t step) {
             const int64_t size = ceil_div(total, ceil_div(total, most));
@@ -165,7 +182,7 @@ private:
             unit_size_ = even(windows, std::clamp<int64_t>(most, kTilePixels, kUnitPixels), 1);
             units_ = ceil_div(windows, unit_size_);
         } else if (direct_) {
-            unit_size_ = even(shape_.pixels(), pixels, matrices_ ? kMatrixPixels : kTilePixels);
+            unit_size_ = even(shape_.pixels(), pixels, tile);
             units_ = ceil_div(shape_.pixels(), unit_size_);
         } else {
             // However far apart rows of outputs are, their band must not outgrow memory.
@@ -173,21 +190,9 @@ private:
             unit_size_ = even(out.height, std::clamp<int64_t>(std::min(pixels / out.width, most), 1, out.height), 1);
             units_ = shape_.batch * ceil_div(out.height, unit_size_);
         }
-        const double products = static_cast<double>(shape_.pixels()) * static_cast<double>(shape_.out_channels) *
-                                static_cast<double>(shape_.kernel.area() * shape_.group_channels());
-        const int64_t most = torch::stable::get_num_threads() * kTasksPerThread;
-        const int64_t wanted = products < static_cast<double>(most * kTaskProducts)
-                                   ? static_cast<int64_t>(products) / kTaskProducts + 1
-                                   : most;
-        const int64_t weights = windowed_ ? layer_->weights_of_windows().bytes : layer_->weights().bytes;
         // The weights that meet one tile of matrices after the other must stay in the second-level cache meanwhile.
-        const int64_t shares = matrices_ ? ceil_div(layer_->blocks() * weights, kMatrixWeights) : 1;
+        const int64_t shares = matrices_ ? ceil_div(weights, kMatrixWeights) : 1;
         parts_ = std::clamp<int64_t>(std::max(ceil_div(wanted, units_), shares), 1, layer_->blocks());
-        // A thread reads either all units for some outputs, or some units for all outputs: whatever are less bytes,
-        // of which those that another thread has written come from afar, as its neighbours' outputs do.
-        const int64_t outputs = sizeof(T) + layer_->has_also() + layer_->has_residual();
-        parts_apart_ = layer_->blocks() * weights > 2 * shape_.batch * shape_.in.height * row_bytes_ +
-                                                        shape_.pixels() * shape_.out_channels * outputs;
     }
 
     // --- the input of a unit
