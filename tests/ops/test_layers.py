@@ -40,7 +40,8 @@ def quantizers(count: int, channels: int, g: torch.Generator) -> list[tuple[Tens
 @pytest.mark.parametrize("name", STEMS)
 def test_poolings_of_what_was_just_made(name: str, threads: int) -> None:
     (k, s, p, d), (*pair, to_the_end) = STEMS[name]
-    window: Any = [[n, n] for n in pair]
+    names = ("kernel_size", "stride", "padding", "dilation")
+    window: dict[str, Any] = {at: (n, n) for at, n in zip(names, pair, strict=True)} | {"ceil_mode": to_the_end}
     g, before = torch.Generator().manual_seed(len(name)), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -70,8 +71,8 @@ def test_poolings_of_what_was_just_made(name: str, threads: int) -> None:
                     second=len(codes) > 1,
                 )
                 chosen = {"one of two": [1], "two, the second first": [1, 0]}.get(how, range(len(codes)))
-                results = [code.max_pool(values[i], *window, to_the_end) for i in chosen]
-                wanted = [OP.max_pool_codes(made[i], *window, to_the_end) for i in chosen]
+                results = [code.max_pool(values[i], **window) for i in chosen]
+                wanted = [OP.max_pool_codes(made[i], **window) for i in chosen]
                 if how.endswith("returned"):
                     results, wanted = [*results, values[0]], [*wanted, made[0]]
                 numbers = code.returning(results)
