@@ -17,6 +17,7 @@
 
 #include "chain_step.h"
 #include "conv_step.h"
+#include "planes.h"
 #include "pool_step.h"
 #include "rows.h"
 
@@ -106,7 +107,10 @@ public:
             whole_.emplace_back(ChannelLayout{pixels_, channels_, 1}, table);
         } else {
             plane_ = y.size().area();
-            for (int64_t c = 0; c < channels_; ++c) whole_.emplace_back(ChannelLayout{1, 1, plane_}, table.at(c));
+            for (int64_t c = 0; c < channels_; ++c) {
+                whole_.emplace_back(ChannelLayout{1, 1, plane_}, table.at(c));
+                quantizers_.push_back(table[c]);
+            }
         }
         pixels_per_task_ = std::max<int64_t>(kTaskCodes / channels_, 1);
         tasks_ = plane_ ? pixels_ / plane_ * ceil_div(plane_, pixels_per_task_) : ceil_div(pixels_, pixels_per_task_);
@@ -130,6 +134,12 @@ public:
             const int64_t pieces = ceil_div(plane_, pixels_per_task_), image = task / pieces;
             const int64_t begin = task % pieces * pixels_per_task_;
             const int64_t count = std::min(plane_ - begin, pixels_per_task_);
+            if constexpr (std::is_same_v<T, float>)
+                if (channels_ == 3 && simd::level() >= simd::Level::avx2) {
+                    quantize_planes(x_ + image * channels_ * plane_ + begin, plane_, count, quantizers_.data(),
+                                    y_ + (image * plane_ + begin) * channels_);
+                    continue;
+                }
             uint8_t* codes = scratch.at_least(count * channels_);
             for (int64_t c = 0; c < channels_; ++c)
                 whole_[c](x_ + (image * channels_ + c) * plane_ + begin, codes + c * count, begin, begin + count);
@@ -147,6 +157,7 @@ private:
     int64_t plane_ = 0;  // pixels of an image, where channels come apart
     int64_t pixels_per_task_, tasks_;
     std::vector<Rows<Quantize, T, uint8_t>> whole_;  // or one for each channel
+    std::vector<Quantizer> quantizers_;              // of each channel, where they come apart
 };
 
 // Copies rows of bytes: what each source has of a pixel to its place in the pixel.

@@ -1,4 +1,4 @@
-"""run_layers: what is pooled of a convolution a few rows at a time is what its operators give one by one."""
+"""run_layers: steps that it joins or computes in a way of its own give what their operators give one by one."""
 
 from __future__ import annotations
 
@@ -83,3 +83,22 @@ def test_poolings_of_what_was_just_made(name: str, threads: int) -> None:
                     assert OP.memory_of_layers([x], code.constants, numbers, torch.float32) < made[0].numel()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 3, 33, 31), (2, 3, 128, 129), (2, 4, 9, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_codes_of_planes(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    ((scale, _, bits),) = quantizers(1, size[1], g)
+    x = torch.randn(size, generator=g) * 4
+    x = torch.where(torch.rand(size, generator=g) < 0.3, (x / 0.125).round() * 0.0625, x)  # with ties
+    unusual = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e9, -1e9, 3e9, -3e9, -0.0, 1e-40])
+    x.view(-1)[: 11 * (x.numel() // 22)] = unusual.repeat(x.numel() // 22)
+    x = x.view(-1)[torch.randperm(x.numel(), generator=g)].view(size).to(dtype)
+    for zero_point, step in ((4, 0.125), (-(1 << 22), 1e-6), (1 << 22, 1e-6), (200, None)):
+        zeros = torch.full((size[1],), zero_point, dtype=torch.int32)
+        scales = scale if step is None else torch.full_like(scale, step)
+        code = Code([False])
+        numbers = code.returning([code.quantize(0, scales, zeros, bits)])
+        (y,) = OP.run_layers([x], code.constants, numbers, torch.float32)
+        assert torch.equal(y, OP.quantize(x, scales, zeros, bits, 1))
