@@ -76,6 +76,22 @@ class Sequence(nn.Module):
         return self.fc(self.second(F.max_pool1d(F.relu(self.first(x)), 2)).mean(2))
 
 
+class Pyramid(nn.Module):
+    """Large images of few channels, then small ones of many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 16, 1)
+        self.first, self.second = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+        self.shrink, self.deep, self.fc = nn.Conv2d(48, 256, 3, 4), nn.Conv2d(256, 256, 3), nn.Linear(1024, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.stem(x))
+        y = F.max_pool2d(F.relu(self.second(F.relu(self.first(x))) + x), 3, 2, 1)
+        z = F.relu(self.shrink(torch.cat((y, self.side(y)), 1)))
+        return self.fc(F.max_pool2d(F.relu(self.deep(z)), 3).flatten(1)), y
+
+
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
     return architectures.images(5, 16)
@@ -149,6 +165,27 @@ def test_chains_of_many_images() -> None:
     x = torch.randn(3, 3, 32, 32).repeat(200, 1, 1, 1)
     memory = torch.ops.ptq4cuda.memory_of_layers([x], region.constants, region._numbers, region._dtype)
     assert memory <= 28 << 20 and same(one_by_one(network, x), network(x))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_front_of_many_images(threads: int) -> None:
+    """Where products take less time than memory, steps of large images are executed for few of them at a time."""
+    torch.manual_seed(0)
+    network = quantize(Pyramid().eval(), [torch.randn(2, 3, 64, 64)], FAST, progress=False)
+    (region,) = regions_of(network)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.randn(18, 3, 64, 64)
+        for images in (x, x[:17], x.contiguous(memory_format=torch.channels_last), x):
+            assert same(one_by_one(network, images), network(images))
+        one, many = (
+            torch.ops.ptq4cuda.memory_of_layers([images], region.constants, region._numbers, region._dtype)
+            for images in (x[:threads], x)
+        )
+        assert many * threads < one * 18 * (0.8 if _native.build_info["simd_level"] == "amx" else 1.01)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5])
