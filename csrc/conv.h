@@ -44,7 +44,7 @@ inline Extent extent(const char* op, const char* name, Numbers pair, int64_t lea
 }
 
 // Images, and how the windows lie that convolutions and poolings compute outputs of.
-struct Windows {
+struct Geometry {
     int64_t batch, channels;  // of the images
     Extent in, out, kernel, stride, padding, dilation;
 
@@ -54,7 +54,7 @@ struct Windows {
     }
 };
 
-struct ConvShape : Windows {
+struct ConvShape : Geometry {
     int64_t out_channels, groups;
     int64_t low_bytes;  // of a pixel of packed codes; 0: codes are bytes
 

@@ -22,7 +22,7 @@ struct Inside {
     }
 };
 
-struct PoolProblem : Windows {
+struct PoolProblem : Geometry {
     const uint8_t* x;  // [N, H, W, C]
     uint8_t* y;        // [N, out H, out W, C]
 

@@ -23,7 +23,7 @@ public:
 
     // How a link reads.
     struct Reader {
-        const Windows* windows;
+        const Geometry* geometry;
         int64_t inputs;
     };
 
@@ -32,7 +32,7 @@ public:
     // Rows of the last outputs that make a task: few enough for the cache, and for threads to have as much to do as
     // each other; as few as that allows, but a task takes its time beside its pixels.
     static int64_t rows_of(const std::vector<Reader>& readers) {
-        const Windows& last = *readers.back().windows;
+        const Geometry& last = *readers.back().geometry;
         const auto pixels_in_turn = [&](int64_t rows) {
             const int64_t tasks = last.batch * ceil_div(last.out.height, rows);
             return ceil_div(tasks, int64_t{torch::stable::get_num_threads()}) * (rows * last.out.width + kTaskPixels);
@@ -48,24 +48,24 @@ public:
     // What a thread holds between them for so many rows of the last outputs.
     static int64_t bytes_of(const std::vector<Reader>& readers, int64_t rows) {
         int64_t bytes = 0;
-        for (size_t i = readers.size(); i-- > 1;) bytes += readers[i].inputs * bytes_read(*readers[i].windows, rows);
+        for (size_t i = readers.size(); i-- > 1;) bytes += readers[i].inputs * bytes_read(*readers[i].geometry, rows);
         return bytes;
     }
 
     Chain(std::vector<Part> parts, int64_t rows) : parts_(std::move(parts)), rows_(rows), places_(parts_.size()) {
         for (size_t i = parts_.size(); i-- > 1;) {
-            const int64_t bytes = bytes_read(windows(i), rows);
+            const int64_t bytes = bytes_read(geometry(i), rows);
             for (size_t j = 0; j < parts_[i - 1].passed.size(); ++j, bytes_ += bytes)
                 places_[i - 1].push_back(bytes_);
         }
-        bands_ = ceil_div(windows(parts_.size() - 1).out.height, rows_);
+        bands_ = ceil_div(geometry(parts_.size() - 1).out.height, rows_);
     }
 
     // Where what lies between goes: bytes_of for each thread. The first link reads, and all make what else they do,
     // where they were told.
     void place(uint8_t* memory) { memory_ = memory; }
 
-    int64_t tasks() const override { return windows(parts_.size() - 1).batch * bands_; }
+    int64_t tasks() const override { return geometry(parts_.size() - 1).batch * bands_; }
 
     void run(Tasks& tasks, Scratch& scratch) const override {
         const size_t n = parts_.size();
@@ -73,9 +73,9 @@ public:
         for (int64_t task, last = -1; (task = tasks.take()) >= 0; last = task) {
             const int64_t image = task / bands_, top = task % bands_ * rows_;
             if (task != last + 1 || top == 0) std::fill(held.begin(), held.end(), Rows{});
-            fresh[n - 1] = {top, std::min(top + rows_, windows(n - 1).out.height)};
+            fresh[n - 1] = {top, std::min(top + rows_, geometry(n - 1).out.height)};
             for (size_t i = n - 1; i-- > 0;) {
-                const Rows wanted = read_by(windows(i + 1), fresh[i + 1]), before = held[i];
+                const Rows wanted = read_by(geometry(i + 1), fresh[i + 1]), before = held[i];
                 fresh[i] = take_up(held[i], wanted);
                 for (int64_t place : places_[i]) keep(before, held[i], memory_of(tasks, place), row_bytes(i));
             }
@@ -84,10 +84,10 @@ public:
                 Bands bands;
                 for (size_t j = 0; i > 0 && j < places_[i - 1].size(); ++j)
                     bands.in[j] = {memory_of(tasks, places_[i - 1][j]),
-                                   image * windows(i).in.height + held[i - 1].begin};
+                                   image * geometry(i).in.height + held[i - 1].begin};
                 for (size_t j = 0; j < places_[i].size(); ++j)
                     bands.out[parts_[i].passed[j]] = {memory_of(tasks, places_[i][j]),
-                                                      image * windows(i).out.height + held[i].begin};
+                                                      image * geometry(i).out.height + held[i].begin};
                 parts_[i].link->rows(bands, image, fresh[i].begin, fresh[i].end, scratch);
             }
         }
@@ -98,24 +98,24 @@ private:
         int64_t begin = 0, end = 0;
     };
 
-    const Windows& windows(size_t i) const { return parts_[i].link->windows(); }
+    const Geometry& geometry(size_t i) const { return parts_[i].link->geometry(); }
 
     // Of an output of a link that the next one reads.
-    int64_t row_bytes(size_t i) const { return windows(i + 1).in.width * windows(i + 1).channels; }
+    int64_t row_bytes(size_t i) const { return geometry(i + 1).in.width * geometry(i + 1).channels; }
 
     // Of an input, for so many rows of the outputs, which become the rows of the input.
-    static int64_t bytes_read(const Windows& windows, int64_t& rows) {
-        rows = std::min(windows.rows_read(rows), windows.in.height);
-        return ceil_div(rows * windows.in.width * windows.channels, simd::kLine) * simd::kLine;
+    static int64_t bytes_read(const Geometry& geometry, int64_t& rows) {
+        rows = std::min(geometry.rows_read(rows), geometry.in.height);
+        return ceil_div(rows * geometry.in.width * geometry.channels, simd::kLine) * simd::kLine;
     }
 
     // The rows of the input that some rows of outputs are computed of.
-    static Rows read_by(const Windows& windows, const Rows& outputs) {
+    static Rows read_by(const Geometry& geometry, const Rows& outputs) {
         if (outputs.begin == outputs.end) return {};
-        const int64_t first = outputs.begin * windows.stride.height - windows.padding.height;
-        const int64_t end = first + windows.rows_read(outputs.end - outputs.begin);
-        const int64_t begin = std::clamp<int64_t>(first, 0, windows.in.height);
-        return {begin, std::clamp<int64_t>(end, begin, windows.in.height)};
+        const int64_t first = outputs.begin * geometry.stride.height - geometry.padding.height;
+        const int64_t end = first + geometry.rows_read(outputs.end - outputs.begin);
+        const int64_t begin = std::clamp<int64_t>(first, 0, geometry.in.height);
+        return {begin, std::clamp<int64_t>(end, begin, geometry.in.height)};
     }
 
     // Lets the rows that are held begin with the first one that is wanted, and returns those that are missing.

@@ -131,8 +131,8 @@ public:
     std::span<const uint8_t> bytes() const { return own_; }
 
     const Tiles& tiles() const { return tiles_; }
-    // Those that multiply this layer, if there are any. (A panel alone, as groups of few channels have, fills a
-    // fourth of the sums that they hold.)
+    // Those that multiply this layer, if there are any. (A panel alone, as up to 16 outputs of a group are, fills
+    // half of the sums that they hold.)
     const MatrixTiles* matrices() const {
         return !depthwise_ && !packed_ && shape_.panels_per_group() > 1 ? tiles_.matrices : nullptr;
     }

@@ -3,9 +3,9 @@
 //
 // The work is cut into units of neighbouring output pixels. A unit's input stays in the second-level cache while the
 // panels of weights pass by, a few at a time, and these stay in the first-level cache while they meet all tiles of
-// the unit. Nothing is unfolded: a tile reads each tap of its pixels where it lies. Where the image is padded, the
-// rows that a unit needs are copied into a band with zeros around them; also where channels do not fill words, and
-// where codes are split into nibbles or widened to 16 bits.
+// the unit. Nothing is unfolded (but for some matrices, conv_tiles_amx.cpp): a tile reads each tap of its pixels
+// where it lies. Where the image is padded, the rows that a unit needs are copied into a band with zeros around them;
+// also where channels do not fill words, and where codes are split into nibbles or widened to 16 bits.
 //
 // Where a layer has weights for windows (conv_winograd.h), a unit is windows of neighbouring outputs instead. They
 // are transformed once, and meet some panels in each position; what comes of that is in cache while it is
@@ -63,8 +63,9 @@ public:
         row_bytes_ = (shape_.in.width + (direct_ ? 0 : 2 * shape_.padding.width)) * pixel_bytes_;
         find_taps();
         if (matrices_) chunks_ = Chunks(taps_);
+        // What is multiplied for the places between the rows must not outweigh what gathering would take.
         grid_ = !direct_ && !chunks_.in_place.empty() && shape_.stride.area() == 1 &&
-                shape_.group_channels() % simd::kLine == 0 && pixel_bytes_ % simd::kLine == 0;
+                shape_.group_channels() % simd::kLine == 0 && 4 * row_bytes_ <= 6 * shape_.out.width * pixel_bytes_;
         if (layer_->zeros()) sum_zeros();
         cut();
     }
@@ -86,7 +87,7 @@ public:
         }
     }
 
-    const Windows& windows() const override { return shape_; }
+    const Geometry& geometry() const override { return shape_; }
 
     void rows(const Bands& bands, int64_t n, int64_t top, int64_t bottom, Scratch& scratch) const override {
         ConvCall<T> call = call_;
@@ -286,7 +287,7 @@ private:
         return {area.image + window / count, area.top + i / windows_across() * 2, i % windows_across() * 2};
     }
 
-    // Windows as they are multiplied; of what is outside of the image, or of no account for the rows of the area,
+    // Geometry as they are multiplied; of what is outside of the image, or of no account for the rows of the area,
     // zeros.
     void take_windows(const Area& area, int64_t first, int64_t end, Unit& unit) const {
         const int64_t channels = shape_.channels, count = end - first;
@@ -505,13 +506,16 @@ private:
         };
         const Panels weights = layer_->weights();
         alignas(simd::kLine) int32_t sums[kTilePanels * kMatrixPanelSums];
-        uint8_t* memory = grid_ ? nullptr : unit.scratch.at_least(unit.scratch.rows, chunks_.bytes());
+        uint8_t* memory = grid_ ? nullptr : unit.scratch.at_least(unit.scratch.gathered, chunks_.bytes());
         matrices_->begin(chunks_.words);
         for (int64_t place = 0; place < places; place += kMatrixPixels) {
             const int pixels = static_cast<int>(std::min<int64_t>(kMatrixPixels, places - place));
             each_row(place + kMatrixPixels, [&](int64_t, int64_t pixel, int count_in_row) {
                 prefetch_outputs<true>(unit.call, unit.first + pixel, count_in_row, begin, end);
             });
+            int64_t seen = 0;  // of the tile's places, pixels
+            each_row(place, [&](int64_t, int64_t, int count_in_row) { seen += count_in_row; });
+            if (seen == 0) continue;
             Matrices matrices[2];
             int64_t channel = -1;  // of what has been gathered
             for (int64_t b = begin, n; b < end; b += n) {
@@ -555,7 +559,7 @@ private:
             n = std::min(most, end - b);
             for (int64_t g = 0, window = 0; g < groups; ++g) {
                 const int64_t last = window + (count - window) / (groups - g);
-                // Windows side by side, and the pixels of their first row and, if there is one, of their second.
+                // Geometry side by side, and the pixels of their first row and, if there is one, of their second.
                 const auto each_run = [&](const auto& f) {
                     for (int64_t w = window, run; w < last; w += run) {
                         const Place at = place(unit.area, unit.first + w);

@@ -72,7 +72,7 @@ const Tiles& best_tiles() {
         case simd::Level::amx: {
             static const Tiles tiles = [] {
                 Tiles t = kTilesVnni;
-                t.matrices = &kTilesAmx;
+                t.matrices = &kMatricesAmx;
                 return t;
             }();
             return tiles;

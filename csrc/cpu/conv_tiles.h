@@ -65,11 +65,10 @@ constexpr int kMatrixPanelSums = kMatrixPixels * kPanelOutputs;  // of which sum
 // What a pixel reads, cut into chunks of as many bytes as a row of a matrix has: all of kMatrixBytes, or a single
 // one.
 struct Chunks {
-    // Bytes of a chunk that follow each other in memory: which, and how far from the pixel's address the chunk began
-    // if all of it lay with them.
+    // Bytes of a chunk that follow each other in memory.
     struct Piece {
-        int64_t offset;
-        uint64_t bytes;  // a bit each
+        int64_t offset;  // from the pixel's address to where byte 0 of the chunk would be
+        uint64_t mask;   // which bytes of the chunk they are
     };
     std::vector<Piece> pieces;
     std::vector<int64_t> first_piece;  // of each chunk, and the end
@@ -122,7 +121,7 @@ struct Tiles {
 extern const Tiles kTiles;
 #if defined(__x86_64__)
 extern const Tiles kTilesAvx2, kTilesAvxVnni, kTilesAvx512, kTilesVnni;
-extern const MatrixTiles kTilesAmx;
+extern const MatrixTiles kMatricesAmx;
 
 // Which they have, too, but for AVX-512 with VNNI.
 void depthwise_tile_avx2(const uint8_t* const* pixels, int count, int64_t channel, const TapGroups& taps,

@@ -123,7 +123,7 @@ PTQ_TARGET_AMX void gather_chunk(const uint8_t* const* pixels, int count, int64_
     int64_t at[kPieces];
 #pragma GCC unroll 4
     for (int i = 0; i < kPieces; ++i) {
-        bytes[i] = pieces[i].bytes;
+        bytes[i] = pieces[i].mask;
         at[i] = channel + pieces[i].offset;
     }
     for (int p = 0; p < count; ++p, to += kMatrixBytes) {
@@ -140,7 +140,7 @@ PTQ_TARGET_AMX void gather_pieces(const uint8_t* const* pixels, int count, int64
     for (int p = 0; p < count; ++p, to += kMatrixBytes) {
         __m512i codes = _mm512_setzero_si512();
         for (int64_t i = 0; i < number; ++i)
-            codes = _mm512_mask_loadu_epi8(codes, pieces[i].bytes, pixels[p] + channel + pieces[i].offset);
+            codes = _mm512_mask_loadu_epi8(codes, pieces[i].mask, pixels[p] + channel + pieces[i].offset);
         _mm512_store_si512(to, codes);
     }
 }
@@ -173,7 +173,7 @@ void gather(const uint8_t* const* pixels, int count, int64_t channel, const Chun
 
 }  // namespace
 
-const MatrixTiles kTilesAmx = {begin, end, gather, multiply};
+const MatrixTiles kMatricesAmx = {begin, end, gather, multiply};
 
 }  // namespace ptq4cuda
 #endif

@@ -134,12 +134,14 @@ public:
             const int64_t pieces = ceil_div(plane_, pixels_per_task_), image = task / pieces;
             const int64_t begin = task % pieces * pixels_per_task_;
             const int64_t count = std::min(plane_ - begin, pixels_per_task_);
+#if defined(__x86_64__)
             if constexpr (std::is_same_v<T, float>)
                 if (channels_ == 3 && simd::level() >= simd::Level::avx2) {
                     quantize_planes(x_ + image * channels_ * plane_ + begin, plane_, count, quantizers_.data(),
                                     y_ + (image * plane_ + begin) * channels_);
                     continue;
                 }
+#endif
             uint8_t* codes = scratch.at_least(count * channels_);
             for (int64_t c = 0; c < channels_; ++c)
                 whole_[c](x_ + (image * channels_ + c) * plane_ + begin, codes + c * count, begin, begin + count);
@@ -340,7 +342,11 @@ private:
             ConvShape shape;
             PoolProblem pool;
         };
-        const Windows& windows() const { return kind == kConvolve ? static_cast<const Windows&>(shape) : pool; }
+        const Geometry& geometry() const { return kind == kConvolve ? static_cast<const Geometry&>(shape) : pool; }
+        void set_images(int64_t images) {
+            if (kind == kConvolve) shape.batch = images;
+            if (kind == kMaxPool) pool.batch = images;
+        }
     };
 
     // --- reading numbers
@@ -544,20 +550,23 @@ private:
         uint8_t* memory = nullptr;
     };
 
-    // What a convolution or a pooling reads through its windows, and what it makes.
+    // What a step reads, but for a residual, and what it makes.
     static std::vector<int64_t> inputs_of(const Planned& step) {
-        if (step.kind == kConvolve) return {convolving(step).source};
-        std::vector<int64_t> inputs = {pooling(step).source};
+        if (step.kind == kConcatenate) return {step.fields + 2, step.fields + 2 + step.fields[1]};
+        std::vector<int64_t> inputs = {step.fields[0]};
         if (step.joined) inputs.push_back(pooling(step.joined).source);
         return inputs;
     }
     static std::vector<int64_t> outputs_of(const Planned& step) {
-        std::vector<int64_t> outputs = {step.kind == kConvolve ? convolving(step).out : pooling(step).out};
-        const int64_t second = step.kind == kConvolve ? convolving(step).also
-                               : step.joined          ? pooling(step.joined).out
-                                                      : -1;
-        if (second >= 0) outputs.push_back(second);
-        return outputs;
+        if (step.kind == kConcatenate) return {step.fields[0]};
+        if (step.kind != kConvolve && !step.joined) return {step.fields[1]};
+        if (step.joined) return {pooling(step).out, pooling(step.joined).out};
+        const Convolving& c = convolving(step);
+        return c.also >= 0 ? std::vector{c.out, c.also} : std::vector{c.out};
+    }
+    static int64_t weights_of(const Planned& step) {
+        if (step.kind != kConvolve) return 0;
+        return step.shape.out_channels * step.shape.kernel.area() * step.shape.group_channels();
     }
     static int64_t residual_of(const Planned& step) {
         return step.kind == kConvolve ? convolving(step).residual : -1;
@@ -574,7 +583,7 @@ private:
 
     // Step i + 1 reads what step i makes, and nobody else does.
     bool linked(size_t i) const {
-        if (i + 1 == front_) return false;
+        if (i + 1 == front_) return false;  // which is of fewer images
         const Planned &step = steps_[i], &next = steps_[i + 1];
         if (step.kind != kConvolve || (next.kind != kConvolve && next.kind != kMaxPool)) return false;
         const std::vector<int64_t> made = outputs_of(step);
@@ -587,18 +596,17 @@ private:
     }
 
     bool makes_chain(size_t first, size_t last) const {
-        const Windows& outputs = steps_[last].windows();
+        const Geometry& outputs = steps_[last].geometry();
         int64_t weights = 0, tall = 0;
         bool read_by_others = false;  // what a step before makes
         for (size_t i = first; i <= last; ++i) {
             const Planned& step = steps_[i];
-            const Windows& windows = step.windows();
-            if (step.kind == kConvolve)
-                weights += step.shape.out_channels * windows.kernel.area() * step.shape.group_channels();
-            tall += step.kind == kConvolve && windows.kernel.height > 1;
+            const Geometry& geometry = step.geometry();
+            weights += weights_of(step);
+            tall += step.kind == kConvolve && geometry.kernel.height > 1;
             // Rows that others read must be made once each: those that a task of the chain is for.
             const bool exact =
-                windows.kernel.height == 1 && windows.stride.height == 1 && windows.padding.height == 0;
+                geometry.kernel.height == 1 && geometry.stride.height == 1 && geometry.padding.height == 0;
             if (read_by_others && !exact) return false;
             read_by_others |= i < last && outputs_of(step).size() > inputs_of(steps_[i + 1]).size();
             // The rows of a residual must be there.
@@ -647,7 +655,7 @@ private:
     std::vector<Chain::Reader> readers_of(const Chained& chain) const {
         std::vector<Chain::Reader> readers;
         for (size_t i = chain.first; i <= chain.last; ++i)
-            readers.push_back({&steps_[i].windows(), static_cast<int64_t>(inputs_of(steps_[i]).size())});
+            readers.push_back({&steps_[i].geometry(), static_cast<int64_t>(inputs_of(steps_[i]).size())});
         return readers;
     }
 
@@ -656,8 +664,8 @@ private:
         std::vector<Chain::Part> parts;
         for (size_t i = chain.first; i <= chain.last; ++i) {
             make_step(steps_[i]);
-            parts.push_back({std::unique_ptr<const Link>(dynamic_cast<const Link*>(made_.back().release())),
-                             i < chain.last ? passed(i) : std::vector<int64_t>()});
+            parts.push_back({nullptr, i < chain.last ? passed(i) : std::vector<int64_t>()});
+            parts.back().link.reset(dynamic_cast<const Link*>(made_.back().release()));
         }
         made_.resize(begin);
         make(std::make_unique<Chain>(std::move(parts), chain.rows),
@@ -673,32 +681,23 @@ private:
         if (!best_tiles().matrices) return;  // products take longer than memory does
         int64_t group = std::min(images_, threads_);
         while (group > 0 && images_ % group) --group;
-        if (group < 1 || group == images_) return;
-        const int64_t runs = images_ / group;
-        int64_t gain = 0, most = runs * kRunBytes;
+        if (2 * group < threads_ || group == images_) return;  // all threads are entered for each
+        const double runs = static_cast<double>(images_ / group);
+        double gain = 0.0, most = runs * kRunBytes;
         size_t end = 0;
         for (size_t i = 0; i < steps_.size(); i = chains_[i].last + 1) {
-            int64_t values = 0, weights = 0;
+            double values = 0.0, weights = 0.0;
             const auto touch = [&](int64_t number) {
                 if (number >= 0 && !values_[number].given && !values_[number].between)
-                    values += values_[number].bytes();
+                    values += static_cast<double>(values_[number].bytes());
             };
             for (size_t j = i; j <= chains_[i].last; ++j) {
-                const Planned& step = steps_[j];
-                if (step.kind == kConvolve || step.kind == kMaxPool) {
-                    for (int64_t number : inputs_of(step)) touch(number);
-                    for (int64_t number : outputs_of(step)) touch(number);
-                    touch(residual_of(step));
-                    if (step.kind == kConvolve)
-                        weights += step.shape.out_channels * step.shape.kernel.area() * step.shape.group_channels();
-                } else if (step.kind == kConcatenate) {
-                    for (const int64_t* s = step.fields + 2; s < step.fields + 2 + step.fields[1]; ++s) touch(*s);
-                    touch(step.fields[0]);
-                } else {
-                    for (int64_t number : {step.fields[0], step.fields[1]}) touch(number);
-                }
+                for (int64_t number : inputs_of(steps_[j])) touch(number);
+                for (int64_t number : outputs_of(steps_[j])) touch(number);
+                touch(residual_of(steps_[j]));
+                weights += static_cast<double>(weights_of(steps_[j]));
             }
-            gain += std::max<int64_t>(0, values - threads_ * kCacheBytes) - (runs - 1) * weights;
+            gain += std::max(0.0, values - static_cast<double>(threads_ * kCacheBytes)) - (runs - 1.0) * weights;
             if (gain > most) {
                 most = gain;
                 end = chains_[i].last + 1;
@@ -710,11 +709,7 @@ private:
     }
 
     void set_front(size_t end, int64_t group) {
-        for (size_t i = 0; i < std::max(front_, end); ++i) {
-            const int64_t images = i < end ? group : images_;
-            if (steps_[i].kind == kConvolve) steps_[i].shape.batch = images;
-            if (steps_[i].kind == kMaxPool) steps_[i].pool.batch = images;
-        }
+        for (size_t i = 0; i < std::max(front_, end); ++i) steps_[i].set_images(i < end ? group : images_);
         front_ = end;
         group_ = group;
     }
@@ -756,8 +751,7 @@ private:
             for (; next <= v.from; next = chains_[next].last + 1) {
                 Chained& chain = chains_[next];
                 if (chain.first == chain.last) continue;
-                const int64_t bytes =
-                    torch::stable::get_num_threads() * Chain::bytes_of(readers_of(chain), chain.rows);
+                const int64_t bytes = threads_ * Chain::bytes_of(readers_of(chain), chain.rows);
                 places_.emplace_back(&chain.memory, arena_.place(bytes, chain.first, chain.last));
             }
             if (!v.given && !v.between && !crosses(v))
@@ -805,14 +799,21 @@ private:
     void for_images(const F& f) {
         const std::vector<Value> values = values_;
         const std::vector<Planned> steps = steps_;
-        const int64_t times = ceil_div(images_, std::max<int64_t>(1, images_ * kArenaBytes / arena_.size()));
-        for (int64_t i = 0; i < times; ++i) {
+        const int64_t all = images_;
+        int64_t together = std::max<int64_t>(1, all * kArenaBytes / arena_.size());
+        if (together > threads_) together -= together % threads_;
+        for (int64_t begin = 0, end; begin < all; begin = end) {
+            end = std::min(begin + together, all);
             values_ = values;
             steps_ = steps;
-            take_images(images_ * i / times, images_ * (i + 1) / times);
+            images_ = end - begin;
+            take_images(begin, end);
+            set_front(0, images_);
             plan();
+            find_front();
             f();
         }
+        images_ = all;
     }
 
     // How many images there are, if all values have as many, else 0.
@@ -829,10 +830,7 @@ private:
             if (v.given && v.data) v.data += v.bytes() / v.images[0] * begin;
             v.images[0] = end - begin;
         }
-        for (Planned& step : steps_) {
-            if (step.kind == kConvolve) step.shape.batch = end - begin;
-            if (step.kind == kMaxPool) step.pool.batch = end - begin;
-        }
+        for (Planned& step : steps_) step.set_images(end - begin);
     }
 
     // --- the steps: their fields in the code, and what executes them
@@ -861,8 +859,7 @@ private:
                 const Value& y = value(step.fields[0]);
                 if (y.numel() == 0) return;
                 std::vector<const Value*> sources;
-                for (const int64_t* s = step.fields + 2; s < step.fields + 2 + step.fields[1]; ++s)
-                    sources.push_back(&value(*s));
+                for (int64_t s : inputs_of(step)) sources.push_back(&value(s));
                 return make(std::make_unique<ConcatenateStep>(y),
                             [sources, &y](ConcatenateStep& made) { made.place(sources, y); });
             }

@@ -24,7 +24,7 @@ struct Bands {
 // of the same size, and so are all that it makes.
 class Link : public Step {
 public:
-    virtual const Windows& windows() const = 0;
+    virtual const Geometry& geometry() const = 0;
     // Computes rows `top` to `bottom` of the outputs of image n.
     virtual void rows(const Bands& bands, int64_t n, int64_t top, int64_t bottom, Scratch& scratch) const = 0;
 };

@@ -54,16 +54,12 @@ PTQ_TARGET_AVX2 inline int64_t quantize_planes_avx2(const float* x, int64_t plan
     }
     return p;
 }
-#endif
 
-// Codes of `count` pixels, of values whose three channels lie `plane` apart. For processors with AVX2.
+// The same to the end.
 inline void quantize_planes(const float* x, int64_t plane, int64_t count, const Quantizer* q, uint8_t* y) {
-    int64_t p = 0;
-#if defined(__x86_64__)
-    p = quantize_planes_avx2(x, plane, count, q, y);
-#endif
-    for (; p < count; ++p)
+    for (int64_t p = quantize_planes_avx2(x, plane, count, q, y); p < count; ++p)
         for (int c = 0; c < 3; ++c) y[3 * p + c] = code(x[c * plane + p], q[c]);
 }
+#endif
 
 }  // namespace ptq4cuda

@@ -97,7 +97,7 @@ public:
         }
     }
 
-    const Windows& windows() const override { return problem_; }
+    const Geometry& geometry() const override { return problem_; }
 
     void rows(const Bands& bands, int64_t n, int64_t top, int64_t bottom, Scratch& scratch) const override {
         const PoolBuffers buffers(problem_, scratch);

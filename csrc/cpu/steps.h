@@ -18,7 +18,7 @@ constexpr int64_t kTasksPerThread = 2;  // at least, where there is enough to do
 
 // Memory of a thread that steps may use as they like; what one leaves there means nothing to the next.
 struct Scratch {
-    simd::Vector<uint8_t> bytes, rows;
+    simd::Vector<uint8_t> bytes, gathered;  // beside each other
     std::vector<const uint8_t*> pointers;
 
     // At least so many bytes, with any values.

@@ -53,6 +53,17 @@ class Call:
     done: tuple[int, ...]
 
 
+_not_dropped: list[Tensor] = []
+
+
+def _drop(number: Tensor) -> None:
+    """Let go of layers, later if that may not be now: memory is collected within torch.export, too."""
+    try:
+        torch.ops.ptq4cuda.drop_layers(number)
+    except Exception:  # of a mode that takes no tensors but its own
+        _not_dropped.append(number)
+
+
 class _Kept:
     """The number by which the operator keeps a region's layers for as long as this lives. A copy gets its own."""
 
@@ -62,7 +73,9 @@ class _Kept:
     def number_for(self, region: Region) -> int:
         if self.number is None:
             number = torch.ops.ptq4cuda.keep_layers(region.constants, region._numbers, region._dtype)
-            weakref.finalize(self, torch.ops.ptq4cuda.drop_layers, torch.tensor(number)).atexit = False
+            weakref.finalize(self, _drop, torch.tensor(number)).atexit = False
+            for _ in range(len(_not_dropped)):
+                _drop(_not_dropped.pop(0))
             self.number = number
         return self.number
 

@@ -31,6 +31,7 @@ _STARTS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25)  # times that scale
 _SWEEPS = 4
 _VALUES = 1 << 24  # of rows times starts that are rounded at a time, where a layer is wide
 _DAMPING = 0.01  # of the mean diagonal, for the inverse in compensated rounding
+_MANY_BITS = 8  # with which errors are as small as what float32 loses of them
 
 
 def round_to_nearest(weight: Tensor, bits: Tensor) -> QuantizedWeight:
@@ -90,13 +91,17 @@ def _round_rows(
         rows = rows.repeated(_STARTS)
         rows.compensate()
         products = _Products.of(rows, len(_STARTS))
+        rows.rescale(products)
+        compensated = rows.best(rows.error(products), len(_STARTS))
         if rounding == "descent":
             for _ in range(_SWEEPS):
-                rows.rescale(products)
                 if not rows.descend(products):
                     break
-        rows.rescale(products)
-        rows = rows.best(rows.error(products), len(_STARTS))
+                rows.rescale(products)
+            rows = rows.best(rows.error(products), len(_STARTS))
+            rows.keep_better(compensated)
+        else:
+            rows = compensated
     codes = from_blocks(rows.codes.mT, blocks, weight.shape[-1]).to(torch.uint8)
     return codes, rows.scale[::blocks], rows.offset[::blocks]
 
@@ -198,6 +203,24 @@ class _Rows:
         gradient = torch.addcmul(products.codes, products.ones, self.offset[:, None])
         gradient.mul_(self.scale[:, None]).sub_(products.target)
         return self._over_blocks(gradient.mul_(self.difference()).sum(1))
+
+    def keep_better(self, other: _Rows) -> None:
+        """Take others of the same weights where they have less error.
+
+        Where inputs have much in common and bits are many, float32 does not tell: there it is computed in float64.
+        """
+        close = (self.bits >= _MANY_BITS).any(0).nonzero().squeeze(1)
+        if len(close) == 0:
+            return
+        h = self.h.double()
+        own, others = (
+            self._over_blocks((h @ d).mul_(d).sum(1))
+            for d in (rows.difference()[:, :, close].double() for rows in (self, other))
+        )
+        better = others < own
+        self.scale[:, close] = torch.where(better, other.scale[:, close], self.scale[:, close])
+        self.offset[:, close] = torch.where(better, other.offset[:, close], self.offset[:, close])
+        self.codes[:, :, close] = torch.where(better[:, None], other.codes[:, :, close], self.codes[:, :, close])
 
     def repeated(self, factors: tuple[float, ...]) -> _Rows:
         """Return the rows once for each factor on their scale; the offset keeps the lower end of the range."""

@@ -45,7 +45,9 @@ def test_poolings_of_what_was_just_made(name: str, threads: int) -> None:
     g, before = torch.Generator().manual_seed(len(name)), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for number, (channels, outputs, *size) in enumerate(((3, 20, 57, 33), (3, 64, 30, 31), (16, 33, 23, 40))):
+        for number, (channels, outputs, *size) in enumerate(
+            ((3, 20, 57, 33), (3, 64, 30, 31), (16, 33, 23, 40), (64, 48, 40, 37))
+        ):
             x = torch.randint(0, 256, (3, channels, *size), dtype=torch.uint8, generator=g)
             x = x.contiguous(memory_format=torch.channels_last)
             weight = torch.randint(-8, 8, (outputs, k, k, channels), dtype=torch.int8, generator=g)
@@ -79,7 +81,7 @@ def test_poolings_of_what_was_just_made(name: str, threads: int) -> None:
                 for _ in range(2):
                     found = OP.run_layers([x], code.constants, numbers, torch.float32)
                     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True)), (how, size)
-                if how in ("one", "two") and threads == 1:  # there is no place for what is between
+                if how in ("one", "two") and threads == 1 and number < 3:  # there is no place for what is between
                     assert OP.memory_of_layers([x], code.constants, numbers, torch.float32) < made[0].numel()
     finally:
         torch.set_num_threads(before)
