@@ -50,7 +50,7 @@ public:
           packed_(layer_->packed()),
           dense_(layer_->dense()),
           split_(layer_->split()),
-          matrices_(layer_->matrices()),
+          matrices_(shape.pixels() < kMatrixRows ? nullptr : layer_->matrices()),  // they would be mostly empty
           windowed_(!matrices_ && layer_->windowed() && pays_in_windows()),
           finish_(finisher_of<T>(layer_->has_residual(), layer_->activation(), layer_->in_range())) {
         const bool whole_words = depthwise_ || shape_.group_channels() % kWordChannels == 0;
