@@ -44,14 +44,18 @@ PTQ_TARGET_AMX void begin(int words) {
 
 PTQ_TARGET_AMX void end() { _tile_release(); }
 
-// Two matrices of pixels by `kPanels` panels, 1 or 2.
-template <int kPanels>
-PTQ_TARGET_AMX void multiply_pair(const Matrices (&m)[2], const Chunks& chunks, const int8_t* weights,
-                                  int64_t panel_bytes, int32_t* sums) {
+PTQ_TARGET_AMX inline void clear_sums() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+}
+
+// Two matrices of pixels by `kPanels` panels, 1 or 2.
+template <int kPanels>
+PTQ_TARGET_AMX void multiply_pair(const Matrices (&m)[2], const Chunks& chunks, const int8_t* weights,
+                                  int64_t panel_bytes, int32_t* sums) {
+    clear_sums();
     for (int64_t i = 0; i < chunks.count(); ++i) {
         const int8_t* w = weights + chunks.weights[i];
         PTQ_TILE_LOAD(6, w, kLoadedLine);
@@ -77,10 +81,7 @@ PTQ_TARGET_AMX void multiply_pair(const Matrices (&m)[2], const Chunks& chunks, 
 template <int kPanels>
 PTQ_TARGET_AMX void multiply_single(const Matrices& m, const Chunks& chunks, const int8_t* weights,
                                     int64_t panel_bytes, int32_t* sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sums();
     for (int64_t i = 0; i < chunks.count(); ++i) {
         const int8_t* w = weights + chunks.weights[i];
         PTQ_TILE_LOAD(4, m.rows + m.chunks[i], m.stride);
